@@ -1,0 +1,24 @@
+"""Show one rendered training example and which of its tokens carry loss."""
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from gradpruner.pipeline import Pipeline
+
+
+def show_example(pipeline: Pipeline, console: Console | None = None) -> None:
+    """Prints the first training example as the model sees it: prompt dim, loss tokens bold, one bracket a token."""
+    row, tokenizer = pipeline.rows[0], pipeline.tokenizer
+    num_prompt = len(row.input_ids) - row.num_answer_tokens
+    text = Text(tokenizer.decode(row.input_ids[:num_prompt]), style="dim")
+    for token in row.input_ids[num_prompt:]:
+        text.append("[", style="green").append(tokenizer.decode([token]), style="bold").append("]", style="green")
+    counts = f"{len(pipeline.train_examples)} train, {len(pipeline.test_examples)} test rows"
+    (console or Console(stderr=True)).print(
+        Panel(
+            text,
+            title=f"{pipeline.task.name}: first of {counts}",
+            subtitle=f"{num_prompt} prompt tokens, {row.num_answer_tokens} \\[tokens] with loss",
+        )
+    )

@@ -1,0 +1,221 @@
+"""Run one experiment, or a sweep with -m.
+
+    python -m experiments.run experiment=quickstart
+    python -m experiments.run -m sparsity=0.2,0.3,0.4 merge_count=0,1,3
+
+Thin: it builds what the config names, hands it to `gradpruner.pipeline`, and writes down what came out.
+"""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import schema
+from experiments.dry_run import show_dry_run
+from experiments.preview import show_example
+from experiments.summary import show_summary
+from experiments.tracker import Tracker
+from gradpruner.cache import content_hash
+from gradpruner.checkpoint import save_checkpoint
+from gradpruner.files import write_text
+from gradpruner.pipeline import PLAN_FILE, PREDICTIONS_FILE, Outcome, Pipeline
+from gradpruner.record import RunRecord
+from gradpruner.reporting.figures import plot_importance, plot_loss
+from gradpruner.runtime import environment, quiet_libraries
+from gradpruner.trainer import DivergedError
+
+logger = logging.getLogger(__name__)
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+# What results do not depend on; everything else is part of a run's identity.
+NOT_IDENTITY = ("tracker", "reference", "dry_run", "save_checkpoint", "results_dir", "output_dir", "cache_dir")
+
+schema.register()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> None:
+    """Entry point: one job of hydra's."""
+    try:
+        run_job(cfg)
+    except (ValueError, DivergedError, OSError) as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # hydra reports which job of the sweep failed
+        logger.debug("", exc_info=True)
+        print(f"\nError: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def run_job(cfg: DictConfig) -> RunRecord | None:
+    """Runs what `cfg` describes, with its reference method beside it, and prints the summary.
+
+    Returns:
+        The record, or None for a dry run.
+
+    Raises:
+        ValueError: on anything that is wrong with config or data; no weight has been loaded by then.
+    """
+    quiet_libraries()
+    pipeline, tracker = build_pipeline(cfg), schema.build(cfg.tracker, "tracker")
+    run_dir = run_directory(cfg, pipeline)
+    pipeline.check()
+    show_example(pipeline)
+    if cfg.dry_run:
+        show_dry_run(pipeline, run_dir)
+        return None
+    arms = [cfg]
+    if cfg.reference is not None and cfg.reference != cfg_method_name(cfg):
+        arms.insert(0, _reference_config(cfg))
+    records = [_run_arm(arm, tracker) for arm in arms]
+    show_summary(records, run_dir, f"{pipeline.model.name} on {pipeline.task.name}")
+    return records[-1]
+
+
+def build_pipeline(cfg: DictConfig) -> Pipeline:
+    """Builds every node of the config; cheap, so that a typo costs a second."""
+    return Pipeline(
+        model=schema.build(cfg.model, "model"),
+        task=schema.build(cfg.dataset, "dataset"),
+        method=schema.build(cfg.method, "method"),
+        training=schema.build(cfg.finetune, "finetune"),
+        evaluation=schema.build(cfg.evaluation, "evaluation"),
+        seed=cfg.seed,
+        cache_dir=Path(cfg.cache_dir),
+        evaluate_before=cfg.evaluate_before,
+    )
+
+
+def cfg_method_name(cfg: DictConfig) -> str:
+    """Name of the method that the config describes."""
+    return str(hydra.utils.get_class(cfg.method._target_).name)
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The part of the resolved config that results depend on; methods name what they use of sparsity and merge_count."""
+    resolved = _resolved(cfg)
+    return {key: value for key, value in resolved.items() if key not in (*NOT_IDENTITY, "sparsity", "merge_count")}
+
+
+def run_directory(cfg: DictConfig, pipeline: Pipeline) -> Path:
+    """`<results_dir>/<model>/<dataset>/<finetune>/<method>/<variant>-<hash>-seed<k>`, or `output_dir`.
+
+    The variant is there for people; the hash, over everything that results depend on, keeps runs apart.
+    """
+    if cfg.output_dir is not None:
+        return Path(cfg.output_dir)
+    variant = "-".join(part for part in (pipeline.method.variant(), content_hash(identity(cfg))[:8]) if part)
+    folder = Path(cfg.results_dir) / pipeline.model.name / pipeline.task.name / pipeline.training.mode
+    return folder / pipeline.method.name / f"{variant}-seed{cfg.seed}"
+
+
+def _run_arm(cfg: DictConfig, tracker: Tracker) -> RunRecord:
+    """Runs one method and writes its folder; a finished folder of the same config is left as it is."""
+    pipeline = build_pipeline(cfg)
+    run_dir, key = run_directory(cfg, pipeline), content_hash(identity(cfg))
+    record = RunRecord.load(run_dir)
+    if record is not None and record.identity != key:
+        raise ValueError(
+            f"{run_dir} holds a run with another config (identity {record.identity}, this one is {key}). "
+            "Give output_dir another folder, or delete that one."
+        )
+    has_checkpoint = (run_dir / "checkpoint").is_dir() or not cfg.save_checkpoint
+    if record is not None and record.status == "finished" and has_checkpoint:
+        logger.info("Already finished: %s", run_dir)
+        return record
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    handler = logging.FileHandler(run_dir / "run.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        return _run_into(run_dir, cfg, pipeline, key, tracker)
+    except Exception as error:
+        failed = RunRecord("failed", _resolved(cfg), key, cfg.seed, error=f"{type(error).__name__}: {error}")
+        failed.save(run_dir)
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, key: str, tracker: Tracker) -> RunRecord:
+    logger.info("%s on %s: %s", pipeline.method.name, pipeline.task.name, run_dir)
+    outcome = pipeline.run()
+    outcome.plan.save(run_dir / PLAN_FILE)
+    shutil.copyfile(outcome.predictions, run_dir / PREDICTIONS_FILE)
+    plot_loss(outcome.training["history"], run_dir / "loss.png")
+    if outcome.plan.layer_importance:
+        plot_importance(outcome.plan, outcome.report, run_dir / "importance.png")
+    if cfg.save_checkpoint:
+        folder = run_dir / "checkpoint"
+        save_checkpoint(pipeline.load_result(), pipeline.tokenizer, outcome.plan, folder, pipeline.model.name)
+    record = _record(cfg, pipeline, key, outcome)
+    record.save(run_dir)  # before the tracker: it may fail
+    tracker.log(record, outcome.training["history"], run_dir)
+    return record
+
+
+def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome) -> RunRecord:
+    plan, report = outcome.plan, dict(outcome.report)
+    dense, pruned = pipeline.num_dense_parameters, report.pop("num_parameters")
+    return RunRecord(
+        status="finished",
+        config=_resolved(cfg),
+        identity=key,
+        seed=cfg.seed,
+        model={
+            "name": pipeline.model.name,
+            "num_hidden_layers": plan.num_hidden_layers,
+            "num_parameters": dense,
+        },
+        pruning={
+            "method": plan.method,
+            "pruned_layers": list(plan.pruned_layers),
+            "absorbed_by": {str(layer): absorber for layer, absorber in plan.absorbed_by.items()},
+            "layer_importance": list(plan.layer_importance),
+            "num_hidden_layers": len(plan.kept_layers),
+            "num_parameters": pruned,
+            "report": report,
+        },
+        finetune={name: value for name, value in outcome.training.items() if name != "history"},
+        metrics=outcome.metrics,
+        metrics_before=outcome.metrics_before,
+        efficiency={
+            "layer_ratio": len(plan.kept_layers) / plan.num_hidden_layers,
+            "parameter_ratio": pruned / dense,
+            "stage_seconds": outcome.seconds,
+        },
+        environment=environment(),
+    )
+
+
+def _reference_config(cfg: DictConfig) -> DictConfig:
+    """The same run with the reference method, which takes none of this method's settings."""
+    path = CONF / "method" / f"{cfg.reference}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise schema.ConfigError(f"reference must name a method, got {cfg.reference!r}. Known: {known}, or null.")
+    reference = cfg.copy()
+    OmegaConf.set_struct(reference, False)
+    reference.method = OmegaConf.load(path)
+    reference.save_checkpoint = False
+    if cfg.output_dir is not None:
+        reference.output_dir = str(Path(cfg.output_dir) / "reference")
+    return reference
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+if __name__ == "__main__":
+    main()

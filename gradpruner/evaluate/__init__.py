@@ -1,0 +1,1 @@
+"""Score a model on a task: by the likelihood of the answers."""

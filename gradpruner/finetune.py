@@ -1,0 +1,337 @@
+"""LoRA and full fine-tuning from one TrainingSpec, with the Hugging Face Trainer.
+
+Defaults are the paper's (Appendix C.2) and, where it is silent, those of the authors' scripts. A run that is killed goes
+on from its last whole checkpoint and ends with the same weights.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_model, save_model
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from gradpruner.efficiency import PeakMemory
+from gradpruner.encoding import TrainingRow, collate
+from gradpruner.files import write_json
+from gradpruner.igia import check_choice
+from gradpruner.models import lora_targets
+from gradpruner.runtime import default_device, set_seed
+from gradpruner.trainer import CompletionTrainer, DivergedError
+
+logger = logging.getLogger(__name__)
+
+MODES = ("full", "lora")
+RESULT_FILE = "training.json"
+WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FOLDER = "adapter"
+CHECKPOINTS_FOLDER = "checkpoints"
+COMPLETE_MARK = "complete.json"  # written last into a Trainer checkpoint
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How to fine-tune.
+
+    Attributes:
+        mode: `full` or `lora`.
+        learning_rate: peak rate of AdamW.
+        batch_size: rows an optimizer step, over all devices.
+        micro_batch_size: rows on a device at once; the rest is accumulation.
+        epochs: passes over the training rows.
+        max_steps: optimizer steps, instead of `epochs`.
+        warmup_fraction: part of the steps in which the rate rises.
+        lr_scheduler: name of a transformers scheduler.
+        weight_decay: of AdamW.
+        max_grad_norm: clip the gradient to this norm; 0 does not clip.
+        lora_rank: rank of the adapters.
+        lora_alpha: their alpha.
+        lora_dropout: dropout before the adapters.
+        merge_adapter: fold the adapter into the saved checkpoint; else it is saved beside it.
+        group_by_length: batch rows of similar length.
+        gradient_checkpointing: recompute activations, for less memory and more time.
+        save_steps: optimizer steps between checkpoints that an interrupted run resumes from.
+    """
+
+    mode: str = "lora"
+    learning_rate: float = 1e-5
+    batch_size: int = 64
+    micro_batch_size: int = 8
+    epochs: float = 3.0
+    max_steps: int | None = None
+    warmup_fraction: float = 0.03
+    lr_scheduler: str = "cosine"
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    lora_rank: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    merge_adapter: bool = True
+    group_by_length: bool = True
+    gradient_checkpointing: bool = False
+    save_steps: int = 50
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        check_choice("finetune.mode", self.mode, MODES)
+        for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs", "lora_rank", "save_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise finetune.{name}.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be 1 or more, or null to go by epochs, got {self.max_steps}.")
+        if not 0.0 <= self.warmup_fraction < 1.0:
+            raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}. The paper's is 0.03.")
+        if self.batch_size % (self.micro_batch_size * _world_size()):
+            raise ValueError(
+                f"batch_size must be a multiple of micro_batch_size x devices, got {self.batch_size} and "
+                f"{self.micro_batch_size} x {_world_size()}. Change finetune.micro_batch_size."
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches an optimizer step."""
+        return self.batch_size // (self.micro_batch_size * _world_size())
+
+    def num_steps(self, num_rows: int) -> int:
+        """Optimizer steps of a run over `num_rows` rows, counted as the Trainer does."""
+        if self.max_steps is not None:
+            return self.max_steps
+        micro_batches = math.ceil(num_rows / (self.micro_batch_size * _world_size()))
+        return math.ceil(self.epochs * math.ceil(micro_batches / self.accumulation))
+
+
+def finetune(
+    model: PreTrainedModel,
+    rows: Sequence[TrainingRow],
+    pad_token_id: int,
+    spec: TrainingSpec,
+    directory: Path,
+    seed: int = 0,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Fine-tunes `model` and writes the trained weights and an account of the run to `directory`.
+
+    Args:
+        model: the (compressed) model; trained in place, and wrapped in place for LoRA. Load what was written with
+            `load_finetuned` rather than go on with it.
+        rows: tokenized training rows.
+        pad_token_id: id to pad with.
+        spec: how to train.
+        directory: where to write; if it holds the checkpoints of an interrupted run of the same spec, that goes on.
+        seed: seeds the adapter, the order of rows and dropout.
+        callbacks: extra callbacks of the method.
+
+    Returns:
+        `steps`, `tokens` (without padding), `train_seconds`, `peak_memory_bytes`, `loss` (mean over the last tenth of
+        the steps) and `history`, one dict a step.
+
+    Raises:
+        DivergedError: if loss or gradient become NaN or infinite; the last good checkpoint stays.
+    """
+    set_seed(seed)
+    checkpoints = directory / CHECKPOINTS_FOLDER
+    if spec.mode == "lora":
+        model = get_peft_model(model, _lora_config(model, spec))
+    elif not all(parameter.requires_grad for parameter in model.parameters()):
+        model.requires_grad_(True)
+    resume_from, seconds_before = _last_whole_checkpoint(checkpoints)
+    if resume_from is not None:
+        logger.info("Resuming fine-tuning from %s", resume_from)
+    clock = _Clock(seconds_before)
+    trainer = _FinetuneTrainer(
+        model,
+        _training_arguments(spec, checkpoints, seed),
+        description=f"fine-tune ({spec.mode})",
+        train_dataset=_dataset(rows),
+        data_collator=lambda items: collate([_row(item) for item in items], pad_token_id),
+        callbacks=[clock, *callbacks],
+    )
+    try:
+        with PeakMemory() as memory:
+            trainer.train(resume_from_checkpoint=resume_from)
+    except DivergedError as error:
+        kept, _ = _last_whole_checkpoint(checkpoints)
+        where = f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet."
+        raise DivergedError(f"{error} {where}") from None
+    _save(model, spec, directory)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    last = [entry["loss"] for entry in history[-max(1, len(history) // 10) :]]
+    result = {
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "train_seconds": clock.seconds(),
+        "peak_memory_bytes": memory.peak_bytes,
+        "loss": sum(last) / len(last),
+        "history": history,
+    }
+    write_json(directory / RESULT_FILE, result)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return result
+
+
+def load_finetuned(model: PreTrainedModel, spec: TrainingSpec, directory: Path) -> PreTrainedModel:
+    """Puts the weights that `finetune` wrote into the model it started from.
+
+    Returns:
+        The model in evaluation mode; with `mode=lora` and `merge_adapter=false` a PeftModel around it.
+    """
+    if spec.mode == "full":
+        load_model(model, directory / WEIGHTS_FILE)
+        return model.eval()
+    tuned = PeftModel.from_pretrained(model, directory / ADAPTER_FOLDER)
+    if not spec.merge_adapter:
+        return tuned.eval()
+    merged = tuned.merge_and_unload()
+    return merged.eval()
+
+
+def read_result(directory: Path) -> dict[str, Any]:
+    """The account that `finetune` wrote."""
+    result: dict[str, Any] = json.loads((directory / RESULT_FILE).read_text())
+    return result
+
+
+class _FinetuneTrainer(CompletionTrainer):
+    """Length-grouped batches whose order depends on seed and epoch only, so that a resumed run sees the same ones."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return _SeededLengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            lengths=self.train_dataset["length"],
+            seed=self.args.seed,
+        )
+
+
+class _SeededLengthGroupedSampler(LengthGroupedSampler):
+    """transformers' sampler draws from the global random state, which a resumed run does not have."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=list(lengths))
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        return super().__iter__()  # type: ignore[no-any-return]
+
+
+class _Clock(TrainerCallback):
+    """Training time over interruptions; marks a checkpoint as whole; stops at a non-finite gradient before it is saved."""
+
+    def __init__(self, seconds_before: float) -> None:
+        self._before, self._start = seconds_before, time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        norm = (logs or {}).get("grad_norm", 0.0)
+        if not math.isfinite(norm):
+            raise DivergedError(
+                f"The gradient norm is {norm} at step {state.global_step} of {state.max_steps}. Lower the learning "
+                "rate, or check the data and the weights."
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(folder / COMPLETE_MARK, {"train_seconds": self.seconds()})
+
+
+def _last_whole_checkpoint(checkpoints: Path) -> tuple[str | None, float]:
+    """The newest checkpoint that was written to its end, and the training seconds up to it."""
+    marks = sorted(checkpoints.glob(f"checkpoint-*/{COMPLETE_MARK}"), key=lambda p: int(p.parent.name.split("-")[1]))
+    if not marks:
+        return None, 0.0
+    return str(marks[-1].parent), float(json.loads(marks[-1].read_text())["train_seconds"])
+
+
+def _lora_config(model: PreTrainedModel, spec: TrainingSpec) -> LoraConfig:
+    return LoraConfig(
+        r=spec.lora_rank,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=spec.lora_dropout,
+        target_modules=lora_targets(model),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _save(model: PreTrainedModel, spec: TrainingSpec, directory: Path) -> None:
+    if spec.mode == "lora":
+        model.save_pretrained(directory / ADAPTER_FOLDER)
+    else:
+        save_model(model, str(directory / WEIGHTS_FILE))
+
+
+def _dataset(rows: Sequence[TrainingRow]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids for row in rows],
+            "num_answer_tokens": [row.num_answer_tokens for row in rows],
+            "length": [len(row.input_ids) for row in rows],
+        }
+    )
+
+
+def _row(item: dict[str, Any]) -> TrainingRow:
+    return TrainingRow(tuple(item["input_ids"]), item["num_answer_tokens"])
+
+
+def _training_arguments(spec: TrainingSpec, checkpoints: Path, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=spec.epochs,
+        max_steps=-1 if spec.max_steps is None else spec.max_steps,
+        per_device_train_batch_size=spec.micro_batch_size,
+        gradient_accumulation_steps=spec.accumulation,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.lr_scheduler,
+        warmup_steps=spec.warmup_fraction,  # a float below 1 is a fraction of the steps
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        activation_checkpointing=spec.gradient_checkpointing,
+        train_sampling_strategy="group_by_length" if spec.group_by_length else "random",
+        include_num_input_tokens_seen="non_padding",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=spec.save_steps,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=default_device().type == "cpu",
+        seed=seed,
+    )
+
+
+def _world_size() -> int:
+    """Processes that torchrun or accelerate started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,320 @@
+"""Run the first LoRA steps and keep their gradients: the first of GradPruner's four steps.
+
+GradPruner (arXiv:2601.19503), Section 3.1 and Algorithm 1, step 1. The base model is bit-identical afterwards.
+"""
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gradpruner.efficiency import PeakMemory
+from gradpruner.encoding import Batch
+from gradpruner.files import write_json
+from gradpruner.igia import GRADIENT_ESTIMATES, Factors, check_choice, simulated_gradient, squared_frobenius
+from gradpruner.models import decoder_layers, linear_sublayers, lora_targets
+from gradpruner.runtime import default_device, set_seed
+from gradpruner.trainer import CompletionTrainer
+
+ADAPTERS = ("lora", "dora")
+# Name -> peft's value. `mica` freezes B, so its gradient does not exist; eva, corda, loftq and lora_ga need data first.
+LORA_INITS: dict[str, bool | str] = {
+    "default": True,
+    "gaussian": "gaussian",
+    "pissa": "pissa",
+    "olora": "olora",
+    "orthogonal": "orthogonal",
+}
+RESULT_FILE = "importance.json"
+
+
+@dataclass(frozen=True)
+class ImportanceSpec:
+    """How the early gradients are taken.
+
+    Attributes:
+        steps: optimizer steps, at least 2: the first has grad_A = 0 because LoRA's B starts at zero.
+        batch_size: rows a batch.
+        accumulation: batches an optimizer step.
+        learning_rate: constant rate of AdamW. "Early" means that the model has hardly moved, so keep it small.
+        lora_rank: rank r of the adapters.
+        lora_alpha: their alpha.
+        lora_init: one of `LORA_INITS`.
+        adapter: `lora` or `dora`.
+        max_grad_norm: clip the gradient before it is captured, as the authors' code does; 0 does not clip.
+        gradient_estimate: one of `igia.GRADIENT_ESTIMATES`.
+        gradient_checkpointing: recompute activations, for less memory and more time.
+        seed: seeds the adapter's initial values.
+    """
+
+    steps: int = 40
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 1e-5
+    lora_rank: int = 8
+    lora_alpha: int = 32
+    lora_init: str = "default"
+    adapter: str = "lora"
+    max_grad_norm: float = 0.0
+    gradient_estimate: str = "product"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        if self.steps < 2:
+            raise ValueError(
+                f"The importance run needs at least 2 steps, got steps={self.steps}. LoRA's B starts at zero, so the "
+                "gradient of A, and with it Eq. 2, is zero at step 1. Raise method.steps."
+            )
+        check_choice("adapter", self.adapter, ADAPTERS)
+        check_choice("gradient_estimate", self.gradient_estimate, GRADIENT_ESTIMATES)
+        if self.lora_init == "mica":
+            raise ValueError(
+                "lora_init 'mica' freezes B, so there is no gradient of B to watch. "
+                f"Use one of {', '.join(LORA_INITS)}."
+            )
+        if self.lora_init not in LORA_INITS and not re.fullmatch(r"pissa_niter_\d+", self.lora_init):
+            raise ValueError(
+                f"lora_init must be one of {', '.join(LORA_INITS)} or pissa_niter_<n>, got {self.lora_init!r}."
+            )
+        for name in ("batch_size", "accumulation", "lora_rank", "lora_alpha", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
+        if self.max_grad_norm < 0:
+            raise ValueError(f"max_grad_norm must be 0 (no clipping) or above, got {self.max_grad_norm}.")
+
+
+@dataclass(frozen=True)
+class EarlyGradients:
+    """What the importance run leaves in its folder.
+
+    Attributes:
+        directory: folder with `importance.json` and one file of factors a step.
+        sublayers: names of the linear sublayers of a decoder layer.
+        energies: squared Frobenius norm of the simulated gradient, (t, L, M) float64.
+        losses: training loss per step.
+        train_seconds: wall time of the steps.
+        peak_memory_bytes: see `efficiency.PeakMemory`.
+    """
+
+    directory: Path
+    sublayers: tuple[str, ...]
+    energies: Tensor
+    losses: tuple[float, ...]
+    train_seconds: float
+    peak_memory_bytes: int
+
+    @classmethod
+    def load(cls, directory: Path) -> "EarlyGradients":
+        """Reads the folder that `record_early_gradients` wrote; factors stay on disk until asked for."""
+        data = json.loads((directory / RESULT_FILE).read_text())
+        return cls(
+            directory=directory,
+            sublayers=tuple(data["sublayers"]),
+            energies=torch.tensor(data["energies"], dtype=torch.float64),
+            losses=tuple(data["losses"]),
+            train_seconds=data["train_seconds"],
+            peak_memory_bytes=data["peak_memory_bytes"],
+        )
+
+    def factors(self, layer: int, sublayer: str) -> list[Factors]:
+        """The per-step factors of one sublayer's simulated gradient, shapes (out, k) and (k, in)."""
+        factors = []
+        for step in range(len(self.energies)):
+            with safe_open(self.directory / _step_file(step), framework="pt") as tensors:
+                left, right = _factor_names(layer, sublayer)
+                factors.append((tensors.get_tensor(left), tensors.get_tensor(right)))
+        return factors
+
+
+def record_early_gradients(
+    model: PreTrainedModel, batches: Iterable[Batch], spec: ImportanceSpec, directory: Path
+) -> EarlyGradients:
+    """Fine-tunes LoRA adapters for `spec.steps` steps and writes every step's gradient factors to `directory`.
+
+    Factors go to disk step by step, so that memory is that of a plain LoRA step.
+
+    Args:
+        model: base model; on return its weights, flags and mode are as before.
+        batches: dicts of `input_ids`, `attention_mask`, `labels` (-100 = no loss), each (B, T).
+        spec: how to run.
+        directory: empty folder for the result.
+
+    Raises:
+        ValueError: if there are fewer batches than the steps need, or all gradients are zero.
+        DivergedError: if the loss is NaN or infinite.
+    """
+    needed = spec.steps * spec.accumulation
+    taken = list(islice(batches, needed))
+    if len(taken) < needed:
+        raise ValueError(
+            f"{spec.steps} importance steps need {needed} batches, got {len(taken)}. Give more batches or lower steps."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    set_seed(spec.seed)
+    with _adapters(model, spec) as tuned, tempfile.TemporaryDirectory() as scratch:
+        recorder = _GradientRecorder(model, spec, directory)
+        trainer = CompletionTrainer(
+            tuned,
+            _training_arguments(spec, Path(scratch)),
+            description="importance",
+            train_dataset=taken,
+            data_collator=lambda batch: batch[0],
+            callbacks=[recorder],
+        )
+        start = time.perf_counter()
+        with PeakMemory() as memory:
+            trainer.train()
+        seconds = time.perf_counter() - start
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    energies = torch.stack(recorder.energies)  # (t, L, M)
+    if not energies.any():
+        raise ValueError(
+            f"All gradients were exactly zero in {spec.steps} importance steps, so no layer can be told from another. "
+            "Check that the batches have labels other than -100."
+        )
+    write_json(
+        directory / RESULT_FILE,
+        {
+            "sublayers": recorder.sublayers,
+            "energies": energies.tolist(),
+            "losses": losses,
+            "train_seconds": seconds,
+            "peak_memory_bytes": memory.peak_bytes,
+        },
+    )
+    return EarlyGradients.load(directory)
+
+
+class _GradientRecorder(TrainerCallback):
+    """Takes the factors of every sublayer before each optimizer step (after clipping, if there is any)."""
+
+    def __init__(self, model: PreTrainedModel, spec: ImportanceSpec, directory: Path) -> None:
+        layers = decoder_layers(model)
+        self._modules = [
+            {name: module for name, module in layer.named_modules() if isinstance(module, LoraLayer)}
+            for layer in layers
+        ]
+        self.sublayers = list(self._modules[0])
+        self.energies: list[Tensor] = []  # t times (L, M)
+        self._spec, self._directory = spec, directory
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        factors: dict[str, Tensor] = {}
+        energies = torch.zeros(len(self._modules), len(self.sublayers), dtype=torch.float64)
+        for layer, modules in enumerate(self._modules):
+            for index, name in enumerate(self.sublayers):
+                left, right = self._factors(modules[name])
+                energies[layer, index] = squared_frobenius(left, right)
+                left_name, right_name = _factor_names(layer, name)
+                factors[left_name] = left.float().cpu().contiguous()
+                factors[right_name] = right.float().cpu().contiguous()
+        bad = [layer for layer, row in enumerate(energies) if not torch.isfinite(row).all()]
+        if bad:
+            raise ValueError(
+                f"Gradients of layers {bad} are NaN or infinite at importance step {state.global_step + 1}. "
+                "Check those layers' weights, or lower method.learning_rate."
+            )
+        save_file(factors, self._directory / _step_file(len(self.energies)))
+        self.energies.append(energies)
+
+    def _factors(self, module: LoraLayer) -> Factors:
+        a, b = (adapter["default"].weight for adapter in (module.lora_A, module.lora_B))
+        return simulated_gradient(a.detach(), b.detach(), a.grad, b.grad, self._spec.gradient_estimate)
+
+
+@contextmanager
+def _adapters(model: PreTrainedModel, spec: ImportanceSpec) -> Iterator[PreTrainedModel]:
+    """`model` with LoRA adapters on all linear sublayers; undoes everything on exit."""
+    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    was_training, use_cache = model.training, model.config.use_cache
+    with _weights_restored(model, enabled=spec.lora_init not in ("default", "gaussian")):
+        config = LoraConfig(
+            r=spec.lora_rank,
+            lora_alpha=spec.lora_alpha,
+            init_lora_weights=LORA_INITS.get(spec.lora_init, spec.lora_init),
+            use_dora=spec.adapter == "dora",
+            target_modules=lora_targets(model),
+            task_type="CAUSAL_LM",
+        )
+        tuned = get_peft_model(model, config)
+        try:
+            yield tuned
+        finally:
+            tuned.unload()
+            if spec.gradient_checkpointing:
+                model.gradient_checkpointing_disable()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(required_grad[name])
+                parameter.grad = None
+            model.config.use_cache = use_cache
+            model.train(was_training)
+
+
+@contextmanager
+def _weights_restored(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
+    """Puts the linear weights back that an adapter init such as PiSSA changes; the copy waits on disk."""
+    if not enabled:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{layer}.safetensors" for layer in range(len(decoder_layers(model)))]
+        for file, layer in zip(files, decoder_layers(model), strict=True):
+            weights = {name: linear.weight.detach().cpu().clone() for name, linear in linear_sublayers(layer).items()}
+            save_file(weights, file)
+        try:
+            yield
+        finally:
+            for file, layer in zip(files, decoder_layers(model), strict=True):
+                weights = load_file(file)
+                for name, linear in linear_sublayers(layer).items():
+                    linear.weight.data.copy_(weights[name])
+
+
+def _training_arguments(spec: ImportanceSpec, scratch: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=spec.steps,
+        per_device_train_batch_size=1,  # an item of the dataset is a whole batch
+        gradient_accumulation_steps=spec.accumulation,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=spec.max_grad_norm,
+        activation_checkpointing=spec.gradient_checkpointing,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=default_device().type == "cpu",
+        seed=spec.seed,
+    )
+
+
+def _step_file(step: int) -> str:
+    return f"step-{step:05d}.safetensors"
+
+
+def _factor_names(layer: int, sublayer: str) -> tuple[str, str]:
+    return f"layers.{layer}.{sublayer}.left", f"layers.{layer}.{sublayer}.right"

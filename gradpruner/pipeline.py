@@ -1,0 +1,332 @@
+"""One run as data flows: examples -> measure -> prune -> fine-tune -> evaluate -> record.
+
+Every stage is cached by the content that determines it, so a sweep measures once, the dense model is fine-tuned once for
+every table, and a run that was killed goes on where it was. No method is known here by name.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gradpruner import encoding, finetune, igia, importance, merge, plan, surgery, trainer
+from gradpruner.cache import StageCache, code_version, content_hash
+from gradpruner.encoding import TrainingRow, encode_training_rows, training_batches
+from gradpruner.evaluate import likelihood, metrics
+from gradpruner.evaluate.likelihood import LikelihoodSpec, score_examples
+from gradpruner.evaluate.metrics import likelihood_metrics
+from gradpruner.files import read_jsonl, write_json, write_jsonl
+from gradpruner.finetune import TrainingSpec, load_finetuned
+from gradpruner.method import Compressed, Method
+from gradpruner.models import ModelSpec, count_parameters, empty_model
+from gradpruner.plan import PruningPlan
+from gradpruner.tasks import Example, Task
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS_FILE = "predictions.jsonl"
+METRICS_FILE = "metrics.json"
+PLAN_FILE = "plan.json"
+REPORT_FILE = "report.json"
+SECONDS_FILE = "seconds.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found, still in the cache's folders.
+
+    Attributes:
+        plan: what was pruned and merged.
+        report: what the method saw, with `num_parameters` of the compressed model.
+        training: account of the fine-tune, see `finetune.finetune`.
+        metrics: of the fine-tuned model.
+        metrics_before: of the compressed model before fine-tuning, or empty.
+        predictions: file with the scored test examples.
+        seconds: wall time per stage when it was computed.
+    """
+
+    plan: PruningPlan
+    report: dict[str, Any]
+    training: dict[str, Any]
+    metrics: dict[str, Any]
+    metrics_before: dict[str, Any]
+    predictions: Path
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Everything that decides a run.
+
+    Attributes:
+        model: the dense model.
+        task: training and test data.
+        method: what to do to the model.
+        training: how to fine-tune.
+        evaluation: how to evaluate.
+        seed: of data order, adapters and draws.
+        cache_dir: folder for stages and converted models.
+        evaluate_before: also evaluate before fine-tuning.
+    """
+
+    model: ModelSpec
+    task: Task
+    method: Method
+    training: TrainingSpec
+    evaluation: LikelihoodSpec
+    seed: int
+    cache_dir: Path
+    evaluate_before: bool = True
+
+    # ---- what can be known, and refused, before any weight is loaded ----
+
+    @cached_property
+    def train_examples(self) -> list[Example]:
+        """Rendered training examples."""
+        return self.task.load("train", self.seed)
+
+    @cached_property
+    def test_examples(self) -> list[Example]:
+        """Rendered test examples."""
+        return self.task.load("test", self.seed)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """Config of the dense model."""
+        return self.model.load_config(self._assets_dir)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.model.load_tokenizer(self._assets_dir)
+
+    @cached_property
+    def rows(self) -> list[TrainingRow]:
+        """Tokenized training rows."""
+        return encode_training_rows(self.train_examples, self.tokenizer, self.task.max_length)
+
+    @cached_property
+    def resolved_method(self) -> Method:
+        """The method with counts and steps made definite for this model and this training length."""
+        return self.method.resolve(self.config.num_hidden_layers, self.training.num_steps(len(self.rows)))
+
+    @cached_property
+    def num_dense_parameters(self) -> int:
+        """Parameters of the dense model, tied ones once."""
+        return count_parameters(empty_model(self.config))
+
+    def check(self) -> None:
+        """Reads config and data and resolves the method; raises what `ModelSpec`, `Task` and `Method` raise.
+
+        Raises:
+            ValueError: also if the disk has no room for what the run will write.
+        """
+        _ = self.resolved_method, self.test_examples
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        # Weights in float32; full fine-tuning keeps two checkpoints with two optimizer moments besides.
+        copies = 8 if self.training.mode == "full" else 1
+        needed, free = 4 * self.num_dense_parameters * copies, shutil.disk_usage(self.cache_dir).free
+        if needed > free:
+            raise ValueError(
+                f"Not enough disk space in {self.cache_dir.absolute()}: about {needed / 1e9:.1f} GB needed, "
+                f"{free / 1e9:.1f} GB free. Free some, or set cache_dir to another disk."
+            )
+
+    # ---- the stages ----
+
+    def run(self) -> Outcome:
+        """Runs every stage that is not in the cache yet."""
+        self.check()
+        models = _Models(self)
+        pruned = self._cached("prune", self._prune_key, models.write_plan)
+        before = self._evaluated(self._prune_key, models.compressed) if self.evaluate_before else None
+        trained = self._cached("finetune", self._finetune_key, models.write_finetuned, resumable=True)
+        after = self._evaluated(self._finetune_key, models.finetuned)
+        seconds = {"measure": _seconds(self._measured()), "finetune": _seconds(trained), "evaluate": _seconds(after)}
+        return Outcome(
+            plan=PruningPlan.load(pruned / PLAN_FILE),
+            report=json.loads((pruned / REPORT_FILE).read_text()),
+            training=finetune.read_result(trained),
+            metrics=json.loads((after / METRICS_FILE).read_text()),
+            metrics_before=json.loads((before / METRICS_FILE).read_text()) if before else {},
+            predictions=after / PREDICTIONS_FILE,
+            seconds=seconds,
+        )
+
+    def load_result(self) -> PreTrainedModel:
+        """The fine-tuned model of a finished run, rebuilt from the cache."""
+        return _Models(self).finetuned()
+
+    def stages(self) -> dict[str, bool]:
+        """Which stages are in the cache already."""
+        keys = {"measure": self._measure_key, "prune": self._prune_key, "finetune": self._finetune_key}
+        found = {stage: self._cache.find(stage, key) is not None for stage, key in keys.items()}
+        found["evaluate"] = self._cache.find("evaluate", self._evaluate_key(self._finetune_key)) is not None
+        return found
+
+    def _cached(self, stage: str, key: dict[str, Any], compute: Any, resumable: bool = False) -> Path:
+        def timed(directory: Path) -> None:
+            start = time.perf_counter()
+            compute(directory)
+            write_json(directory / SECONDS_FILE, time.perf_counter() - start)
+
+        name = f"{stage}/{content_hash(key)}"
+        if name not in self._finished:  # once a run: looking an entry up verifies its checksums
+            self._finished[name] = self._cache.get(stage, key, timed, resumable)
+        return self._finished[name]
+
+    def _measured(self) -> Path:
+        """Folder of what the method measured."""
+
+        def compute(directory: Path) -> None:
+            calibration = self.resolved_method.calibration()
+            batches = (
+                training_batches(
+                    self.rows,
+                    calibration.batch_size,
+                    calibration.num_batches,
+                    self.tokenizer.pad_token_id,
+                    calibration.seed,
+                )
+                if calibration
+                else ()
+            )
+            self.resolved_method.measure(self.model.load(self._assets_dir), batches, directory)
+
+        return self._cached("measure", self._measure_key, compute)
+
+    def _evaluated(self, weights_key: dict[str, Any], load: Any) -> Path:
+        """Folder with predictions and metrics of the weights that `load` gives."""
+
+        def compute(directory: Path) -> None:
+            predictions = score_examples(
+                load(), self.tokenizer, self.test_examples, self.evaluation, self.task.max_length
+            )
+            write_jsonl(directory / PREDICTIONS_FILE, predictions)
+            write_json(directory / METRICS_FILE, likelihood_metrics(read_jsonl(directory / PREDICTIONS_FILE)))
+
+        return self._cached("evaluate", self._evaluate_key(weights_key), compute)
+
+    # ---- what each stage depends on ----
+
+    @cached_property
+    def _finished(self) -> dict[str, Path]:
+        return {}
+
+    @cached_property
+    def _cache(self) -> StageCache:
+        return StageCache(self.cache_dir / "stages")
+
+    @property
+    def _assets_dir(self) -> Path:
+        return self.cache_dir / "assets"
+
+    @cached_property
+    def _base_key(self) -> dict[str, Any]:
+        return {
+            "model": self.model.fingerprint(self._assets_dir),
+            "dtype": self.model.dtype,
+            "attn_implementation": self.model.attn_implementation,
+        }
+
+    @cached_property
+    def _rows_key(self) -> str:
+        return content_hash([[row.input_ids, row.num_answer_tokens] for row in self.rows])
+
+    @cached_property
+    def _measure_key(self) -> dict[str, Any]:
+        method = self.resolved_method
+        needs_data = method.calibration() is not None
+        return {
+            **self._base_key,
+            "method": method.name,
+            "settings": method.measurement_settings(),
+            "rows": self._rows_key if needs_data else None,
+            "code": code_version(sys.modules[type(method).__module__], importance, igia, encoding, trainer),
+        }
+
+    @cached_property
+    def _prune_key(self) -> dict[str, Any]:
+        return {
+            "measure": content_hash(self._measure_key),
+            "settings": self.resolved_method.prune_settings(),
+            "code": code_version(merge, plan, surgery),
+        }
+
+    @cached_property
+    def _finetune_key(self) -> dict[str, Any]:
+        return {
+            "prune": content_hash(self._prune_key),
+            "training": dataclasses.asdict(self.training),
+            "rows": self._rows_key,
+            "seed": self.seed,
+            "code": code_version(finetune, encoding, trainer),
+        }
+
+    def _evaluate_key(self, weights_key: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "weights": content_hash(weights_key),
+            "examples": content_hash([dataclasses.asdict(example) for example in self.test_examples]),
+            "max_length": self.task.max_length,
+            "evaluation": dataclasses.asdict(self.evaluation),
+            "code": code_version(likelihood, metrics, encoding),
+        }
+
+
+class _Models:
+    """Loads, compresses and trains on demand; keeps at most one model, and only while it is untrained."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._compressed: Compressed | None = None
+
+    def compressed(self) -> PreTrainedModel:
+        return self._compress().model
+
+    def write_plan(self, directory: Path) -> None:
+        compressed = self._compress()
+        compressed.plan.save(directory / PLAN_FILE)
+        report = {**compressed.report, "num_parameters": count_parameters(compressed.model)}
+        write_json(directory / REPORT_FILE, report)
+
+    def write_finetuned(self, directory: Path) -> None:
+        pipeline = self._pipeline
+        model = self._compress().model
+        self._compressed = None  # training changes it in place
+        finetune.finetune(
+            model,
+            pipeline.rows,
+            pipeline.tokenizer.pad_token_id,
+            pipeline.training,
+            directory,
+            pipeline.seed,
+            pipeline.resolved_method.callbacks(),
+        )
+
+    def finetuned(self) -> PreTrainedModel:
+        pipeline = self._pipeline
+        # Always from disk, even right after training: a run and its continuation then take the same way.
+        trained = pipeline._cached("finetune", pipeline._finetune_key, self.write_finetuned, resumable=True)
+        model = load_finetuned(self._compress().model, pipeline.training, trained)
+        self._compressed = None
+        return pipeline.resolved_method.finish(model)
+
+    def _compress(self) -> Compressed:
+        if self._compressed is None:
+            pipeline = self._pipeline
+            measured = pipeline._measured()
+            model = pipeline.model.load(pipeline._assets_dir)
+            self._compressed = pipeline.resolved_method.prune(model, measured)
+        return self._compressed
+
+
+def _seconds(entry: Path) -> float:
+    return float(json.loads((entry / SECONDS_FILE).read_text()))

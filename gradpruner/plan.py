@@ -1,0 +1,198 @@
+"""The pruning plan: which decoder layers leave, which merge, and which kept layer absorbs each.
+
+Pure Python, so that a plan can be made, checked, saved and read without a model.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from gradpruner.files import write_json
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What happens to every decoder layer; layer numbers are 0-based positions in the dense model.
+
+    Attributes:
+        num_hidden_layers: decoder layers of the dense model.
+        pruned_layers: layers that leave, ascending.
+        absorbed_by: for each pruned layer that was chosen to merge, the kept layer that absorbs it, or None where no
+            kept layer comes before it (it is then dropped unmerged).
+        merge_rule: rule of `merge.MERGE_RULES`.
+        density: fraction of each merged weight that may enter the kept one.
+        layer_importance: one score a layer, as the method saw it; empty for methods without scores.
+        method: name of the method that made the plan.
+    """
+
+    num_hidden_layers: int
+    pruned_layers: tuple[int, ...] = ()
+    absorbed_by: Mapping[int, int | None] = dataclasses.field(default_factory=dict)
+    merge_rule: str = "none"
+    density: float = 0.0
+    layer_importance: tuple[float, ...] = ()
+    method: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on a plan that cannot be carried out."""
+        layers, pruned = range(self.num_hidden_layers), self.pruned_layers
+        if sorted(set(pruned)) != list(pruned) or any(layer not in layers for layer in pruned):
+            raise ValueError(
+                f"pruned_layers must be ascending, distinct and within 0 to {self.num_hidden_layers - 1}, "
+                f"got {list(pruned)}. The plan is damaged or belongs to another model."
+            )
+        if self.layer_importance and len(self.layer_importance) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_importance must have one score for each of {self.num_hidden_layers} layers, "
+                f"got {len(self.layer_importance)}. The plan is damaged or belongs to another model."
+            )
+        for layer, absorber in self.absorbed_by.items():
+            if layer not in pruned or absorber != preceding_kept_layer(layer, pruned):
+                raise ValueError(
+                    f"absorbed_by must map pruned layers to the nearest kept layer before them, got {layer} -> "
+                    f"{absorber} with pruned layers {list(pruned)}. The plan is damaged."
+                )
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Layers that stay, ascending."""
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in self.pruned_layers)
+
+    @property
+    def merges(self) -> dict[int, tuple[int, ...]]:
+        """Kept layer -> the pruned layers that it absorbs, both ascending."""
+        merges: dict[int, tuple[int, ...]] = {}
+        for layer in sorted(self.absorbed_by):
+            absorber = self.absorbed_by[layer]
+            if absorber is not None and self.merge_rule != "none":
+                merges[absorber] = (*merges.get(absorber, ()), layer)
+        return dict(sorted(merges.items()))
+
+    @property
+    def dropped_unmerged(self) -> tuple[int, ...]:
+        """Layers chosen to merge that no kept layer precedes."""
+        return tuple(layer for layer in sorted(self.absorbed_by) if self.absorbed_by[layer] is None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, with the kept layers spelt out for readers."""
+        return {
+            "version": PLAN_VERSION,
+            **dataclasses.asdict(self),
+            "pruned_layers": list(self.pruned_layers),
+            "kept_layers": list(self.kept_layers),
+            "absorbed_by": {str(layer): absorber for layer, absorber in sorted(self.absorbed_by.items())},
+            "dropped_unmerged": list(self.dropped_unmerged),
+            "layer_importance": list(self.layer_importance),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` wrote; raises ValueError if it is of another version or inconsistent."""
+        if data.get("version") != PLAN_VERSION:
+            raise ValueError(
+                f"Cannot read plan version {data.get('version')!r}, this release writes {PLAN_VERSION}. "
+                "Make the plan again with this release."
+            )
+        fields = {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
+        fields["pruned_layers"] = tuple(fields["pruned_layers"])
+        fields["layer_importance"] = tuple(fields["layer_importance"])
+        fields["absorbed_by"] = {int(layer): absorber for layer, absorber in fields["absorbed_by"].items()}
+        return cls(**fields)
+
+    def save(self, path: Path) -> None:
+        """Writes the plan as JSON, atomically."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a plan written by `save`."""
+        return cls.from_dict(json.loads(path.read_text()))
+
+
+def preceding_kept_layer(layer: int, pruned_layers: Sequence[int]) -> int | None:
+    """The nearest layer before `layer` that stays ("only merged with the preceding retained layer", Section 3.2)."""
+    return next((before for before in range(layer - 1, -1, -1) if before not in pruned_layers), None)
+
+
+def lowest_layers(layer_importance: Sequence[float], num_pruned_layers: int) -> tuple[int, ...]:
+    """The `num_pruned_layers` least important layers, ascending; of equal ones the first leaves first."""
+    ranking = sorted(range(len(layer_importance)), key=lambda layer: (layer_importance[layer], layer))
+    return tuple(sorted(ranking[:num_pruned_layers]))
+
+
+def most_important_layers(
+    layer_importance: Sequence[float], pruned_layers: Sequence[int], merge_count: int
+) -> tuple[int, ...]:
+    """The `merge_count` most important of the pruned layers, ascending; of equal ones the first merges first."""
+    ranking = sorted(pruned_layers, key=lambda layer: (-layer_importance[layer], layer))
+    return tuple(sorted(ranking[:merge_count]))
+
+
+def make_plan(
+    layer_importance: Sequence[float],
+    num_pruned_layers: int,
+    merge_count: int,
+    *,
+    merge_rule: str = "sign_average",
+    density: float = 0.2,
+    merged_layers: Sequence[int] | None = None,
+    method: str = "gradpruner",
+) -> PruningPlan:
+    """Prunes the least important layers and merges the most important of those (Section 3).
+
+    Args:
+        layer_importance: one finite score a layer (Eq. 4).
+        num_pruned_layers: how many layers leave.
+        merge_count: how many of them merge; ignored when `merged_layers` is given.
+        merge_rule: rule of `merge.MERGE_RULES`.
+        density: fraction of each merged weight that may enter.
+        merged_layers: the pruned layers to merge, instead of the most important ones.
+        method: name for the plan.
+
+    Raises:
+        ValueError: if scores are not finite, counts do not fit, or an explicit layer is not among the pruned ones.
+    """
+    num_layers = len(layer_importance)
+    bad = [layer for layer, score in enumerate(layer_importance) if not abs(score) < float("inf")]
+    if bad:
+        raise ValueError(
+            f"layer_importance must be finite, got NaN or infinity for layers {bad}. "
+            "The importance run diverged: lower its learning rate or check the weights."
+        )
+    check_counts(num_layers, num_pruned_layers, merge_count)
+    pruned = lowest_layers(layer_importance, num_pruned_layers)
+    chosen = tuple(merged_layers or ()) or most_important_layers(layer_importance, pruned, merge_count)
+    strangers = sorted(set(chosen) - set(pruned))
+    if strangers:
+        raise ValueError(
+            f"merged_layers must be among the pruned layers {list(pruned)}, got {strangers} besides. "
+            "Leave them out, or use merge_count to take the most important pruned layers."
+        )
+    return PruningPlan(
+        num_hidden_layers=num_layers,
+        pruned_layers=pruned,
+        absorbed_by={layer: preceding_kept_layer(layer, pruned) for layer in chosen},
+        merge_rule=merge_rule,
+        density=density,
+        layer_importance=tuple(float(score) for score in layer_importance),
+        method=method,
+    )
+
+
+def check_counts(num_hidden_layers: int, num_pruned_layers: int, merge_count: int) -> None:
+    """Raises ValueError if a model of that depth cannot lose or merge that many layers."""
+    if not 0 <= num_pruned_layers <= num_hidden_layers - 2:
+        raise ValueError(
+            f"num_pruned_layers must leave at least 2 of the model's {num_hidden_layers} decoder layers, "
+            f"got {num_pruned_layers}. Lower sparsity or method.num_pruned_layers."
+        )
+    if not 0 <= merge_count <= num_pruned_layers:
+        raise ValueError(
+            f"merge_count must be between 0 and the {num_pruned_layers} pruned layers, got {merge_count}. "
+            "Lower merge_count or raise sparsity."
+        )

@@ -1,0 +1,60 @@
+"""Where and with what a run happened: device, seeds, versions, git state."""
+
+import platform
+import subprocess
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed as _set_seed
+from transformers.utils import logging as transformers_logging
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "hydra-core")
+
+
+def default_device() -> torch.device:
+    """The first CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype() -> torch.dtype:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is tens of times slower."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def set_seed(seed: int) -> None:
+    """Seeds Python, NumPy and torch."""
+    _set_seed(seed)
+
+
+def quiet_libraries() -> None:
+    """Turns off progress bars and warnings of libraries that say nothing about a run."""
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft asks
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and commit of this process, for the record."""
+    device = default_device()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "num_threads": torch.get_num_threads(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the project's folder, or None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

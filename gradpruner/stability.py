@@ -1,0 +1,71 @@
+"""Has the pruned set settled? Per-step importance tells, before anything is pruned.
+
+If the model has hardly moved, the lowest layers of any stretch of steps are the same. When a few spiky steps decide, or
+the adapter moves far enough to change the ranking, the sets disagree, and pruned accuracy falls.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from gradpruner.plan import lowest_layers
+
+SETTLED_OVERLAP = 0.9  # between the final set and every prefix of at least three quarters of the steps
+HALVES_OVERLAP = 0.8  # between the sets of the first and of the second half
+SPIKE_SHARE = 0.5  # of the summed importance in a tenth of the steps
+
+
+def stability_report(step_importance: Tensor, num_pruned_layers: int) -> dict[str, Any]:
+    """Compares the pruned set over growing prefixes and over halves of the steps.
+
+    Args:
+        step_importance: importance per step and layer, (t, L); see `igia.step_importance`.
+        num_pruned_layers: size of the set.
+
+    Returns:
+        JSON-ready dict: `step_importance`; `prefix_overlap` (for each i, the share of the final set that the first i
+        steps already give; null while they hold no gradient); `halves_overlap`; `top_step_share` (share of all
+        importance in the largest tenth of the steps); `warnings`, a list of sentences, empty when all is well.
+    """
+    num_steps = len(step_importance)
+    totals = step_importance.sum(dim=1)  # (t,)
+    prefix_overlap = [
+        _overlap(step_importance[:stop], step_importance, num_pruned_layers) for stop in range(1, num_steps + 1)
+    ]
+    middle = (num_steps + 1) // 2
+    halves_overlap = _overlap(step_importance[:middle], step_importance[middle:], num_pruned_layers)
+    num_top = max(1, num_steps // 10)
+    top_share = float(totals.topk(num_top).values.sum() / totals.sum())
+
+    warnings = []
+    late = [overlap for overlap in prefix_overlap[(3 * num_steps) // 4 :] if overlap is not None]
+    if late and min(late) < SETTLED_OVERLAP:
+        warnings.append(
+            f"The pruned set has not settled: over the last quarter of the {num_steps} importance steps it agreed with "
+            f"the final one on only {min(late):.0%} of the layers. Raise method.steps or method.batch_size."
+        )
+    if halves_overlap is not None and halves_overlap < HALVES_OVERLAP:
+        warnings.append(
+            f"The pruned set drifts: the two halves of the importance steps agree on only {halves_overlap:.0%} of the "
+            "layers. The adapter may move too far: lower method.learning_rate, or raise method.batch_size."
+        )
+    if num_steps >= 10 and top_share > SPIKE_SHARE:
+        warnings.append(
+            f"{num_top} of {num_steps} importance steps hold {top_share:.0%} of the gradient energy, so they alone "
+            "decide. Consider method.step_weighting=normalized."
+        )
+    return {
+        "step_importance": step_importance.tolist(),
+        "prefix_overlap": prefix_overlap,
+        "halves_overlap": halves_overlap,
+        "top_step_share": top_share,
+        "warnings": warnings,
+    }
+
+
+def _overlap(first: Tensor, second: Tensor, num_pruned_layers: int) -> float | None:
+    """Share of the lowest layers that two stretches of steps have in common; None if either holds no gradient."""
+    if num_pruned_layers == 0 or not first.any() or not second.any():
+        return None
+    sets = [set(lowest_layers(part.mean(dim=0).tolist(), num_pruned_layers)) for part in (first, second)]
+    return len(sets[0] & sets[1]) / num_pruned_layers

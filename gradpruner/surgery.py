@@ -1,0 +1,82 @@
+"""Carry a pruning plan out on a model: merge, drop, renumber, fix the config.
+
+GradPruner (arXiv:2601.19503), Section 3.2. Norms and biases of the kept layer stay as they are.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gradpruner.merge import merge_layers
+from gradpruner.models import PER_LAYER_CONFIG_LISTS, decoder_layers, linear_sublayers, shrink_config
+from gradpruner.plan import PruningPlan
+
+IgiaLookup = Callable[[int, str], Tensor]  # (layer, sublayer name) -> IGIA-Matrix, (out, in)
+
+
+@torch.no_grad()
+def apply_plan(model: PreTrainedModel, plan: PruningPlan, igia: IgiaLookup | None = None) -> PreTrainedModel:
+    """Merges and removes layers in place.
+
+    Args:
+        model: the dense model; changed in place.
+        plan: what to do.
+        igia: IGIA-Matrix of a sublayer; only asked for layers that merge, one sublayer at a time.
+
+    Returns:
+        `model`, for chaining.
+
+    Raises:
+        ValueError: if the plan is for another depth, or merges and no `igia` is given.
+    """
+    layers = decoder_layers(model)
+    if len(layers) != plan.num_hidden_layers:
+        raise ValueError(
+            f"The plan is for {plan.num_hidden_layers} decoder layers, the model has {len(layers)}. "
+            "Apply it to the dense model that it was made for."
+        )
+    if plan.merges and igia is None:
+        raise ValueError(f"The plan merges layers {list(plan.absorbed_by)} but no IGIA-Matrix was given. Pass igia.")
+    for absorber, merged in plan.merges.items():
+        assert igia is not None
+        _merge_into(layers, absorber, merged, plan, igia)
+    if plan.pruned_layers:
+        drop_layers(model, plan.kept_layers)
+    return model
+
+
+def drop_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> None:
+    """Keeps only `kept_layers` of the model, in place, with cache indices and config to match."""
+    decoder = model.get_decoder()
+    kept = [decoder_layers(model)[layer] for layer in kept_layers]
+    decoder.layers = nn.ModuleList(kept)
+    for index, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # the key-value cache is addressed by it; a gap breaks generate()
+    smaller = shrink_config(model.config, kept_layers)
+    for key in PER_LAYER_CONFIG_LISTS:  # in place: the model's modules share this config object
+        if getattr(model.config, key, None) is not None:
+            setattr(model.config, key, getattr(smaller, key))
+    model.config.num_hidden_layers = smaller.num_hidden_layers
+
+
+def _merge_into(
+    layers: nn.ModuleList, absorber: int, merged: tuple[int, ...], plan: PruningPlan, igia: IgiaLookup
+) -> None:
+    """Merges every linear sublayer of the `merged` layers into that of `absorber`."""
+    sources = [linear_sublayers(layers[layer]) for layer in merged]
+    for name, target in linear_sublayers(layers[absorber]).items():
+        device = target.weight.device
+        target.weight.copy_(
+            merge_layers(
+                target.weight,
+                [source[name].weight for source in sources],
+                [igia(layer, name).to(device) for layer in merged],
+                plan.density,
+                plan.merge_rule,
+                kept_igia=igia(absorber, name).to(device) if plan.merge_rule == "fisher" else None,
+            )
+        )

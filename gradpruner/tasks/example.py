@@ -1,0 +1,54 @@
+"""What tasks produce: `Example`s, and the fingerprint by which caches recognise them."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Example:
+    r"""One rendered example.
+
+    Attributes:
+        id: unique within the split.
+        prompt: what the model is given, `"Question: ...\nAnswer:"`.
+        answer: the reference completion with its leading delimiter; `choices[label]` if there are choices.
+        choices: rendered completions with their leading delimiter, `" cellular telephone"`; empty for open answers.
+        label: 0-based position of the answer among the choices; None for open answers.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a task reads from one row, before the templates.
+
+    Attributes:
+        fields: values for the prompt template, by name.
+        choices: texts of the choices; empty for open answers.
+        label: 0-based position of the answer among the choices; None for open answers.
+        answer: text of an open answer; None if there are choices.
+        id: the row's own id; None to number the rows.
+    """
+
+    fields: Mapping[str, Any]
+    choices: tuple[str, ...] = ()
+    label: int | None = None
+    answer: str | None = None
+    id: str | None = None
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """Returns the SHA-256, in hex, of the examples as canonical JSON: equal for equal content in equal order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        text = json.dumps(vars(example), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()

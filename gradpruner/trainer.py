@@ -1,0 +1,104 @@
+"""What every training run here shares, on top of the Hugging Face Trainer."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from gradpruner.encoding import IGNORED, Batch, position_ids
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite; the message says where and what to change."""
+
+
+def trim_to_answers(batch: Batch) -> dict[str, Any]:
+    """Model inputs that make it compute logits only where there is loss.
+
+    With answers aligned at the end, everything before the first answer token of the batch needs no logits: for a
+    49k-word vocabulary these would be most of the memory of a step.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels`, each (B, T).
+
+    Returns:
+        The inputs with `position_ids`, `labels` cut to their last k columns, and `logits_to_keep` = k.
+    """
+    labels = batch["labels"]
+    has_loss = (labels != IGNORED).any(dim=0)  # (T,)
+    first = int(has_loss.int().argmax())
+    keep = min(labels.shape[1], labels.shape[1] - first + 1)  # the token before an answer predicts its first token
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "position_ids": position_ids(batch["attention_mask"]),
+        "labels": labels[:, -keep:],
+        "logits_to_keep": keep,
+    }
+
+
+class CompletionTrainer(Trainer):
+    """Trainer with completion-only logits, a stop at the first non-finite loss, and a quiet progress bar."""
+
+    def __init__(self, *args: Any, description: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(_ProgressBar(description))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss, on the columns that have any."""
+        result = super().compute_loss(model, trim_to_answers(inputs), return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1} of {self.state.max_steps} (learning "
+                f"rate {self._get_learning_rate():.3g}). Lower the learning rate, or check the data and the weights."
+            )
+        return result
+
+
+class _ProgressBar(TrainerCallback):
+    """One bar over optimizer steps that shows the current loss."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._description, unit="step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

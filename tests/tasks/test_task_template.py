@@ -1,0 +1,69 @@
+import pytest
+
+from gradpruner.tasks.columns import DataError, RowError
+from gradpruner.tasks.template import Template
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Question: {question}\nAnswer:", "Question: Why {not}?\nAnswer:"),
+        ("{doc.title} ({doc.year})", "A title (1999)"),
+        ("{{question}}", "{question}"),
+        ("{{{question}}}", "{Why {not}?}"),
+        ("{question}{question}", "Why {not}?Why {not}?"),
+        ("100 % $x \\n", "100 % $x \\n"),
+    ],
+)
+def test_render(text: str, expected: str) -> None:
+    values = {"question": "Why {not}?", "doc": {"title": "A title", "year": 1999}}
+    assert Template(text).render(values) == expected
+
+
+def test_fields_are_listed_once_in_order() -> None:
+    assert Template("{b} {a.c} {b} {{d}}").fields == ("b", "a.c")
+
+
+@pytest.mark.parametrize("text", ["{", "}", "{question", "a } b", "{a{b}c}"])
+def test_lone_brace(text: str) -> None:
+    with pytest.raises(DataError, match=r"lone '[{}]' at character \d+, got .* Write \{\{ or \}\}"):
+        Template(text)
+
+
+@pytest.mark.parametrize("field", ["", "0", "a[0]", "a!r", "a:>3", "a b", "a..b", "a.", ".a", "a-b"])
+def test_only_plain_names(field: str) -> None:
+    with pytest.raises(DataError, match=r"must be a plain name or names joined by dots, got '\{"):
+        Template("{" + field + "}")
+
+
+def test_attributes_are_out_of_reach() -> None:
+    with pytest.raises(RowError, match=r"\{question.__class__\} is unknown; known: question"):
+        Template("{question.__class__}").render({"question": "x"})
+
+
+def test_not_text() -> None:
+    with pytest.raises(DataError, match=r"must be text, got 3\. Write it as a quoted string"):
+        Template(3)  # type: ignore[arg-type]
+
+
+def test_check_fields() -> None:
+    Template("{question}").check_fields(["question", "x"], "dataset.prompt")
+    with pytest.raises(
+        DataError, match=r"dataset.prompt has the unknown field \{queston\}.*Known: \{question\}, \{goal\}"
+    ):
+        Template("{queston}").check_fields(["question", "goal"], "dataset.prompt")
+    with pytest.raises(DataError, match="did you mean 'question'"):
+        Template("{queston}").check_fields(["question", "goal"], "dataset.prompt")
+    with pytest.raises(DataError, match=r"dataset.prompt has no field.*got 'Answer:'. Use \{question\}"):
+        Template("Answer:").check_fields(["question"], "dataset.prompt")
+
+
+def test_render_errors() -> None:
+    values = {"question": "x", "doc": {"title": "t"}, "tags": ["a"], "none": None, "flag": True}
+    with pytest.raises(
+        RowError, match=r"\{doc.titel\} is unknown; known: question, doc.title, .*did you mean 'doc.title'"
+    ):
+        Template("{doc.titel}").render(values)
+    for name, found in (("tags", "list"), ("none", "null"), ("flag", "bool"), ("doc", "dict")):
+        with pytest.raises(RowError, match=rf"\{{{name}\}} must be text or a number, got {found}"):
+            Template("{" + name + "}").render(values)
