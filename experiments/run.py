@@ -98,7 +98,7 @@ def cfg_method_name(cfg: DictConfig) -> str:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """The part of the resolved config that results depend on; methods name what they use of sparsity and merge_count."""
+    """The part of the config that results depend on; methods name what they use of sparsity and merge_count."""
     resolved = _resolved(cfg)
     return {key: value for key, value in resolved.items() if key not in (*NOT_IDENTITY, "sparsity", "merge_count")}
 

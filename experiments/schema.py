@@ -1,7 +1,7 @@
 """The shape of the root config, and how a config node becomes the object it describes.
 
-A node's fields and types have one home: the dataclass that its `_target_` names. Unknown keys and wrong types are refused
-before anything is built.
+A node's fields and types have one home: the dataclass that its `_target_` names. Unknown keys and wrong types are
+refused before anything is built.
 """
 
 import dataclasses

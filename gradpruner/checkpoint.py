@@ -51,7 +51,7 @@ def _model_card(plan: PruningPlan, base_name: str) -> str:
     rule = f" ({plan.merge_rule}, density {plan.density})" if merged and plan.merge_rule != "none" else ""
     return f"""# {base_name} with {len(plan.kept_layers)} of {plan.num_hidden_layers} layers
 
-Made with `{plan.method}` of the gradpruner project. A stock checkpoint: `AutoModelForCausalLM.from_pretrained` loads it.
+Made with `{plan.method}` of the gradpruner project. A stock checkpoint for `AutoModelForCausalLM.from_pretrained`.
 
 | | layers (0-based, of the dense model) |
 | --- | --- |

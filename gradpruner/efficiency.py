@@ -1,5 +1,8 @@
 """Peak memory of a stage, and parameter ratios."""
 
+import ctypes
+import gc
+import platform
 import threading
 from types import TracebackType
 from typing import Self
@@ -11,8 +14,8 @@ import torch
 class PeakMemory:
     """Context manager: highest memory of this process while it is open.
 
-    On CUDA the allocator's own peak; on a CPU the resident set size, sampled, and therefore including what the process
-    had before. Memory that the allocator kept from earlier work counts too, so compare stages only across fresh processes.
+    On CUDA the allocator's own peak; on a CPU the resident set size, sampled. That includes what the process had
+    before, libraries among it; freed memory is given back to the system first, so that an earlier stage counts little.
     """
 
     def __init__(self, interval_seconds: float = 0.02) -> None:
@@ -22,6 +25,7 @@ class PeakMemory:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        _release_memory()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             return self
@@ -44,3 +48,12 @@ class PeakMemory:
             self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
             if self._done.wait(self._interval):
                 return
+
+
+def _release_memory() -> None:
+    """Gives freed memory back to the system; glibc would keep most of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

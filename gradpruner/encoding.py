@@ -36,8 +36,8 @@ def split_tokens(
     """Token ids of every prompt and of what its completion adds to them.
 
     Prompt and completion are encoded as one text and split where the prompt alone ends, as lm-evaluation-harness does:
-    encoding them apart would give the completion other tokens than it has in running text. Spaces at the end of a prompt
-    go to the completion, where BPE vocabularies keep them.
+    encoding them apart would give the completion other tokens than it has in running text. Spaces at the end of a
+    prompt go to the completion, where BPE vocabularies keep them.
 
     Args:
         tokenizer: any Hugging Face tokenizer; its own special tokens (such as a BOS) are added.
@@ -48,14 +48,17 @@ def split_tokens(
         (prompt ids, completion ids) for each pair; neither is empty unless the completion text is.
     """
     stripped = [prompt.rstrip(" ") for prompt in prompts]
-    moved = [prompt[len(short) :] + completion for prompt, short, completion in zip(prompts, stripped, completions)]
+    moved = [
+        prompt[len(short) :] + completion
+        for prompt, short, completion in zip(prompts, stripped, completions, strict=True)
+    ]
     if not prompts:
         return []
     alone = tokenizer(stripped).input_ids
-    whole = tokenizer([short + completion for short, completion in zip(stripped, moved)]).input_ids
+    whole = tokenizer([short + completion for short, completion in zip(stripped, moved, strict=True)]).input_ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     pairs = []
-    for prompt_ids, ids in zip(alone, whole):
+    for prompt_ids, ids in zip(alone, whole, strict=True):
         # Something must come before the first answer token for the model to predict it.
         pairs.append((ids[: len(prompt_ids)], ids[len(prompt_ids) :]) if prompt_ids else ([start], ids))
     return pairs

@@ -1,13 +1,12 @@
 """LoRA and full fine-tuning from one TrainingSpec, with the Hugging Face Trainer.
 
-Defaults are the paper's (Appendix C.2) and, where it is silent, those of the authors' scripts. A run that is killed goes
-on from its last whole checkpoint and ends with the same weights.
+Defaults are the paper's (Appendix C.2) and, where it is silent, those of the authors' scripts. A run that is killed
+goes on from its last whole checkpoint and ends with the same weights.
 """
 
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,7 @@ RESULT_FILE = "training.json"
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
+HISTORY_KEYS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 COMPLETE_MARK = "complete.json"  # written last into a Trainer checkpoint
 
 
@@ -47,8 +47,8 @@ class TrainingSpec:
     Attributes:
         mode: `full` or `lora`.
         learning_rate: peak rate of AdamW.
-        batch_size: rows an optimizer step, over all devices.
-        micro_batch_size: rows on a device at once; the rest is accumulation.
+        batch_size: rows an optimizer step.
+        micro_batch_size: rows at once; the rest is accumulation.
         epochs: passes over the training rows.
         max_steps: optimizer steps, instead of `epochs`.
         warmup_fraction: part of the steps in which the rate rises.
@@ -92,22 +92,22 @@ class TrainingSpec:
             raise ValueError(f"max_steps must be 1 or more, or null to go by epochs, got {self.max_steps}.")
         if not 0.0 <= self.warmup_fraction < 1.0:
             raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}. The paper's is 0.03.")
-        if self.batch_size % (self.micro_batch_size * _world_size()):
+        if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size must be a multiple of micro_batch_size x devices, got {self.batch_size} and "
-                f"{self.micro_batch_size} x {_world_size()}. Change finetune.micro_batch_size."
+                f"batch_size must be a multiple of micro_batch_size, got {self.batch_size} and "
+                f"{self.micro_batch_size}. Change finetune.micro_batch_size."
             )
 
     @property
     def accumulation(self) -> int:
         """Micro batches an optimizer step."""
-        return self.batch_size // (self.micro_batch_size * _world_size())
+        return self.batch_size // self.micro_batch_size
 
     def num_steps(self, num_rows: int) -> int:
         """Optimizer steps of a run over `num_rows` rows, counted as the Trainer does."""
         if self.max_steps is not None:
             return self.max_steps
-        micro_batches = math.ceil(num_rows / (self.micro_batch_size * _world_size()))
+        micro_batches = math.ceil(num_rows / self.micro_batch_size)
         return math.ceil(self.epochs * math.ceil(micro_batches / self.accumulation))
 
 
@@ -165,7 +165,11 @@ def finetune(
         where = f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet."
         raise DivergedError(f"{error} {where}") from None
     _save(model, spec, directory)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    history = [
+        {key: entry[key] for key in HISTORY_KEYS if key in entry}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
     last = [entry["loss"] for entry in history[-max(1, len(history) // 10) :]]
     result = {
         "steps": trainer.state.global_step,
@@ -231,7 +235,7 @@ class _SeededLengthGroupedSampler(LengthGroupedSampler):
 
 
 class _Clock(TrainerCallback):
-    """Training time over interruptions; marks a checkpoint as whole; stops at a non-finite gradient before it is saved."""
+    """Training time over interruptions; marks whole checkpoints; stops at a bad gradient before it is saved."""
 
     def __init__(self, seconds_before: float) -> None:
         self._before, self._start = seconds_before, time.perf_counter()
@@ -330,8 +334,3 @@ def _training_arguments(spec: TrainingSpec, checkpoints: Path, seed: int) -> Tra
         use_cpu=default_device().type == "cpu",
         seed=seed,
     )
-
-
-def _world_size() -> int:
-    """Processes that torchrun or accelerate started; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

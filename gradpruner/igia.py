@@ -103,8 +103,8 @@ def step_weights(energies: Tensor, weighting: str = "energy") -> Tensor:
 
     Args:
         energies: squared Frobenius norm per step, layer and sublayer, (t, L, M).
-        weighting: `energy` (every step counts as it is) or `normalized` (every step's sum over the model becomes one, so
-            that a few spiky steps cannot decide alone; a step without gradient counts nothing).
+        weighting: `energy` (every step counts as it is) or `normalized` (every step's sum over the model becomes one,
+            so that a few spiky steps cannot decide alone; a step without gradient counts nothing).
 
     Returns:
         (t,) float64.

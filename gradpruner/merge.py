@@ -54,9 +54,9 @@ def merge_layers(
 ) -> Tensor:
     """Merges the weights of pruned layers into the same sublayer of the kept layer before them.
 
-    `passes` below is true where a pruned entry is among the top `density` of its IGIA-Matrix and has the sign of the
-    *original* kept entry; a zero has no sign and never merges. What does not pass leaves the kept entry as it is, bit by
-    bit, and no rule but `weighted_average` can flip a sign.
+    An entry of a pruned weight passes if it is among the top `density` of its IGIA-Matrix and has the sign of the
+    *original* kept entry; a zero has no sign and never merges. Where nothing passes the kept entry stays as it is, bit
+    by bit, and no rule but `weighted_average` can flip a sign.
 
     - `sign_average`: mean of the kept entry and all that pass (Eq. 6).
     - `sign_sum`: kept entry plus all that pass (Eq. 5 and the authors' code).

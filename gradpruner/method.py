@@ -1,14 +1,13 @@
 """The protocol that GradPruner, every baseline and the dense model share, and GradPruner itself.
 
-A method acts before fine-tuning (`measure`, then `prune`), during it (`callbacks`) and after it (`finish`). Measuring is
-apart from pruning because it is the expensive half and most settings of a sweep only concern the other: whatever
+A method acts before fine-tuning (`measure`, then `prune`), during it (`callbacks`) and after it (`finish`). Measuring
+is apart from pruning because it is the expensive half and most settings of a sweep only concern the other: whatever
 `measurement_settings` does not name can vary without measuring again.
 """
 
 import dataclasses
 import logging
 import tempfile
-from abc import ABC
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Method(ABC):  # noqa: B024 - every hook has a default: the dense model overrides none
+class Method:
     """Base of all methods. Building one is cheap and checks its values; work starts in the hooks."""
 
     name: ClassVar[str]
@@ -132,7 +131,7 @@ class Method(ABC):  # noqa: B024 - every hook has a default: the dense model ove
 
 @dataclass(frozen=True)
 class GradPruner(Method):
-    """GradPruner (arXiv:2601.19503): prune the layers that early LoRA gradients call unimportant, merge the best of them.
+    """GradPruner (arXiv:2601.19503): prune the layers that early LoRA gradients find unimportant, merge the best.
 
     Give either `sparsity` or `num_pruned_layers`, and either `steps` or `fraction`. The settings of the importance run
     are those of `importance.ImportanceSpec`.

@@ -1,12 +1,13 @@
 """One run as data flows: examples -> measure -> prune -> fine-tune -> evaluate -> record.
 
-Every stage is cached by the content that determines it, so a sweep measures once, the dense model is fine-tuned once for
-every table, and a run that was killed goes on where it was. No method is known here by name.
+Every stage is cached by the content that determines it, so a sweep measures once, the dense model is fine-tuned once
+for every table, and a run that was killed goes on where it was. No method is known here by name.
 """
 
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -127,8 +128,13 @@ class Pipeline:
         """Reads config and data and resolves the method; raises what `ModelSpec`, `Task` and `Method` raise.
 
         Raises:
-            ValueError: also if the disk has no room for what the run will write.
+            ValueError: also if started by torchrun, or if the disk has no room for what the run will write.
         """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"A run is one process, got WORLD_SIZE={os.environ['WORLD_SIZE']} from torchrun or accelerate. "
+                "Start it with plain python; spread a sweep over processes with hydra/launcher=joblib."
+            )
         _ = self.resolved_method, self.test_examples
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         # Weights in float32; full fine-tuning keeps two checkpoints with two optimizer moments besides.

@@ -22,8 +22,8 @@ class RunRecord:
         identity: hash of the part of the config that results depend on.
         seed: the run's seed.
         model: `name`, `num_hidden_layers`, `num_parameters` of the dense model.
-        pruning: `pruned_layers`, `absorbed_by`, `layer_importance`, `num_hidden_layers`, `num_parameters` after pruning,
-            and what the method reported.
+        pruning: `pruned_layers`, `absorbed_by`, `layer_importance`, `num_hidden_layers` and `num_parameters` after
+            pruning, and what the method reported.
         finetune: `steps`, `tokens`, `train_seconds`, `peak_memory_bytes`, `loss`.
         metrics: of the fine-tuned model, see `evaluate.metrics`.
         metrics_before: of the compressed model before fine-tuning; empty when not asked for.

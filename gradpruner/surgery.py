@@ -55,7 +55,8 @@ def drop_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> None:
     for index, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # the key-value cache is addressed by it; a gap breaks generate()
+                # The key-value cache is addressed by it; a gap breaks generate().
+                setattr(module, "layer_idx", index)  # noqa: B010 - mypy takes it for a submodule
     smaller = shrink_config(model.config, kept_layers)
     for key in PER_LAYER_CONFIG_LISTS:  # in place: the model's modules share this config object
         if getattr(model.config, key, None) is not None:

@@ -50,8 +50,10 @@ def trim_to_answers(batch: Batch) -> dict[str, Any]:
 class CompletionTrainer(Trainer):
     """Trainer with completion-only logits, a stop at the first non-finite loss, and a quiet progress bar."""
 
-    def __init__(self, *args: Any, description: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, args: TrainingArguments, *, description: str, **kwargs: Any) -> None:
+        _ = args.n_gpu  # computes it, so that it can be set
+        args._n_gpu = 1  # with several GPUs in one process the Trainer would split batches behind our back
+        super().__init__(model, args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_ProgressBar(description))

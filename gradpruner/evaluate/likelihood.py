@@ -66,8 +66,8 @@ def score_examples(
         max_length: tokens of prompt and longest option together; a longer prompt loses tokens at its front.
 
     Returns:
-        One dict an example, in the given order: `id`, `label`, `log_likelihoods` (summed over an option's tokens, natural
-        logarithm), `num_tokens` and `num_characters` of each option (delimiter not counted), `prediction` (argmax) and
+        One dict an example, in the given order: `id`, `label`, `log_likelihoods` (summed over an option's tokens, in
+        nats), `num_tokens` and `num_characters` of each option (delimiter not counted), `prediction` (argmax) and
         `prediction_norm` (argmax per character; both None without options), `answer_nll` (summed over the reference
         answer) and `answer_tokens`.
     """
@@ -85,7 +85,7 @@ def score_examples(
 
 def _questions(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[_Question]:
     options = [example.choices or (example.answer,) for example in examples]
-    prompts = [example.prompt for example, texts in zip(examples, options) for _ in texts]
+    prompts = [example.prompt for example, texts in zip(examples, options, strict=True) for _ in texts]
     pairs = iter(split_tokens(tokenizer, prompts, [text for texts in options for text in texts]))
     questions, num_truncated = [], 0
     for index, texts in enumerate(options):
@@ -135,7 +135,7 @@ def _score_batch(model: PreTrainedModel, batch: Sequence[_Question]) -> list[lis
 
 
 def _log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log p(token), (N, O) float64; row by row, so that no second (N, O, V) tensor is made."""
+    """Log-likelihood of every token, (N, O) float64; row by row, so that no second (N, O, V) tensor is made."""
     return torch.stack(
         [
             torch.log_softmax(row.float(), dim=-1).gather(-1, ids[:, None]).squeeze(-1).double()
@@ -147,15 +147,19 @@ def _log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
 def _pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both (B, T) int64; padding is token 0 and masked."""
     length = max(len(row) for row in rows)
-    padding = [length - len(row) for row in rows]
-    ids = [[0] * n + list(row) if left else list(row) + [0] * n for row, n in zip(rows, padding)]
-    mask = [[0] * n + [1] * len(row) if left else [1] * len(row) + [0] * n for row, n in zip(rows, padding)]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    ids = torch.zeros((len(rows), length), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        columns = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[index, columns] = torch.tensor(row)
+        mask[index, columns] = 1
+    return ids.to(device), mask.to(device)
 
 
 def _prediction(example: Example, question: _Question, scores: list[float]) -> dict[str, Any]:
     texts = example.choices or (example.answer,)
     characters = [len(text.lstrip()) for text in texts]
+    per_character = [score / max(1, length) for score, length in zip(scores, characters, strict=True)]
     reference = example.label or 0
     return {
         "id": example.id,
@@ -164,7 +168,7 @@ def _prediction(example: Example, question: _Question, scores: list[float]) -> d
         "num_tokens": [len(option) for option in question.options],
         "num_characters": characters,
         "prediction": _argmax(scores) if example.choices else None,
-        "prediction_norm": _argmax([s / max(1, n) for s, n in zip(scores, characters)]) if example.choices else None,
+        "prediction_norm": _argmax(per_character) if example.choices else None,
         "answer_nll": -scores[reference],
         "answer_tokens": len(question.options[reference]),
     }

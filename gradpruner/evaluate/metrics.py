@@ -10,7 +10,7 @@ def likelihood_metrics(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Metrics of `likelihood.score_examples`.
 
     - `accuracy`: share of questions whose option with the highest summed log-likelihood is right.
-    - `accuracy_norm`: the same with the sum divided by the option's length in characters, as lm-evaluation-harness does.
+    - `accuracy_norm`: the same with the sum divided by the option's length in characters, as in lm-evaluation-harness.
     - `majority_accuracy`: what always giving the most frequent label would score, and `chance_accuracy` what guessing
       would: the bars that any model must clear.
     - `answer_nll`: negative log-likelihood of the reference answers per token, over all tokens: the sensitive number at

@@ -27,7 +27,7 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_importance(plan: PruningPlan, report: dict[str, Any], path: Path) -> None:
-    """Layer importance with each layer's fate; where the report has a per-step series, how soon the pruned set settled."""
+    """Layer importance with each layer's fate and, for a per-step series, how soon the pruned set settled."""
     overlap = report.get("prefix_overlap")
     figure = Figure(figsize=(8, 5.2 if overlap else 3.2), layout="constrained")
     axes = figure.subplots(2 if overlap else 1, 1, squeeze=False)[:, 0]

@@ -1,0 +1,120 @@
+"""Fixtures that all tests share: seeds, tiny random models made on the spot, and token batches for them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from gradpruner.models import ModelSpec
+
+# Grouped-query attention (4 heads, 2 key-value heads). 258 is the vocabulary of the byte tokenizer of `random:` models;
+# weights are larger than the default 0.02 so that every layer shows in the logits.
+TINY_CONFIG: dict[str, Any] = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "tie_word_embeddings": False,
+}
+
+Batches = list[dict[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds Python, NumPy and torch before every test."""
+    set_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def assets_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `ModelSpec` puts the models it makes; one folder for the session."""
+    return tmp_path_factory.mktemp("assets")
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> ModelSpec:
+    """A `random:llama` model on disk, with tokenizer, for tests that go through `ModelSpec`."""
+    config = {key: value for key, value in TINY_CONFIG.items() if not key.endswith(("vocab_size", "_token_id"))}
+    return ModelSpec("random:llama", config=config)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_spec: ModelSpec, assets_dir: Path) -> PreTrainedTokenizerBase:
+    """One token a byte, plus `<s>` (0) and `</s>` (1, also the padding)."""
+    return tiny_spec.load_tokenizer(assets_dir)
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., PreTrainedModel]:
+    """Factory: `tiny_llama(num_hidden_layers=4, dtype=torch.bfloat16, seed=1, ...)`; the same call, the same weights."""
+    return _factory(LlamaConfig, LlamaForCausalLM)
+
+
+@pytest.fixture
+def tiny_mistral() -> Callable[..., PreTrainedModel]:
+    """Factory for Mistral, see `tiny_llama`; its sliding window is shorter than `make_batches` is long."""
+    return _factory(MistralConfig, MistralForCausalLM, sliding_window=8)
+
+
+@pytest.fixture
+def make_batches() -> Callable[..., Batches]:
+    """Factory: `make_batches(3, batch_size=2, length=12, padding="left", seed=0)`, a list of token batches.
+
+    Rows differ in length; prompts and padding carry the label -100, the last third of every row carries loss.
+    """
+
+    def make(num_batches: int, batch_size: int = 2, length: int = 12, padding: str = "left", seed: int = 0) -> Batches:
+        generator = torch.Generator().manual_seed(seed)
+        batches = []
+        for _ in range(num_batches):
+            input_ids = torch.full((batch_size, length), TINY_CONFIG["pad_token_id"])
+            attention_mask = torch.zeros(batch_size, length, dtype=torch.int64)
+            labels = torch.full((batch_size, length), -100)
+            for row in range(batch_size):
+                size = length - row % max(1, length // 3)
+                answer = 1 + size // 3
+                start = length - size if padding == "left" else 0
+                tokens = torch.randint(2, TINY_CONFIG["vocab_size"], (size,), generator=generator)
+                input_ids[row, start : start + size] = tokens
+                attention_mask[row, start : start + size] = 1
+                labels[row, start + size - answer : start + size] = tokens[-answer:]
+            batches.append({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+        return batches
+
+    return make
+
+
+def _factory(config_class: type, model_class: type, **defaults: Any) -> Callable[..., PreTrainedModel]:
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = model_class(config_class(**(TINY_CONFIG | defaults | config)))
+            for name, parameter in model.named_parameters():
+                if "norm" in name:  # ones by default, which would hide a swapped norm
+                    torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        for parameter in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
+            parameter.data = parameter.data.to(dtype)
+        return model.eval()
+
+    return make

@@ -1,0 +1,125 @@
+"""Every YAML under conf/ composes and builds; the command line refuses what makes no sense."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import OmegaConf
+
+from experiments import schema
+from experiments.run import CONF, build_pipeline, cfg_method_name, identity, run_directory
+from gradpruner.cache import content_hash
+
+GROUPS = ("model", "dataset", "finetune", "method", "evaluation", "tracker", "debug", "experiment")
+CASES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+OWN_DATA = [
+    "dataset.train_file=train.jsonl",
+    "dataset.test_file=test.jsonl",
+    "dataset.prompt='{question}'",
+    "dataset.answer_field=answer",
+]
+
+
+def config(*overrides):
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def test_there_is_something_to_test():
+    assert {group for group, _ in CASES} == set(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "name"), CASES)
+def test_every_yaml_composes_and_builds(group, name):
+    overrides = [f"{group}={name}", *(OWN_DATA if name == "jsonl" else [])]
+    cfg = config(*overrides)
+    build_pipeline(cfg)
+    schema.build(cfg.tracker, "tracker")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "method").glob("*.yaml"))])
+def test_a_method_has_the_name_of_its_yaml(name):
+    assert cfg_method_name(config(f"method={name}")) == name
+
+
+def test_model_path_takes_any_hub_id_or_folder():
+    cfg = config("model.path=org/Some-Model")
+    assert build_pipeline(cfg).model.name == "Some-Model"
+    assert "Some-Model/arc_easy/lora/gradpruner/sparsity0.4-merge3-" in str(run_directory(cfg, build_pipeline(cfg)))
+
+
+def test_root_keys_reach_the_method():
+    method = build_pipeline(config("sparsity=0.3", "merge_count=1", "seed=7")).method
+    assert (method.sparsity, method.merge_count, method.seed) == (0.3, 1, 7)
+
+
+def test_identity_is_what_results_depend_on():
+    def key(*overrides):
+        return content_hash(identity(config(*overrides)))
+
+    assert key() == key("tracker=wandb", "save_checkpoint=true", "reference=null", "output_dir=/tmp/x")
+    assert key() != key("method.density=0.3")
+    assert key() != key("seed=1")
+    assert key("method=dense") == key("method=dense", "sparsity=0.3", "merge_count=0")  # one dense run for a sweep
+
+
+def test_unknown_option_lists_the_known_ones():
+    with pytest.raises(MissingConfigException, match=r"(?s)method/gradprunr.*gradpruner"):
+        config("method=gradprunr")
+
+
+def test_unknown_key_is_refused():
+    with pytest.raises(ConfigCompositionException, match="sparsty"):
+        config("sparsty=0.3")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["method.steps=many"], r"Bad value in method: Value 'many'.*method\.steps.*conf/method/"),
+        (["finetune.batch_size=2.5"], r"Bad value in finetune.*finetune\.batch_size"),
+        (["+model.flavour=mild"], r"Bad value in model: Key 'flavour' not in 'ModelSpec'"),
+        (["dataset=jsonl"], r"JsonLines needs .*dataset\.train_file.*Give it on the command line"),
+        (["sparsity=1.5"], r"sparsity is the fraction of decoder layers to prune, in \[0, 1\), got 1\.5"),
+        (["sparsity=null"], r"Give either sparsity or num_pruned_layers, got sparsity=None and num_pruned_layers=None"),
+        (["method.num_pruned_layers=3"], r"Give either sparsity or num_pruned_layers, got sparsity=0\.4"),
+        (["method.steps=1"], r"at least 2 steps, got steps=1"),
+        (["method.fraction=0.01"], r"Give either steps or fraction, got steps=40 and fraction=0\.01"),
+        (["finetune.mode=half"], r"finetune\.mode must be one of full, lora, got 'half'"),
+        (["finetune.epochs=0"], r"epochs must be above 0, got 0.*finetune\.epochs"),
+        (["finetune.micro_batch_size=7"], r"batch_size must be a multiple of micro_batch_size, got 64 and 7"),
+        (["finetune.max_steps=0"], r"max_steps must be 1 or more"),
+        (["finetune.warmup_fraction=3"], r"warmup_fraction must be in \[0, 1\), got 3"),
+        (["model.dtype=float8"], r"model\.dtype must be one of auto, float32"),
+        (["+model.config={num_hidden_layers: 2}"], r"model\.config only describes random: models"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_loaded(overrides, match):
+    with pytest.raises(ValueError, match=match):
+        build_pipeline(config(*overrides))
+
+
+def test_bad_tracker_mode():
+    with pytest.raises(ValueError, match=r"tracker\.mode must be one of online, offline, got 'loud'"):
+        schema.build(config("tracker=wandb", "tracker.mode=loud").tracker, "tracker")
+
+
+def test_yaml_fields_are_all_the_fields_of_the_class():
+    """A field that no YAML lists could not be set on the command line."""
+    for group, name in CASES:
+        if group in ("debug", "experiment", "evaluation", "tracker"):
+            continue
+        node = OmegaConf.load(CONF / group / f"{name}.yaml")
+        if "_target_" not in node:
+            continue  # inherits from another YAML
+        fields = {field for field in schema._unfrozen(schema.get_class(node._target_)).__dataclass_fields__}
+        optional = {"config"} if group == "model" else set()
+        missing = fields - set(node) - optional
+        assert not missing - {"source", "path", "revision"} or name != "jsonl", (name, missing)
+        if name != "jsonl":
+            assert not missing, (name, missing)
+
+
+def test_conf_is_where_the_runner_looks():
+    assert Path(CONF, "config.yaml").is_file()

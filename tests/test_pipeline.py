@@ -1,0 +1,224 @@
+"""Stages, their keys, and what a sweep computes how often."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from baselines.dense import Dense
+from gradpruner import pipeline as pipeline_module
+from gradpruner.evaluate.likelihood import LikelihoodSpec
+from gradpruner.finetune import TrainingSpec
+from gradpruner.method import GradPruner
+from gradpruner.models import ModelSpec
+from gradpruner.pipeline import Pipeline
+from gradpruner.tasks import DataError, JsonLines
+
+CONFIG = {
+    "num_hidden_layers": 6,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GRADPRUNER = GradPruner(sparsity=0.5, merge_count=1, steps=3, batch_size=2)
+TRAINING = TrainingSpec(learning_rate=1e-2, batch_size=4, micro_batch_size=2, epochs=1)
+
+
+def rows(count):
+    return [
+        {"question": f"What is {n} plus {n}?", "options": [str(2 * n), str(2 * n + 1), "none"], "answer": 0}
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def task(tmp_path):
+    for name, count in (("train", 8), ("test", 5)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
+    return JsonLines(
+        train_file=str(tmp_path / "train.jsonl"),
+        test_file=str(tmp_path / "test.jsonl"),
+        prompt="Question: {question}\nAnswer:",
+        choice=" {choice}",
+        answer_field="answer",
+        choices_field="options",
+    )
+
+
+@pytest.fixture
+def make(tmp_path, task):
+    def make(method=GRADPRUNER, **changes):
+        values = {
+            "model": ModelSpec("random:llama", config=CONFIG),
+            "task": task,
+            "method": method,
+            "training": TRAINING,
+            "evaluation": LikelihoodSpec(),
+            "seed": 0,
+            "cache_dir": tmp_path / "cache",
+        }
+        return Pipeline(**{**values, **changes})
+
+    return make
+
+
+def entries(cache_dir, stage):
+    return [path for path in (Path(cache_dir) / "stages" / stage).iterdir() if path.is_dir()]
+
+
+def comparable(outcome):
+    """Everything a run says but times and memory."""
+    training = {
+        key: value for key, value in outcome.training.items() if key not in ("train_seconds", "peak_memory_bytes")
+    }
+    report = {key: value for key, value in outcome.report.items() if key not in ("train_seconds", "peak_memory_bytes")}
+    return outcome.plan, report, training, outcome.metrics, outcome.metrics_before, outcome.predictions.read_text()
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_two_runs_say_the_same(make, tmp_path, mode):
+    training = dataclasses.replace(TRAINING, mode=mode)
+    first = make(training=training, cache_dir=tmp_path / "a").run()
+    second = make(training=training, cache_dir=tmp_path / "b").run()
+    assert comparable(first) == comparable(second)
+    assert len(first.plan.pruned_layers) == 3 and len(first.plan.merges) == 1
+
+
+def test_a_sweep_measures_once(make, tmp_path):
+    for num_pruned, merge_count, changes in [
+        (1, 0, {}),
+        (2, 1, {}),
+        (3, 3, {}),
+        (3, 1, {"merge_rule": "sign_sum", "density": 0.5}),
+        (3, 1, {"score": "frobenius", "step_weighting": "normalized"}),
+    ]:
+        method = dataclasses.replace(
+            GRADPRUNER, sparsity=None, num_pruned_layers=num_pruned, merge_count=merge_count, **changes
+        )
+        make(method).run()
+    assert len(entries(tmp_path / "cache", "measure")) == 1
+    assert len(entries(tmp_path / "cache", "finetune")) == 5
+
+
+def test_a_second_run_computes_nothing(make, monkeypatch):
+    first = make().run()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a weight was loaded")
+
+    monkeypatch.setattr(ModelSpec, "load", refuse)
+    assert comparable(make().run()) == comparable(first)
+    assert all(make().stages().values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "recomputed"),
+    [
+        ({"seed": 1}, {"finetune", "evaluate"}),
+        ({"training": dataclasses.replace(TRAINING, learning_rate=2e-2)}, {"finetune", "evaluate"}),
+        ({"method": dataclasses.replace(GRADPRUNER, density=0.9)}, {"prune", "finetune", "evaluate"}),
+        ({"method": dataclasses.replace(GRADPRUNER, seed=1)}, {"measure", "prune", "finetune", "evaluate"}),
+        ({"method": Dense()}, {"measure", "prune", "finetune", "evaluate"}),
+        (
+            {"model": ModelSpec("random:llama", config={**CONFIG, "rope_theta": 5000.0})},
+            {"measure", "prune", "finetune", "evaluate"},
+        ),
+    ],
+)
+def test_a_change_recomputes_what_depends_on_it(make, changes, recomputed):
+    make().run()
+    assert {stage for stage, found in make(**changes).stages().items() if not found} == recomputed
+
+
+def test_changed_data_recomputes(make, task):
+    make().run()
+    file = Path(task.train_file)
+    file.write_text(file.read_text().replace("plus", "and"))
+    assert not any(make().stages().values())
+
+
+def test_dense_prunes_nothing_and_learns(make):
+    outcome = make(Dense()).run()
+    assert outcome.plan.pruned_layers == () and len(outcome.plan.kept_layers) == 6
+    assert outcome.metrics["answer_nll"] < outcome.metrics_before["answer_nll"]
+
+
+def test_result_is_the_model_that_was_evaluated(make):
+    pipeline = make()
+    outcome = pipeline.run()
+    model = pipeline.load_result()
+    assert model.config.num_hidden_layers == 3 and len(model.model.layers) == 3
+    again = pipeline_module.score_examples(
+        model, pipeline.tokenizer, pipeline.test_examples, LikelihoodSpec(), pipeline.task.max_length
+    )
+    assert pipeline_module.likelihood_metrics(again) == outcome.metrics
+
+
+def test_interrupted_fine_tuning_goes_on(make, monkeypatch, tmp_path):
+    training = dataclasses.replace(TRAINING, epochs=3, save_steps=2)
+    expected = make(training=training, cache_dir=tmp_path / "whole").run()
+    original = Dense.callbacks
+
+    class Kill(pipeline_module.finetune.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(GradPruner, "callbacks", lambda self: [Kill()])
+    with pytest.raises(KeyboardInterrupt):
+        make(training=training).run()
+    monkeypatch.setattr(GradPruner, "callbacks", original)
+    assert comparable(make(training=training).run()) == comparable(expected)
+
+
+def test_bad_data_is_refused_before_weights(make, task, monkeypatch):
+    monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
+    with Path(task.train_file).open("a") as stream:
+        stream.write('{"question": "Q", "options": ["a", "b"], "answer": 2}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl:9"):
+        make().run()
+
+
+def test_a_full_disk_is_refused_before_weights(make, monkeypatch):
+    usage = pipeline_module.shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(pipeline_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"Not enough disk space in .*needed, 0\.0 GB free.*cache_dir"):
+        make().check()
+
+
+def test_several_processes_are_refused(make, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"A run is one process, got WORLD_SIZE=2.*hydra/launcher=joblib"):
+        make().check()
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        (GradPruner(sparsity=0.9, steps=2), r"leave at least 2 of the model's 6 decoder layers, got 5.*Lower sparsity"),
+        (
+            GradPruner(sparsity=0.3, merge_count=3, steps=2),
+            r"merge_count must be between 0 and the 2 pruned layers, got 3",
+        ),
+    ],
+)
+def test_counts_that_do_not_fit_the_model(make, method, match, monkeypatch):
+    monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
+    with pytest.raises(ValueError, match=match):
+        make(method).run()
+
+
+def test_fraction_of_the_planned_steps(make):
+    method = dataclasses.replace(GRADPRUNER, steps=None, fraction=0.5)
+    training = dataclasses.replace(TRAINING, epochs=5)  # 10 steps
+    assert make(method, training=training).resolved_method.steps == 5
+
+
+def test_num_dense_parameters_needs_no_weights(make, monkeypatch):
+    expected = sum(p.numel() for p in make().model.load(make()._assets_dir).parameters())
+    monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
+    with torch.device("cpu"):
+        assert make().num_dense_parameters == expected

@@ -1,0 +1,195 @@
+"""The runner: folders, records, resuming, sweeps, trackers."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from experiments.run import CONF, run_job
+from gradpruner.record import RunRecord
+
+ROOT = CONF.parent
+KEYS = {
+    "model": {"name", "num_hidden_layers", "num_parameters"},
+    "pruning": {"pruned_layers", "absorbed_by", "layer_importance", "num_hidden_layers", "num_parameters"},
+    "finetune": {"steps", "tokens", "train_seconds", "peak_memory_bytes", "loss"},
+    "metrics": {"accuracy", "accuracy_norm", "accuracy_mode", "answer_nll"},
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", "method.steps=3", "method.batch_size=2"]
+
+
+def run(*overrides):
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        return run_job(compose("config", overrides=["debug=smoke", *overrides]))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_run_writes_its_folder(folders, tmp_path, capsys):
+    record = run("save_checkpoint=true", *folders)
+    [run_dir] = (tmp_path / "runs/random-llama/arc_easy/lora/gradpruner").iterdir()
+    assert run_dir.name.startswith("sparsity0.4-merge1-") and run_dir.name.endswith("-seed0")
+    written = {path.name for path in run_dir.iterdir()}
+    assert written == {
+        *("config.yaml", "run.log", "plan.json", "predictions.jsonl", "record.json"),
+        *("loss.png", "importance.png", "checkpoint"),
+    }
+    data = json.loads((run_dir / "record.json").read_text())
+    assert data["status"] == "finished" and data["schema_version"] == 1 and data["seed"] == 0
+    for part, keys in KEYS.items():
+        assert keys <= set(data[part]), part
+    assert {"config", "efficiency", "environment"} <= set(data)
+    assert data["pruning"]["num_hidden_layers"] == 4 and data["model"]["num_hidden_layers"] == 6
+    assert len((run_dir / "predictions.jsonl").read_text().splitlines()) == 8
+    assert RunRecord.load(run_dir) == record
+
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "checkpoint")
+    assert model.config.num_hidden_layers == 4
+    assert model.generate(**tokenizer("Question:", return_tensors="pt"), max_new_tokens=3).shape[1] > 0
+    assert not [path for path in (run_dir / "checkpoint").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+    output = capsys.readouterr()
+    for text in ("dense + lora", "gradpruner + lora", "Pruned layers", "always the most frequent label", str(run_dir)):
+        assert text in output.out
+    assert "Question:" in output.err  # the preview
+
+
+def test_the_dense_reference_has_its_own_record(folders, tmp_path):
+    run(*folders)
+    [run_dir] = (tmp_path / "runs/random-llama/arc_easy/lora/dense").iterdir()
+    assert RunRecord.load(run_dir).pruning["pruned_layers"] == []
+
+
+def test_no_reference(folders, tmp_path):
+    run("reference=null", *folders)
+    assert not (tmp_path / "runs/random-llama/arc_easy/lora/dense").exists()
+
+
+def test_unknown_reference(folders):
+    with pytest.raises(ValueError, match=r"reference must name a method, got 'dens'\. Known: dense, gradpruner"):
+        run("reference=dens", *folders)
+
+
+def test_a_finished_run_is_not_run_again(folders, tmp_path, caplog):
+    first = run(*folders)
+    with caplog.at_level(logging.INFO):
+        assert run(*folders) == first
+    assert "Already finished" in caplog.text
+
+
+def test_a_checkpoint_can_be_asked_for_later(folders, tmp_path):
+    run(*folders)
+    run("save_checkpoint=true", *folders)
+    [run_dir] = (tmp_path / "runs/random-llama/arc_easy/lora/gradpruner").iterdir()
+    assert (run_dir / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_another_config_in_the_same_folder_is_refused(folders, tmp_path):
+    folder = f"output_dir={tmp_path}/mine"
+    run(folder, "reference=null", *folders)
+    with pytest.raises(ValueError, match=r"mine holds a run with another config.*Give output_dir another folder"):
+        run(folder, "reference=null", "method.density=0.9", *folders)
+
+
+def test_a_failed_run_is_recorded_and_can_be_repeated(folders, tmp_path, monkeypatch):
+    from gradpruner.pipeline import Pipeline
+
+    def fail(self):
+        raise RuntimeError("power cut")
+
+    folder = tmp_path / "mine"
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "run", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(f"output_dir={folder}", "reference=null", *folders)
+    failed = RunRecord.load(folder)
+    assert failed.status == "failed" and failed.error == "RuntimeError: power cut"
+    assert run(f"output_dir={folder}", "reference=null", *folders).status == "finished"
+
+
+def test_dry_run_loads_no_weights(folders, tmp_path, monkeypatch, capsys):
+    from gradpruner.models import ModelSpec
+
+    monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
+    assert run("dry_run=true", *folders) is None
+    output = capsys.readouterr().out
+    assert "decoder layers" in output and "0.667" in output and "Cached stages: none" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unmerged_adapter_is_saved_beside_the_model(folders, tmp_path):
+    from peft import PeftModel
+
+    folder = tmp_path / "mine"
+    run(f"output_dir={folder}", "reference=null", "save_checkpoint=true", "finetune.merge_adapter=false", *folders)
+    base = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    assert PeftModel.from_pretrained(base, folder / "checkpoint" / "adapter") is not None
+
+
+def test_full_fine_tuning(folders):
+    assert run("finetune=full", *folders).config["finetune"]["mode"] == "full"
+
+
+def test_wandb_offline(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "tracker").mkdir()
+    run("tracker=wandb", "tracker.mode=offline", f"tracker.directory={tmp_path}/tracker", *folders)
+    runs = list((tmp_path / "tracker" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2  # the method and its reference, each finished
+    assert all(list(folder.glob("*.wandb")) for folder in runs)
+
+
+def test_a_failing_tracker_fails_no_run(folders, monkeypatch, caplog):
+    import wandb
+
+    def fail(**kwargs):
+        raise wandb.errors.CommError("no connection")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    assert run("tracker=wandb", *folders).status == "finished"
+    assert "The tracker failed, the run and its record are complete: CommError: no connection" in caplog.text
+
+
+def test_sweep_with_joblib_measures_once(tmp_path):
+    done = command(
+        *("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}/sweep"),
+        *("debug=smoke", "sparsity=0.4,0.5", "merge_count=0,1", "method.steps=3"),
+        *(f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"),
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/random-llama/arc_easy/lora"
+    records = [RunRecord.load(path) for path in sorted((folder / "gradpruner").iterdir())]
+    assert [record.status for record in records] == ["finished"] * 4
+    assert len({tuple(record.pruning["pruned_layers"]) for record in records}) == 2
+    assert len(list((folder / "dense").iterdir())) == 1
+    measured = [path for path in (tmp_path / "cache/stages/measure").iterdir() if path.is_dir()]
+    assert len(measured) == 2  # GradPruner's importance and the dense model's empty measurement
+
+
+def test_errors_are_one_readable_line(tmp_path):
+    done = command("debug=smoke", "sparsity=0.9", f"results_dir={tmp_path}", f"cache_dir={tmp_path}/cache")
+    assert done.returncode == 1
+    assert "Error: num_pruned_layers must leave at least 2 of the model's 6 decoder layers, got 5." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_groups_and_examples():
+    done = command("--help")
+    assert done.returncode == 0
+    for text in ("experiment=quickstart", "model:", "smollm2_135m", "sparsity: 0.4"):
+        assert text in done.stdout
+    assert not Path(ROOT, "run.log").exists()
