@@ -84,9 +84,10 @@ def igia_matrix(factors: Sequence[Factors], weights: Sequence[float] | None = No
     if len(weights) != len(factors):
         raise ValueError(f"igia_matrix needs one weight a step, got {len(weights)} weights for {len(factors)} steps.")
     num_rows, num_columns = factors[0][0].shape[0], factors[0][1].shape[1]
-    # An entry of F is a product of four small gradients; below this bound float32 would flush the ranking to zero.
-    largest = max(float(left.abs().max() * right.abs().max()) for left, right in factors)
-    dtype = torch.float64 if largest**2 < 1e-25 else torch.promote_types(factors[0][0].dtype, torch.float32)
+    # An entry of F is a product of four gradients; beyond these bounds float32 would flush it to zero or overflow.
+    largest = max(float(left.abs().max()) * float(right.abs().max()) for left, right in factors)
+    fits = 1e-25 < largest**2 < 1e30
+    dtype = torch.promote_types(factors[0][0].dtype, torch.float32) if fits else torch.float64
     igia = torch.zeros(num_rows, num_columns, dtype=dtype, device=factors[0][0].device)
     for start in range(0, num_rows, row_block):
         rows = slice(start, start + row_block)

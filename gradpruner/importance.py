@@ -19,14 +19,14 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gradpruner.efficiency import PeakMemory
-from gradpruner.encoding import Batch
+from gradpruner.encoding import IGNORED, Batch
 from gradpruner.files import write_json
 from gradpruner.igia import GRADIENT_ESTIMATES, Factors, check_choice, simulated_gradient, squared_frobenius
-from gradpruner.models import decoder_layers, linear_sublayers, lora_targets
+from gradpruner.models import check_finite_weights, decoder_layers, linear_sublayers, lora_targets
 from gradpruner.runtime import default_device, set_seed
 from gradpruner.trainer import CompletionTrainer
 
@@ -165,11 +165,18 @@ def record_early_gradients(
         raise ValueError(
             f"{spec.steps} importance steps need {needed} batches, got {len(taken)}. Give more batches or lower steps."
         )
+    without_loss = [index for index, batch in enumerate(taken) if not (batch["labels"][:, 1:] != IGNORED).any()]
+    if without_loss:
+        raise ValueError(
+            f"Every batch needs a label other than -100 after its first column, got none in batches {without_loss}. "
+            "Label the answer tokens."
+        )
+    check_finite_weights(model)
     directory.mkdir(parents=True, exist_ok=True)
     set_seed(spec.seed)
     with _adapters(model, spec) as tuned, tempfile.TemporaryDirectory() as scratch:
         recorder = _GradientRecorder(model, spec, directory)
-        trainer = CompletionTrainer(
+        trainer = _ImportanceTrainer(
             tuned,
             _training_arguments(spec, Path(scratch)),
             description="importance",
@@ -186,7 +193,7 @@ def record_early_gradients(
     if not energies.any():
         raise ValueError(
             f"All gradients were exactly zero in {spec.steps} importance steps, so no layer can be told from another. "
-            "Check that the batches have labels other than -100."
+            "Raise method.learning_rate, or check the dtype of the model."
         )
     write_json(
         directory / RESULT_FILE,
@@ -199,6 +206,24 @@ def record_early_gradients(
         },
     )
     return EarlyGradients.load(directory)
+
+
+class _ImportanceTrainer(CompletionTrainer):
+    """Names the layers whose gradients are not finite, before the Trainer's norm spreads that over the model."""
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(model, *args, **kwargs)
+        bad = [
+            index
+            for index, layer in enumerate(decoder_layers(self.accelerator.unwrap_model(model).get_base_model()))
+            if not all(bool(p.grad.isfinite().all()) for p in layer.parameters() if p.grad is not None)
+        ]
+        if bad:
+            raise ValueError(
+                f"Gradients of layers {bad} are NaN or infinite at importance step {self.state.global_step + 1}. "
+                "Lower method.learning_rate, or use a wider dtype."
+            )
+        return loss
 
 
 class _GradientRecorder(TrainerCallback):
@@ -226,12 +251,6 @@ class _GradientRecorder(TrainerCallback):
                 left_name, right_name = _factor_names(layer, name)
                 factors[left_name] = left.float().cpu().contiguous()
                 factors[right_name] = right.float().cpu().contiguous()
-        bad = [layer for layer, row in enumerate(energies) if not torch.isfinite(row).all()]
-        if bad:
-            raise ValueError(
-                f"Gradients of layers {bad} are NaN or infinite at importance step {state.global_step + 1}. "
-                "Check those layers' weights, or lower method.learning_rate."
-            )
         save_file(factors, self._directory / _step_file(len(self.energies)))
         self.energies.append(energies)
 
@@ -245,27 +264,38 @@ def _adapters(model: PreTrainedModel, spec: ImportanceSpec) -> Iterator[PreTrain
     """`model` with LoRA adapters on all linear sublayers; undoes everything on exit."""
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training, use_cache = model.training, model.config.use_cache
+    was_checkpointing = model.is_activation_checkpointing
+    config = LoraConfig(
+        r=spec.lora_rank,
+        lora_alpha=spec.lora_alpha,
+        init_lora_weights=LORA_INITS.get(spec.lora_init, spec.lora_init),
+        use_dora=spec.adapter == "dora",
+        target_modules=lora_targets(model),
+        task_type="CAUSAL_LM",
+    )
     with _weights_restored(model, enabled=spec.lora_init not in ("default", "gaussian")):
-        config = LoraConfig(
-            r=spec.lora_rank,
-            lora_alpha=spec.lora_alpha,
-            init_lora_weights=LORA_INITS.get(spec.lora_init, spec.lora_init),
-            use_dora=spec.adapter == "dora",
-            target_modules=lora_targets(model),
-            task_type="CAUSAL_LM",
-        )
-        tuned = get_peft_model(model, config)
         try:
-            yield tuned
+            yield get_peft_model(model, config)
         finally:
-            tuned.unload()
-            if spec.gradient_checkpointing:
-                model.gradient_checkpointing_disable()
+            _unwrap(model)
+            if spec.gradient_checkpointing and not was_checkpointing:
+                model.activation_checkpointing_disable()
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(required_grad[name])
                 parameter.grad = None
             model.config.use_cache = use_cache
             model.train(was_training)
+
+
+def _unwrap(model: PreTrainedModel) -> None:
+    """Puts the plain linear sublayers back, also where peft stopped halfway through wrapping them."""
+    for layer in decoder_layers(model):
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, LoraLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(layer.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config  # else a later get_peft_model warns about a second adapter
 
 
 @contextmanager

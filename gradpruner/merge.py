@@ -91,7 +91,10 @@ def merge_layers(
     if rule == "none" or not pruned:
         return kept.clone()
 
-    work = torch.promote_types(kept.dtype, torch.float32)  # bf16 -> float32 -> bf16 is exact for untouched entries
+    work = torch.promote_types(kept.dtype, torch.float32)
+    if rule == "fisher":
+        for igia in igias:
+            work = torch.promote_types(work, igia.dtype)  # F is float64 where float32 would underflow
     base = kept.to(work)  # (d_out, d_in)
     total, weight, touched = _start(base, rule, kept_igia)
     for layer, igia in zip(pruned, igias, strict=True):

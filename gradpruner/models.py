@@ -97,6 +97,7 @@ class ModelSpec:
 
     def load(self, assets_dir: Path) -> PreTrainedModel:
         """The model with its weights, in evaluation mode, on the default device. Only safetensors are read."""
+        self.load_config(assets_dir)  # refuses what is not supported before reading gigabytes
         dtype = default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
         model = AutoModelForCausalLM.from_pretrained(
             self.source(assets_dir),
@@ -106,7 +107,6 @@ class ModelSpec:
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,
         )
-        check_supported(model.config)
         return model.to(default_device()).eval()
 
     def fingerprint(self, assets_dir: Path) -> str:
@@ -151,6 +151,21 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def linear_sublayers(layer: nn.Module) -> dict[str, nn.Linear]:
     """The linear sublayers of a decoder layer by name (`self_attn.q_proj`, `mlp.down_proj`, ...)."""
     return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
+@torch.no_grad()
+def check_finite_weights(model: PreTrainedModel) -> None:
+    """Raises ValueError naming the decoder layers whose weights are NaN or infinite."""
+    bad = [
+        layer
+        for layer, module in enumerate(decoder_layers(model))
+        if not all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+    ]
+    if bad:
+        raise ValueError(
+            f"The weights of decoder layers {bad} hold NaN or infinity, so nothing computed from them means anything. "
+            "Load an undamaged checkpoint, or another dtype (float16 overflows above 65504)."
+        )
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:

@@ -1,5 +1,6 @@
 """Fixtures that all tests share: seeds, tiny random models made on the spot, and token batches for them."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ TINY_CONFIG: dict[str, Any] = {
 Batches = list[dict[str, Tensor]]
 
 
+def pytest_collection_finish() -> None:
+    """Exempts what is imported by now from garbage collection.
+
+    Every training run collects twice, and walking torch's and transformers' objects is three quarters of a tiny run.
+    """
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seeds Python, NumPy and torch before every test."""
@@ -67,7 +76,7 @@ def tiny_tokenizer(tiny_spec: ModelSpec, assets_dir: Path) -> PreTrainedTokenize
 
 @pytest.fixture
 def tiny_llama() -> Callable[..., PreTrainedModel]:
-    """Factory: `tiny_llama(num_hidden_layers=4, dtype=torch.bfloat16, seed=1, ...)`; the same call, the same weights."""
+    """Factory: `tiny_llama(num_hidden_layers=4, dtype=torch.bfloat16, seed=1, ...)`; same call, same weights."""
     return _factory(LlamaConfig, LlamaForCausalLM)
 
 

@@ -2,6 +2,7 @@ import importlib.machinery
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,7 +164,11 @@ def test_interrupted_making_starts_afresh(tiny_spec, tmp_path, monkeypatch):
         broken.setattr(assets.PreTrainedTokenizerFast, "save_pretrained", None)
         with pytest.raises(TypeError):
             tiny_spec.source(tmp_path)
-    assert tiny_spec.load_tokenizer(tmp_path).eos_token_id == 1
+    (half_made,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    (half_made / "old.safetensors").touch()
+    folder = Path(tiny_spec.source(tmp_path))
+    assert {file.name for file in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not (folder / "old.safetensors").exists()
 
 
 def test_byte_tokenizer_takes_any_text(tiny_tokenizer):

@@ -240,7 +240,7 @@ def test_half_a_file(tmp_path):
     path = tmp_path / "plan.json"
     make_plan(SCORES, 4, 2).save(path)
     path.write_text(path.read_text()[:40])
-    with pytest.raises(ValueError, match="line 4 column"):
+    with pytest.raises(ValueError, match="line 3 column"):
         PruningPlan.load(path)
 
 
