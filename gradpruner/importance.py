@@ -265,6 +265,8 @@ def _adapters(model: PreTrainedModel, spec: ImportanceSpec) -> Iterator[PreTrain
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training, use_cache = model.training, model.config.use_cache
     was_checkpointing = model.is_activation_checkpointing
+    embedding_hooks = model.get_input_embeddings()._forward_hooks  # peft and Trainer add one for checkpointing
+    hooks_before = set(embedding_hooks)
     config = LoraConfig(
         r=spec.lora_rank,
         lora_alpha=spec.lora_alpha,
@@ -278,6 +280,8 @@ def _adapters(model: PreTrainedModel, spec: ImportanceSpec) -> Iterator[PreTrain
             yield get_peft_model(model, config)
         finally:
             _unwrap(model)
+            for hook in set(embedding_hooks) - hooks_before:
+                del embedding_hooks[hook]
             if spec.gradient_checkpointing and not was_checkpointing:
                 model.activation_checkpointing_disable()
             for name, parameter in model.named_parameters():

@@ -208,7 +208,8 @@ class GradPruner(Method):
         if num_pruned is None:
             assert self.sparsity is not None
             num_pruned = round(self.sparsity * num_hidden_layers)
-        check_counts(num_hidden_layers, num_pruned, len(self.merged_layers or ()) or self.merge_count)
+        num_merged = self.merge_count if self.merged_layers is None else len(self.merged_layers)
+        check_counts(num_hidden_layers, num_pruned, num_merged)
         steps = self.steps
         if steps is None:
             assert self.fraction is not None
@@ -223,7 +224,8 @@ class GradPruner(Method):
     def variant(self) -> str:
         """How much is pruned and merged."""
         pruned = f"sparsity{self.sparsity}" if self.num_pruned_layers is None else f"layers{self.num_pruned_layers}"
-        return f"{pruned}-merge{self.merge_count}"
+        merged = self.merge_count if self.merged_layers is None else "-".join(map(str, self.merged_layers)) or 0
+        return f"{pruned}-merge{merged}"
 
     def calibration(self) -> Calibration:
         """Step for step the first batches of a training run."""

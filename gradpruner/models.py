@@ -68,7 +68,7 @@ class ModelSpec:
         """Short name for folders and tables: the last part of the path."""
         last = self.path.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
         prefix = "random-" if self.path.startswith("random:") else ""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", prefix + last)
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", prefix + last).strip(".") or "model"
 
     def source(self, assets_dir: Path) -> str:
         """What `from_pretrained` takes: packaged and random models are first made into a folder under `assets_dir`.

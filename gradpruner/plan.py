@@ -46,6 +46,11 @@ class PruningPlan:
                 f"pruned_layers must be ascending, distinct and within 0 to {self.num_hidden_layers - 1}, "
                 f"got {list(pruned)}. The plan is damaged or belongs to another model."
             )
+        if self.num_hidden_layers < 1 or len(pruned) == self.num_hidden_layers:
+            raise ValueError(
+                f"A plan must keep at least one layer, got {len(pruned)} pruned of {self.num_hidden_layers}. "
+                "The plan is damaged."
+            )
         if self.layer_importance and len(self.layer_importance) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_importance must have one score for each of {self.num_hidden_layers} layers, "
@@ -98,7 +103,10 @@ class PruningPlan:
                 f"Cannot read plan version {data.get('version')!r}, this release writes {PLAN_VERSION}. "
                 "Make the plan again with this release."
             )
-        fields = {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
+        missing = [field.name for field in dataclasses.fields(cls) if field.name not in data]
+        if missing:
+            raise ValueError(f"The plan lacks {', '.join(missing)}: it is damaged. Make it again.")
+        fields = {field.name: data[field.name] for field in dataclasses.fields(cls)}
         fields["pruned_layers"] = tuple(fields["pruned_layers"])
         fields["layer_importance"] = tuple(fields["layer_importance"])
         fields["absorbed_by"] = {int(layer): absorber for layer, absorber in fields["absorbed_by"].items()}
@@ -164,9 +172,11 @@ def make_plan(
             f"layer_importance must be finite, got NaN or infinity for layers {bad}. "
             "The importance run diverged: lower its learning rate or check the weights."
         )
-    check_counts(num_layers, num_pruned_layers, merge_count)
+    check_counts(num_layers, num_pruned_layers, merge_count if merged_layers is None else len(merged_layers))
     pruned = lowest_layers(layer_importance, num_pruned_layers)
-    chosen = tuple(merged_layers or ()) or most_important_layers(layer_importance, pruned, merge_count)
+    chosen = most_important_layers(layer_importance, pruned, merge_count) if merged_layers is None else merged_layers
+    if merge_rule == "none":
+        chosen = ()
     strangers = sorted(set(chosen) - set(pruned))
     if strangers:
         raise ValueError(

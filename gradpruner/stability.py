@@ -35,10 +35,10 @@ def stability_report(step_importance: Tensor, num_pruned_layers: int) -> dict[st
     middle = (num_steps + 1) // 2
     halves_overlap = _overlap(step_importance[:middle], step_importance[middle:], num_pruned_layers)
     num_top = max(1, num_steps // 10)
-    top_share = float(totals.topk(num_top).values.sum() / totals.sum())
+    top_share = float(totals.topk(num_top).values.sum() / totals.sum()) if totals.any() else 0.0
 
     warnings = []
-    late = [overlap for overlap in prefix_overlap[(3 * num_steps) // 4 :] if overlap is not None]
+    late = [overlap for overlap in prefix_overlap[max(0, (3 * num_steps) // 4 - 1) :] if overlap is not None]
     if late and min(late) < SETTLED_OVERLAP:
         warnings.append(
             f"The pruned set has not settled: over the last quarter of the {num_steps} importance steps it agreed with "

@@ -271,7 +271,6 @@ def test_unsupported_model_type_is_refused_on_loading(gpt2_folder, assets_dir):
         ModelSpec(str(gpt2_folder)).load(assets_dir)
 
 
-@pytest.mark.xfail(reason="load reads all weights before it looks at the model type", strict=True)
 def test_unsupported_model_type_is_refused_before_weights(gpt2_folder, assets_dir, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("weights were read")

@@ -84,7 +84,7 @@ def test_two_runs_say_the_same(make, tmp_path, mode):
     first = make(training=training, cache_dir=tmp_path / "a").run()
     second = make(training=training, cache_dir=tmp_path / "b").run()
     assert comparable(first) == comparable(second)
-    assert len(first.plan.pruned_layers) == 3 and len(first.plan.merges) == 1
+    assert len(first.plan.pruned_layers) == 3 and len(first.plan.absorbed_by) == 1
 
 
 def test_a_sweep_measures_once(make, tmp_path):
