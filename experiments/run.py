@@ -6,7 +6,9 @@
 Thin: it builds what the config names, hands it to `gradpruner.pipeline`, and writes down what came out.
 """
 
+import difflib
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -65,7 +67,9 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     quiet_libraries()
     pipeline, tracker = build_pipeline(cfg), schema.build(cfg.tracker, "tracker")
     run_dir = run_directory(cfg, pipeline)
+    _check_writable(run_dir, pipeline.cache_dir)
     pipeline.check()
+    _check_prunes(pipeline)
     show_example(pipeline)
     if cfg.dry_run:
         show_dry_run(pipeline, run_dir)
@@ -90,6 +94,26 @@ def build_pipeline(cfg: DictConfig) -> Pipeline:
         cache_dir=Path(cfg.cache_dir),
         evaluate_before=cfg.evaluate_before,
     )
+
+
+def _check_writable(*folders: Path) -> None:
+    """Raises ValueError if a folder cannot be made or written to."""
+    for folder in folders:
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"Cannot write to {folder.absolute()}: {existing} is not a folder that this user may write to. "
+                "Set output_dir, results_dir or cache_dir to another one."
+            )
+
+
+def _check_prunes(pipeline: Pipeline) -> None:
+    """Raises ValueError if a method that prunes layers is asked to prune none."""
+    if getattr(pipeline.resolved_method, "num_pruned_layers", None) == 0:
+        raise ValueError(
+            f"{pipeline.method.name} would prune none of the {pipeline.config.num_hidden_layers} decoder layers. "
+            "Raise sparsity, or use method=dense."
+        )
 
 
 def cfg_method_name(cfg: DictConfig) -> str:
@@ -217,5 +241,20 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
+def check_options(arguments: list[str]) -> None:
+    """Exits with a suggestion if an argument names an option that its group does not have; hydra only lists them."""
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    for argument in arguments:
+        group, separator, value = argument.partition("=")
+        if not separator or group not in groups or not value.isidentifier() or value == "null":
+            continue
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        if value not in options:
+            close = difflib.get_close_matches(value, options, n=1)
+            guess = f" Did you mean {close[0]}?" if close else ""
+            raise SystemExit(f"Error: there is no {group} {value!r}.{guess} Options of {group}: {', '.join(options)}.")
+
+
 if __name__ == "__main__":
+    check_options(sys.argv[1:])
     main()

@@ -6,6 +6,7 @@ computed again, and said so. Two processes may share a cache: one computes, the 
 """
 
 import ast
+import errno
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from gradpruner.files import write_json
 logger = logging.getLogger(__name__)
 
 ENTRY_FILE = "entry.json"
+FULL_DISK_BYTES = 2**20  # a write that failed with less than this free failed for lack of space
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,29 @@ class StageCache:
             if partial.is_dir() and not resumable:
                 shutil.rmtree(partial)
             partial.mkdir(exist_ok=True)
-            compute(partial)
-            write_json(partial / ENTRY_FILE, {"key": key, "checksums": _checksums(partial)})
+            try:
+                compute(partial)
+                write_json(partial / ENTRY_FILE, {"key": key, "checksums": _checksums(partial)})
+            except Exception as error:
+                _explain_full_disk(error, self.root)
+                raise
             os.replace(partial, entry)
         return entry
 
     def path(self, stage: str, key: Mapping[str, Any]) -> Path:
         """Where the entry is or would be."""
         return self.root / stage / content_hash(key)
+
+
+def _explain_full_disk(error: Exception, folder: Path) -> None:
+    """Raises a clear OSError if the disk is full: libraries report that in many ways, some as damaged files."""
+    free = shutil.disk_usage(folder).free
+    if free < FULL_DISK_BYTES or getattr(error, "errno", None) == errno.ENOSPC:
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk of {folder.absolute()} is full ({free / 1e6:.1f} MB free). Free some space, or set cache_dir to "
+            "another disk, and run again: finished stages are kept",
+        ) from error
 
 
 def content_hash(data: Any) -> str:

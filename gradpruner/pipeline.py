@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradpruner import encoding, finetune, igia, importance, merge, plan, surgery, trainer
+from gradpruner import encoding, finetune, igia, importance, merge, models, plan, stability, surgery, trainer
 from gradpruner.cache import StageCache, code_version, content_hash
 from gradpruner.encoding import TrainingRow, encode_training_rows, training_batches
 from gradpruner.evaluate import likelihood, metrics
@@ -151,11 +151,11 @@ class Pipeline:
     def run(self) -> Outcome:
         """Runs every stage that is not in the cache yet."""
         self.check()
-        models = _Models(self)
-        pruned = self._cached("prune", self._prune_key, models.write_plan)
-        before = self._evaluated(self._prune_key, models.compressed) if self.evaluate_before else None
-        trained = self._cached("finetune", self._finetune_key, models.write_finetuned, resumable=True)
-        after = self._evaluated(self._finetune_key, models.finetuned)
+        states = _Models(self)
+        pruned = self._cached("prune", self._prune_key, states.write_plan)
+        before = self._evaluated(self._prune_key, states.compressed) if self.evaluate_before else None
+        trained = self._cached("finetune", self._finetune_key, states.write_finetuned, resumable=True)
+        after = self._evaluated(self._finetune_key, states.finetuned)
         seconds = {"measure": _seconds(self._measured()), "finetune": _seconds(trained), "evaluate": _seconds(after)}
         return Outcome(
             plan=PruningPlan.load(pruned / PLAN_FILE),
@@ -264,7 +264,7 @@ class Pipeline:
         return {
             "measure": content_hash(self._measure_key),
             "settings": self.resolved_method.prune_settings(),
-            "code": code_version(merge, plan, surgery),
+            "code": code_version(merge, models, plan, stability, surgery),
         }
 
     @cached_property

@@ -49,10 +49,10 @@ def stability_report(step_importance: Tensor, num_pruned_layers: int) -> dict[st
             f"The pruned set drifts: the two halves of the importance steps agree on only {halves_overlap:.0%} of the "
             "layers. The adapter may move too far: lower method.learning_rate, or raise method.batch_size."
         )
-    if num_steps >= 10 and top_share > SPIKE_SHARE:
+    if warnings and num_steps >= 10 and top_share > SPIKE_SHARE:  # a spike that moves no layer is no concern
         warnings.append(
-            f"{num_top} of {num_steps} importance steps hold {top_share:.0%} of the gradient energy, so they alone "
-            "decide. Consider method.step_weighting=normalized."
+            f"{num_top} of {num_steps} importance steps hold {top_share:.0%} of the gradient energy and may decide "
+            "alone. Consider method.step_weighting=normalized."
         )
     return {
         "step_importance": step_importance.tolist(),

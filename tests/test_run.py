@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.run import CONF, run_job
+from experiments.run import CONF, build_pipeline, check_options, run_directory, run_job
 from gradpruner.record import RunRecord
 
 ROOT = CONF.parent
@@ -185,6 +185,43 @@ def test_errors_are_one_readable_line(tmp_path):
     assert done.returncode == 1
     assert "Error: num_pruned_layers must leave at least 2 of the model's 6 decoder layers, got 5." in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("method=gradprunr", r"there is no method 'gradprunr'\. Did you mean gradpruner\? Options of method: dense, "),
+        ("dataset=arc_eazy", r"Did you mean arc_easy\?"),
+        ("model=llama3_1_8B", r"Did you mean llama3_1_8b\?"),
+        ("finetune=xyz", r"there is no finetune 'xyz'\. Options of finetune: full, lora"),
+    ],
+)
+def test_an_unknown_option_gets_a_suggestion(argument, message):
+    with pytest.raises(SystemExit, match=message):
+        check_options(["seed=1", argument])
+
+
+def test_known_options_and_other_arguments_pass():
+    check_options(["-m", "method=gradpruner", "model.path=org/x", "debug=null", "seed=0,1", "hydra/launcher=joblib"])
+
+
+def test_pruning_none_is_refused(folders):
+    with pytest.raises(ValueError, match=r"gradpruner would prune none of the 6 decoder layers\. Raise sparsity"):
+        run("sparsity=0.05", "merge_count=0", *folders)
+
+
+def test_unwritable_output_is_refused(folders, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"Cannot write to .*file/run: .*file is not a folder.*Set output_dir"):
+        run(f"output_dir={tmp_path}/file/run", *folders)
+
+
+def test_a_model_path_cannot_lead_out_of_the_results(folders, tmp_path, monkeypatch):
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        for path in ("../../escape", "/etc/..", "..", "a/../.."):
+            cfg = compose("config", overrides=[f"model.path={path}", *folders])
+            run_dir = run_directory(cfg, build_pipeline(cfg)).resolve()
+            assert run_dir.is_relative_to(tmp_path / "runs"), path
 
 
 def test_help_lists_groups_and_examples():
