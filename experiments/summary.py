@@ -40,7 +40,8 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
             f"guessing: {metrics['chance_accuracy']:.3f}"
         )
     if pruning["pruned_layers"]:
-        merged = ", ".join(f"{layer} into {absorber}" for layer, absorber in pruning["absorbed_by"].items())
+        absorbed = [(layer, absorber) for layer, absorber in pruning["absorbed_by"].items() if absorber is not None]
+        merged = ", ".join(f"{layer} into {absorber}" for layer, absorber in absorbed)
         console.print(f"Pruned layers: {pruning['pruned_layers']}; merged: {merged or 'none'}")
     for warning in pruning["report"].get("warnings", []):
         console.print(f"[yellow]Warning:[/] {warning}")

@@ -50,6 +50,11 @@ class Compressed:
     plan: PruningPlan
     report: dict[str, Any]
 
+    def log_warnings(self) -> None:
+        """Logs the report's `warnings`; left to the caller, who may prune the same way several times."""
+        for warning in self.report.get("warnings", []):
+            logger.warning(warning)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -118,7 +123,9 @@ class Method:
         method = self.resolve(len(decoder_layers(model)))
         with tempfile.TemporaryDirectory() as scratch:
             method.measure(model, batches, Path(scratch))
-            return method.prune(model, Path(scratch))
+            compressed = method.prune(model, Path(scratch))
+        compressed.log_warnings()
+        return compressed
 
     def callbacks(self) -> list[TrainerCallback]:
         """Trainer callbacks that act during fine-tuning."""
@@ -266,9 +273,6 @@ class GradPruner(Method):
                 f"Layers {list(plan.dropped_unmerged)} were to merge but no kept layer comes before them: dropped "
                 "unmerged."
             )
-        for warning in report["warnings"]:
-            logger.warning(warning)
-
         weights = step_weights(gradients.energies, self.step_weighting).tolist()
 
         def igia(layer: int, sublayer: str) -> Tensor:

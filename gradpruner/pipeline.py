@@ -299,6 +299,7 @@ class _Models:
 
     def write_plan(self, directory: Path) -> None:
         compressed = self._compress()
+        compressed.log_warnings()
         compressed.plan.save(directory / PLAN_FILE)
         report = {**compressed.report, "num_parameters": count_parameters(compressed.model)}
         write_json(directory / REPORT_FILE, report)

@@ -2,7 +2,8 @@ r"""Strict text templates for prompts and completions.
 
 `Template("Question: {question}\nAnswer:").render({"question": "Why?"})`. A field is a plain name, or names joined by
 dots, which look up nested dictionaries and nothing else: unlike `str.format` there are no attributes, indices,
-conversions or format specifications. `{{` and `}}` are literal braces. Braces in the values are left alone.
+conversions or format specifications. `{{` and `}}` are literal braces. Braces in the values are left alone. A `\n` that
+a shell passed on as two characters is a line break.
 """
 
 import difflib
@@ -110,7 +111,7 @@ def _split(text: str) -> tuple[tuple[str, bool], ...]:
     parts: list[tuple[str, bool]] = []
     end = 0
     for token in _TOKEN.finditer(text):
-        parts.append((text[end : token.start()], False))
+        parts.append((text[end : token.start()].replace("\\n", "\n"), False))
         end = token.end()
         if token.group() in ("{{", "}}"):
             parts.append((token.group()[0], False))
@@ -126,5 +127,5 @@ def _split(text: str) -> tuple[tuple[str, bool], ...]:
             )
         else:
             parts.append((token.group(1), True))
-    parts.append((text[end:], False))
+    parts.append((text[end:].replace("\\n", "\n"), False))
     return tuple(parts)

@@ -12,7 +12,7 @@ from gradpruner.tasks.template import Template
         ("{{question}}", "{question}"),
         ("{{{question}}}", "{Why {not}?}"),
         ("{question}{question}", "Why {not}?Why {not}?"),
-        ("100 % $x \\n", "100 % $x \\n"),
+        ("100 % $x", "100 % $x"),
     ],
 )
 def test_render(text: str, expected: str) -> None:
@@ -67,3 +67,7 @@ def test_render_errors() -> None:
     for name, found in (("tags", "list"), ("none", "null"), ("flag", "bool"), ("doc", "dict")):
         with pytest.raises(RowError, match=rf"\{{{name}\}} must be text or a number, got {found}"):
             Template("{" + name + "}").render(values)
+
+
+def test_a_line_break_survives_the_command_line():
+    assert Template(r"Question: {question}\nAnswer:").render({"question": r"C:\new?"}) == "Question: C:\\new?\nAnswer:"
