@@ -27,7 +27,7 @@ from gradpruner.evaluate.metrics import likelihood_metrics
 from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.finetune import TrainingSpec, load_finetuned
 from gradpruner.method import Compressed, Method
-from gradpruner.models import ModelSpec, count_parameters, empty_model
+from gradpruner.models import ModelSpec, check_finite_weights, count_parameters, empty_model
 from gradpruner.plan import PruningPlan
 from gradpruner.tasks import Example, Task
 
@@ -331,6 +331,7 @@ class _Models:
             pipeline = self._pipeline
             measured = pipeline._measured()
             model = pipeline.model.load(pipeline._assets_dir)
+            check_finite_weights(model)
             self._compressed = pipeline.resolved_method.prune(model, measured)
         return self._compressed
 

@@ -211,6 +211,18 @@ def test_counts_that_do_not_fit_the_model(make, method, match, monkeypatch):
         make(method).run()
 
 
+@pytest.mark.parametrize("method", [GRADPRUNER, Dense()])
+def test_damaged_weights_are_named_by_layer(make, tmp_path, method):
+    pipeline = make(method)
+    model = pipeline.model.load(pipeline._assets_dir)
+    with torch.no_grad():
+        model.model.layers[4].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "damaged")
+    pipeline.tokenizer.save_pretrained(tmp_path / "damaged")
+    with pytest.raises(ValueError, match=r"The weights of decoder layers \[4\] hold NaN or infinity"):
+        make(method, model=ModelSpec(str(tmp_path / "damaged"))).run()
+
+
 def test_fraction_of_the_planned_steps(make):
     method = dataclasses.replace(GRADPRUNER, steps=None, fraction=0.5)
     training = dataclasses.replace(TRAINING, epochs=5)  # 10 steps
