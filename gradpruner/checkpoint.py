@@ -7,8 +7,9 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gradpruner.files import write_text
+from gradpruner.files import write_json, write_text
 from gradpruner.plan import PruningPlan
+from gradpruner.probe import PROBE_FILE, make_probe
 
 ADAPTER_FOLDER = "adapter"
 MAX_SHARD_SIZE = "5GB"  # transformers' default of 50 GB is too much for most file systems and hubs
@@ -21,7 +22,7 @@ def save_checkpoint(
     folder: Path,
     base_name: str,
 ) -> None:
-    """Writes weights, config, tokenizer, plan and a model card to `folder`, whole or not at all.
+    """Writes weights, config, tokenizer, plan, probe and a model card to `folder`, whole or not at all.
 
     Args:
         model: what to save; of a PeftModel the base goes to `folder` and the adapter to `folder/adapter`.
@@ -29,15 +30,20 @@ def save_checkpoint(
         plan: what was pruned.
         folder: replaced if it exists.
         base_name: name of the dense model, for the card.
+
+    Raises:
+        ValueError: if the model answers with NaN or infinity.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if isinstance(model, PeftModel):
         model.save_pretrained(partial / ADAPTER_FOLDER)
         model = model.unload()
+    probe = make_probe(model, tokenizer)
     model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
     tokenizer.save_pretrained(partial)
     plan.save(partial / "plan.json")
+    write_json(partial / PROBE_FILE, probe)
     write_text(partial / "README.md", _model_card(plan, base_name))
     if folder.exists():
         shutil.rmtree(folder)
@@ -59,5 +65,6 @@ Made with `{plan.method}` of the gradpruner project. A stock checkpoint for `Aut
 | pruned | {", ".join(map(str, plan.pruned_layers)) or "none"} |
 | merged | {(merged or "none") + rule} |
 
-`plan.json` holds the plan with the layer importance behind it.
+`plan.json` holds the plan with the layer importance behind it. `probe.json` holds what this model said about a short
+text when it was saved; `python -m experiments.verify FOLDER` of the project checks the checkpoint against it.
 """
