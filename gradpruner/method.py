@@ -28,7 +28,7 @@ from gradpruner.igia import (
 )
 from gradpruner.importance import EarlyGradients, ImportanceSpec, record_early_gradients
 from gradpruner.merge import check_rule
-from gradpruner.models import decoder_layers
+from gradpruner.models import check_model, decoder_layers
 from gradpruner.plan import PruningPlan, check_counts, make_plan
 from gradpruner.stability import stability_report
 from gradpruner.surgery import apply_plan
@@ -119,7 +119,11 @@ class Method:
         Args:
             model: the dense model; changed in place.
             batches: dicts of `input_ids`, `attention_mask`, `labels` (-100 = no loss), each (B, T).
+
+        Raises:
+            ValueError: if the architecture is not known, or settings, model and batches do not fit.
         """
+        check_model(model)
         method = self.resolve(len(decoder_layers(model)))
         with tempfile.TemporaryDirectory() as scratch:
             method.measure(model, batches, Path(scratch))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradpruner.merge import merge_layers
-from gradpruner.models import PER_LAYER_CONFIG_LISTS, decoder_layers, linear_sublayers, shrink_config
+from gradpruner.models import check_model, decoder_layers, keep_layers_in_config, linear_sublayers
 from gradpruner.plan import PruningPlan
 
 IgiaLookup = Callable[[int, str], Tensor]  # (layer, sublayer name) -> IGIA-Matrix, (out, in)
@@ -29,8 +29,10 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, igia: IgiaLookup | Non
         `model`, for chaining.
 
     Raises:
-        ValueError: if the plan is for another depth, or merges and no `igia` is given.
+        ValueError: if the plan is for another depth, merges and no `igia` is given, or the layers of the model are laid
+            out in a way that we do not know.
     """
+    check_model(model)
     layers = decoder_layers(model)
     if len(layers) != plan.num_hidden_layers:
         raise ValueError(
@@ -48,20 +50,24 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, igia: IgiaLookup | Non
 
 
 def drop_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> None:
-    """Keeps only `kept_layers` of the model, in place, with cache indices and config to match."""
-    decoder = model.get_decoder()
-    kept = [decoder_layers(model)[layer] for layer in kept_layers]
-    decoder.layers = nn.ModuleList(kept)
+    """Keeps only `kept_layers` of the model, in place, with cache indices and config to match.
+
+    Each layer keeps its kind (window, rotary positions or none). What a decoder remembers of kinds that are gone, such
+    as the rotary frequencies of window layers, stays until the model is reloaded and is not used.
+
+    Raises:
+        ValueError: if the model has no list of layers, or a config list with one entry a layer that we do not know.
+    """
+    layers = decoder_layers(model)
+    kept = [layers[layer] for layer in kept_layers]
+    keep_layers_in_config(model.config, kept_layers)  # in place: the model's modules share this config object
     for index, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 # The key-value cache is addressed by it; a gap breaks generate().
                 setattr(module, "layer_idx", index)  # noqa: B010 - mypy takes it for a submodule
-    smaller = shrink_config(model.config, kept_layers)
-    for key in PER_LAYER_CONFIG_LISTS:  # in place: the model's modules share this config object
-        if getattr(model.config, key, None) is not None:
-            setattr(model.config, key, getattr(smaller, key))
-    model.config.num_hidden_layers = smaller.num_hidden_layers
+    model.get_decoder().layers = nn.ModuleList(kept)
+    model.get_decoder().layers.training = layers.training
 
 
 def _merge_into(
