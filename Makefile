@@ -57,6 +57,7 @@ test-vllm: setup $(VLLM_VENV)/.installed  ## vLLM serves pruned checkpoints as t
 bench: setup  ## time and memory against a reference measured in the same run
 	$(BIN)/python -m benchmarks.gram_scores
 	$(BIN)/python -m benchmarks.importance_memory
+	$(BIN)/python -m benchmarks.streaming_prune
 
 clean:  ## remove caches and run folders; keeps .venv and results/records
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache results/runs results/sweeps wandb

@@ -1,43 +1,228 @@
-"""Say what a run would do, from config and data alone."""
+"""Say what a run would do, from config and data alone: no weights are loaded.
 
+    python -m experiments.run dry_run=true model=llama3_1_8b
+
+Hub models need no Hub for this: see `gradpruner.offline_configs`. What is counted, and how memory and time are
+estimated, is said in `gradpruner.counting`.
+"""
+
+import math
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from gradpruner.models import count_parameters, empty_model, shrink_config
+from gradpruner.architectures import shrink_config
+from gradpruner.counting import (
+    TABLE_11,
+    ModelCounts,
+    allocator_overhead,
+    count_model,
+    estimate_training_memory,
+    measure_matmul_flops,
+)
+from gradpruner.models import DTYPES
+from gradpruner.offline_configs import STAND_IN_TOKENIZER, OfflineModelSpec
 from gradpruner.pipeline import Pipeline
+from gradpruner.runtime import default_device, default_dtype
+
+LENGTH = 128  # tokens of the forward pass that is counted: the paper's Table 11
+CALIBRATION_SECONDS = 0.3
+Cell = Callable[[float], str]
 
 
 def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = None) -> None:
-    """Prints layers, parameters, bytes, steps and tokens before and after, and which stages are cached."""
-    config, method = pipeline.config, pipeline.resolved_method
-    num_layers = config.num_hidden_layers
-    num_kept = num_layers - (getattr(method, "num_pruned_layers", 0) or 0)
-    dense, embedding = pipeline.num_dense_parameters, config.vocab_size * config.hidden_size
+    """Prints sizes, work, data, and estimated memory and time of the dense and the pruned model, and what is cached."""
+    dtype = default_dtype() if pipeline.model.dtype == "auto" else DTYPES[pipeline.model.dtype]
+    num_layers = pipeline.config.num_hidden_layers
+    num_kept = num_layers - (getattr(pipeline.resolved_method, "num_pruned_layers", 0) or 0)
+    dense = count_model(pipeline.config)
     # Which layers leave is not known yet; they are alike in shape, so any will do for counting.
-    pruned = count_parameters(empty_model(shrink_config(config, tuple(range(num_kept)))))
-    table = Table(title=f"dry run: {method.name} on {pipeline.model.name}, {pipeline.task.name}")
+    pruned = dense.keep(range(num_kept))
+    offline = isinstance(pipeline.model, OfflineModelSpec)
+    table = Table(title=f"dry run: {pipeline.resolved_method.name} on {pipeline.model.name}, {pipeline.task.name}")
     for column in ("", "dense", "pruned", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
-    rows = [
-        ("decoder layers", num_layers, num_kept),
-        ("parameters", dense, pruned),
-        ("  without input embedding", dense - embedding, pruned - embedding),
-        ("checkpoint bytes (float32)", 4 * dense, 4 * pruned),
-    ]
-    for name, before, after in rows:
-        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.3f}")
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    _add_sizes(table, dense, pruned, dtype)
+    table.add_section()
+    _add_data(table, pipeline, "estimated " if offline else "")
+    table.add_section()
+    flops_per_second = measure_matmul_flops(dtype, CALIBRATION_SECONDS)
+    _add_estimates(table, pipeline, dense, pruned, dtype, flops_per_second)
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)  # a pipe has no width; do not cut columns for it
+    console.print(table)
+    for note in _notes(pipeline, dtype, flops_per_second, offline):
+        console.print(note, soft_wrap=True)
+    cached = [] if offline else [stage for stage, found in pipeline.stages().items() if found]
+    unknown = "unknown without the Hub" if offline else "none"
+    console.print(f"Cached stages: {', '.join(cached) or unknown}\nRun folder: {run_dir}", soft_wrap=True)
+
+
+def _add_sizes(table: Table, dense: ModelCounts, pruned: ModelCounts, dtype: torch.dtype) -> None:
+    """What is known exactly, for each model."""
+    forward, name = f"forward pass, 1 x {LENGTH} tokens", _dtype_name(dtype)
+
+    def both(label: str, cell: Cell, value: Callable[[ModelCounts], float]) -> None:
+        _add(table, label, cell, value(dense), value(pruned))
+
+    both("decoder layers", _whole, lambda counts: len(counts.layers))
+    both("parameters", _whole, lambda counts: counts.num_parameters)
+    both("  without input embedding", _whole, lambda counts: counts.num_parameters_without_embedding)
+    both("  linear, of one layer", _whole, lambda counts: counts.layers[0].num_linear_parameters)
+    both(f"checkpoint ({name})", _gib, lambda counts: counts.checkpoint_bytes(dtype))
+    both(f"MACs, {forward}", _operations, lambda counts: counts.macs(1, LENGTH))
+    both("  decoder linears only (Table 11)", _operations, lambda counts: counts.macs(1, LENGTH, TABLE_11))
+    both(f"FLOPs, {forward}", _operations, lambda counts: counts.flops(1, LENGTH))
+    both("  decoder linears only (Table 11)", _operations, lambda counts: counts.flops(1, LENGTH, TABLE_11))
+    both(f"KV cache a token ({name})", _kib, lambda counts: counts.kv_cache_bytes(1, 1, dtype))
+    both(f"KV cache, 1 x {LENGTH} tokens", _mib, lambda counts: counts.kv_cache_bytes(1, LENGTH, dtype))
+
+
+def _add_data(table: Table, pipeline: Pipeline, estimated: str) -> None:
+    """Rows, tokens and steps."""
     tokens = sum(len(row.input_ids) for row in pipeline.rows)
     steps = pipeline.training.num_steps(len(pipeline.rows))
-    calibration = method.calibration()
-    table.add_section()
-    table.add_row("train rows / tokens an epoch", f"{len(pipeline.rows):,}", f"{tokens:,}", "")
-    table.add_row("fine-tuning steps", "", f"{steps:,}", "")
+    calibration = pipeline.resolved_method.calibration()
+    table.add_row("train rows", f"{len(pipeline.rows):,}")
+    table.add_row(f"{estimated}tokens an epoch", f"{tokens:,}")
+    table.add_row("fine-tuning steps", f"{steps:,}", f"{steps:,}")
+    trained = round(tokens / len(pipeline.rows) * _num_trained_rows(pipeline))
+    table.add_row(f"{estimated}tokens trained on", f"{trained:,}", f"{trained:,}")
     if calibration:
-        table.add_row("rows seen before pruning", "", f"{calibration.batch_size * calibration.num_batches:,}", "")
-    table.add_row("test rows", f"{len(pipeline.test_examples):,}", "", "")
-    console = console or Console()
-    console.print(table)
-    cached = [stage for stage, found in pipeline.stages().items() if found]
-    console.print(f"Cached stages: {', '.join(cached) or 'none'}\nRun folder: {run_dir}", soft_wrap=True)
+        table.add_row("rows seen before pruning", "", f"{calibration.batch_size * calibration.num_batches:,}")
+    table.add_row("test rows", f"{len(pipeline.test_examples):,}")
+
+
+def _add_estimates(
+    table: Table,
+    pipeline: Pipeline,
+    dense: ModelCounts,
+    pruned: ModelCounts,
+    dtype: torch.dtype,
+    flops_per_second: float,
+) -> None:
+    """Memory and time."""
+    training, method, rows = pipeline.training, pipeline.resolved_method, pipeline.rows
+    lora_rank = training.lora_rank if training.mode == "lora" else None
+    longest = max(len(row.input_ids) for row in rows)
+    positions = 1 + max(row.num_answer_tokens for row in rows)
+    config = pipeline.config
+    configs = (config, shrink_config(config, tuple(range(len(pruned.layers)))))
+    for recompute in (False, True):
+        chosen = " *" if recompute == training.gradient_checkpointing else ""
+        memory = [
+            estimate_training_memory(
+                model,
+                min(training.micro_batch_size, len(rows)),
+                longest,
+                min(positions, longest),
+                dtype,
+                lora_rank=lora_rank,
+                recompute=recompute,
+                accumulate=training.accumulation > 1,
+                attn_implementation=pipeline.model.attn_implementation,
+                overhead=allocator_overhead(),
+            )
+            for model in configs
+        ]
+        label = "with gradient checkpointing" if recompute else "estimated peak memory of training"
+        _add(table, f"{'  ' if recompute else ''}{label}{chosen}", _gib, *(estimate.total for estimate in memory))
+        if not recompute:
+            for part in ("weights", "gradients", "moments", "activations", "transient", "allocator"):
+                _add(table, f"    {part}", _gib, *(getattr(estimate, part) for estimate in memory))
+    mean_length = math.ceil(sum(len(row.input_ids) for row in rows) / len(rows))
+    mean_positions = math.ceil(1 + sum(row.num_answer_tokens for row in rows) / len(rows))
+    work = (mean_length, min(mean_positions, mean_length))
+
+    num_rows = _num_trained_rows(pipeline)
+    flops = [
+        counts.training_flops(num_rows, *work, lora_rank, training.gradient_checkpointing) for counts in (dense, pruned)
+    ]
+    _add(table, "estimated FLOPs of training", _operations, *flops)
+    _add(table, "estimated time of training, at least", _seconds, *(work_ / flops_per_second for work_ in flops))
+    calibration, rank = method.calibration(), getattr(method, "lora_rank", None)
+    if calibration and rank:
+        recompute = bool(getattr(method, "gradient_checkpointing", False))
+        importance = estimate_training_memory(
+            config,
+            calibration.batch_size,
+            longest,
+            min(positions, longest),
+            dtype,
+            lora_rank=rank,
+            recompute=recompute,
+            keep_factors=True,
+            attn_implementation=pipeline.model.attn_implementation,
+            overhead=allocator_overhead(),
+        )
+        num_seen = calibration.batch_size * calibration.num_batches
+        seconds = dense.training_flops(num_seen, *work, rank, recompute) / flops_per_second
+        table.add_row("estimated peak memory of the importance run", _gib(importance.total))
+        table.add_row("estimated time of the importance run, at least", _seconds(seconds))
+
+
+def _notes(pipeline: Pipeline, dtype: torch.dtype, flops_per_second: float, offline: bool) -> list[str]:
+    """How the estimates were made."""
+    training = pipeline.training
+    notes = [
+        f"Memory: {training.mode} fine-tuning, micro batches of {training.micro_batch_size} rows as long as the "
+        "longest one; without Python and its libraries; * is what this run does.",
+        f"Time: at {flops_per_second / 1e9:,.0f} GFLOP/s, measured just now on this machine ({default_device().type}, "
+        f"{_dtype_name(dtype)} matrix products, {CALIBRATION_SECONDS} s). Small models take about twice that.",
+    ]
+    if offline:
+        characters = sum(len(example.prompt) + len(example.answer) for example in pipeline.train_examples)
+        tokens = sum(len(row.input_ids) for row in pipeline.rows)
+        notes.append(
+            f"{pipeline.model.path} cannot be read from the Hub: layers and sizes are from the config that ships here; "
+            f"token counts are estimated with the tokenizer of {STAND_IN_TOKENIZER} "
+            f"({characters / tokens:.2f} characters a token)."
+        )
+    return notes
+
+
+def _num_trained_rows(pipeline: Pipeline) -> int:
+    """Rows that the fine-tune sees; the last batch of an epoch may be short."""
+    training, num_rows = pipeline.training, len(pipeline.rows)
+    if training.max_steps is not None:
+        return training.max_steps * training.batch_size
+    return math.ceil(training.epochs * num_rows)
+
+
+def _add(table: Table, label: str, cell: Cell, dense: float, pruned: float) -> None:
+    table.add_row(label, cell(dense), cell(pruned), f"{pruned / dense:.3f}" if dense else "")
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _operations(value: float) -> str:
+    unit, size = next(((u, n) for u, n in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if value >= n), ("k", 1e3))
+    return f"{value / size:,.2f} {unit}"
+
+
+def _kib(value: float) -> str:
+    return f"{value / 2**10:,.2f} KiB"
+
+
+def _mib(value: float) -> str:
+    return f"{value / 2**20:,.2f} MiB"
+
+
+def _gib(value: float) -> str:
+    return f"{value / 2**30:,.2f} GiB" if value >= 2**27 else _mib(value)
+
+
+def _seconds(value: float) -> str:
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -6,6 +6,7 @@
 Thin: it builds what the config names, hands it to `gradpruner.pipeline`, and writes down what came out.
 """
 
+import dataclasses
 import difflib
 import logging
 import os
@@ -24,6 +25,7 @@ from experiments.dry_run import show_dry_run
 from experiments.preview import show_example
 from experiments.summary import show_summary
 from experiments.tracker import Tracker
+from gradpruner import offline_configs
 from gradpruner.cache import content_hash
 from gradpruner.checkpoint import save_checkpoint
 from gradpruner.files import write_text
@@ -68,7 +70,10 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     pipeline, tracker = build_pipeline(cfg), schema.build(cfg.tracker, "tracker")
     run_dir = run_directory(cfg, pipeline)
     _check_writable(run_dir, pipeline.cache_dir)
-    pipeline.check()
+    if cfg.dry_run:
+        model = offline_configs.for_dry_run(pipeline.model, pipeline.cache_dir / "assets")
+        pipeline = dataclasses.replace(pipeline, model=model)
+    pipeline.check(disk=not cfg.dry_run)
     _check_prunes(pipeline)
     show_example(pipeline)
     if cfg.dry_run:
@@ -179,7 +184,8 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, key: str, trac
         plot_importance(outcome.plan, outcome.report, run_dir / "importance.png")
     if cfg.save_checkpoint:
         folder = run_dir / "checkpoint"
-        save_checkpoint(pipeline.load_result(), pipeline.tokenizer, outcome.plan, folder, pipeline.model.name)
+        model, name = pipeline.load_result(), pipeline.model.name
+        save_checkpoint(model, pipeline.tokenizer, outcome.plan, folder, name, _resolved(cfg))
     record = _record(cfg, pipeline, key, outcome)
     record.save(run_dir)  # before the tracker: it may fail
     tracker.log(record, outcome.training["history"], run_dir)

@@ -2,12 +2,15 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradpruner.files import write_json, write_text
+from gradpruner.model_card import model_card
 from gradpruner.plan import PruningPlan
 from gradpruner.probe import PROBE_FILE, make_probe
 
@@ -21,6 +24,7 @@ def save_checkpoint(
     plan: PruningPlan,
     folder: Path,
     base_name: str,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes weights, config, tokenizer, plan, probe and a model card to `folder`, whole or not at all.
 
@@ -30,6 +34,7 @@ def save_checkpoint(
         plan: what was pruned.
         folder: replaced if it exists.
         base_name: name of the dense model, for the card.
+        settings: the config of the run, for the card.
 
     Raises:
         ValueError: if the model answers with NaN or infinity.
@@ -44,27 +49,7 @@ def save_checkpoint(
     tokenizer.save_pretrained(partial)
     plan.save(partial / "plan.json")
     write_json(partial / PROBE_FILE, probe)
-    write_text(partial / "README.md", _model_card(plan, base_name))
+    write_text(partial / "README.md", model_card(plan, base_name, settings, has_probe=True))
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
-
-
-def _model_card(plan: PruningPlan, base_name: str) -> str:
-    merged = ", ".join(
-        f"{layer} into {absorber}" for layer, absorber in sorted(plan.absorbed_by.items()) if absorber is not None
-    )
-    rule = f" ({plan.merge_rule}, density {plan.density})" if merged and plan.merge_rule != "none" else ""
-    return f"""# {base_name} with {len(plan.kept_layers)} of {plan.num_hidden_layers} layers
-
-Made with `{plan.method}` of the gradpruner project. A stock checkpoint for `AutoModelForCausalLM.from_pretrained`.
-
-| | layers (0-based, of the dense model) |
-| --- | --- |
-| kept | {", ".join(map(str, plan.kept_layers))} |
-| pruned | {", ".join(map(str, plan.pruned_layers)) or "none"} |
-| merged | {(merged or "none") + rule} |
-
-`plan.json` holds the plan with the layer importance behind it. `probe.json` holds what this model said about a short
-text when it was saved; `python -m experiments.verify FOLDER` of the project checks the checkpoint against it.
-"""

@@ -21,11 +21,11 @@ from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from gradpruner.architectures import lora_targets
 from gradpruner.efficiency import PeakMemory
 from gradpruner.encoding import TrainingRow, collate
 from gradpruner.files import write_json
 from gradpruner.igia import check_choice
-from gradpruner.models import lora_targets
 from gradpruner.runtime import default_device, set_seed
 from gradpruner.trainer import CompletionTrainer, DivergedError
 

@@ -3,7 +3,6 @@
 GradPruner (arXiv:2601.19503), Section 3.1 and Algorithm 1, step 1. The base model is bit-identical afterwards.
 """
 
-import json
 import re
 import tempfile
 import time
@@ -17,16 +16,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gradpruner.architectures import check_finite_weights, decoder_layers, linear_sublayers, lora_targets
 from gradpruner.efficiency import PeakMemory
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.files import write_json
+from gradpruner.gradients import RESULT_FILE, EarlyGradients, factor_names, step_file
 from gradpruner.igia import GRADIENT_ESTIMATES, Factors, check_choice, simulated_gradient, squared_frobenius
-from gradpruner.models import check_finite_weights, decoder_layers, linear_sublayers, lora_targets
 from gradpruner.runtime import default_device, set_seed
 from gradpruner.trainer import CompletionTrainer
 
@@ -39,7 +38,6 @@ LORA_INITS: dict[str, bool | str] = {
     "olora": "olora",
     "orthogonal": "orthogonal",
 }
-RESULT_FILE = "importance.json"
 
 
 @dataclass(frozen=True)
@@ -97,49 +95,6 @@ class ImportanceSpec:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm must be 0 (no clipping) or above, got {self.max_grad_norm}.")
-
-
-@dataclass(frozen=True)
-class EarlyGradients:
-    """What the importance run leaves in its folder.
-
-    Attributes:
-        directory: folder with `importance.json` and one file of factors a step.
-        sublayers: names of the linear sublayers of a decoder layer.
-        energies: squared Frobenius norm of the simulated gradient, (t, L, M) float64.
-        losses: training loss per step.
-        train_seconds: wall time of the steps.
-        peak_memory_bytes: see `efficiency.PeakMemory`.
-    """
-
-    directory: Path
-    sublayers: tuple[str, ...]
-    energies: Tensor
-    losses: tuple[float, ...]
-    train_seconds: float
-    peak_memory_bytes: int
-
-    @classmethod
-    def load(cls, directory: Path) -> "EarlyGradients":
-        """Reads the folder that `record_early_gradients` wrote; factors stay on disk until asked for."""
-        data = json.loads((directory / RESULT_FILE).read_text())
-        return cls(
-            directory=directory,
-            sublayers=tuple(data["sublayers"]),
-            energies=torch.tensor(data["energies"], dtype=torch.float64),
-            losses=tuple(data["losses"]),
-            train_seconds=data["train_seconds"],
-            peak_memory_bytes=data["peak_memory_bytes"],
-        )
-
-    def factors(self, layer: int, sublayer: str) -> list[Factors]:
-        """The per-step factors of one sublayer's simulated gradient, shapes (out, k) and (k, in)."""
-        factors = []
-        for step in range(len(self.energies)):
-            with safe_open(self.directory / _step_file(step), framework="pt") as tensors:
-                left, right = _factor_names(layer, sublayer)
-                factors.append((tensors.get_tensor(left), tensors.get_tensor(right)))
-        return factors
 
 
 def record_early_gradients(
@@ -248,10 +203,10 @@ class _GradientRecorder(TrainerCallback):
             for index, name in enumerate(self.sublayers):
                 left, right = self._factors(modules[name])
                 energies[layer, index] = squared_frobenius(left, right)
-                left_name, right_name = _factor_names(layer, name)
+                left_name, right_name = factor_names(layer, name)
                 factors[left_name] = left.float().cpu().contiguous()
                 factors[right_name] = right.float().cpu().contiguous()
-        save_file(factors, self._directory / _step_file(len(self.energies)))
+        save_file(factors, self._directory / step_file(len(self.energies)))
         self.energies.append(energies)
 
     def _factors(self, module: LoraLayer) -> Factors:
@@ -344,11 +299,3 @@ def _training_arguments(spec: ImportanceSpec, scratch: Path) -> TrainingArgument
         use_cpu=default_device().type == "cpu",
         seed=spec.seed,
     )
-
-
-def _step_file(step: int) -> str:
-    return f"step-{step:05d}.safetensors"
-
-
-def _factor_names(layer: int, sublayer: str) -> tuple[str, str]:
-    return f"layers.{layer}.{sublayer}.left", f"layers.{layer}.{sublayer}.right"

@@ -16,7 +16,9 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from gradpruner.architectures import check_model, decoder_layers
 from gradpruner.encoding import Batch
+from gradpruner.gradients import EarlyGradients
 from gradpruner.igia import (
     SCORES,
     STEP_WEIGHTINGS,
@@ -26,9 +28,8 @@ from gradpruner.igia import (
     step_importance,
     step_weights,
 )
-from gradpruner.importance import EarlyGradients, ImportanceSpec, record_early_gradients
+from gradpruner.importance import ImportanceSpec, record_early_gradients
 from gradpruner.merge import check_rule
-from gradpruner.models import check_model, decoder_layers
 from gradpruner.plan import PruningPlan, check_counts, make_plan
 from gradpruner.stability import stability_report
 from gradpruner.surgery import apply_plan

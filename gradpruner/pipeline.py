@@ -18,7 +18,20 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradpruner import encoding, finetune, igia, importance, merge, models, plan, stability, surgery, trainer
+from gradpruner import (
+    architectures,
+    encoding,
+    finetune,
+    gradients,
+    igia,
+    importance,
+    merge,
+    plan,
+    stability,
+    surgery,
+    trainer,
+)
+from gradpruner.architectures import check_finite_weights, count_parameters, empty_model
 from gradpruner.cache import StageCache, code_version, content_hash
 from gradpruner.encoding import TrainingRow, encode_training_rows, training_batches
 from gradpruner.evaluate import likelihood, metrics
@@ -27,7 +40,7 @@ from gradpruner.evaluate.metrics import likelihood_metrics
 from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.finetune import TrainingSpec, load_finetuned
 from gradpruner.method import Compressed, Method
-from gradpruner.models import ModelSpec, check_finite_weights, count_parameters, empty_model
+from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan
 from gradpruner.tasks import Example, Task
 
@@ -124,8 +137,11 @@ class Pipeline:
         """Parameters of the dense model, tied ones once."""
         return count_parameters(empty_model(self.config))
 
-    def check(self) -> None:
+    def check(self, disk: bool = True) -> None:
         """Reads config and data and resolves the method; raises what `ModelSpec`, `Task` and `Method` raise.
+
+        Args:
+            disk: also look for the disk space that the run needs.
 
         Raises:
             ValueError: also if started by torchrun, or if the disk has no room for what the run will write.
@@ -140,7 +156,7 @@ class Pipeline:
         # Weights in float32; full fine-tuning keeps two checkpoints with two optimizer moments besides.
         copies = 8 if self.training.mode == "full" else 1
         needed, free = 4 * self.num_dense_parameters * copies, shutil.disk_usage(self.cache_dir).free
-        if needed > free:
+        if disk and needed > free:
             raise ValueError(
                 f"Not enough disk space in {self.cache_dir.absolute()}: about {needed / 1e9:.1f} GB needed, "
                 f"{free / 1e9:.1f} GB free. Free some, or set cache_dir to another disk."
@@ -251,12 +267,13 @@ class Pipeline:
     def _measure_key(self) -> dict[str, Any]:
         method = self.resolved_method
         needs_data = method.calibration() is not None
+        sources = (sys.modules[type(method).__module__], importance, gradients, igia, encoding, trainer)
         return {
             **self._base_key,
             "method": method.name,
             "settings": method.measurement_settings(),
             "rows": self._rows_key if needs_data else None,
-            "code": code_version(sys.modules[type(method).__module__], importance, igia, encoding, trainer),
+            "code": code_version(*sources),
         }
 
     @cached_property
@@ -264,7 +281,7 @@ class Pipeline:
         return {
             "measure": content_hash(self._measure_key),
             "settings": self.resolved_method.prune_settings(),
-            "code": code_version(merge, models, plan, stability, surgery),
+            "code": code_version(architectures, merge, plan, stability, surgery),
         }
 
     @cached_property

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gradpruner.architectures import check_model, decoder_layers, keep_layers_in_config, linear_sublayers
 from gradpruner.merge import merge_layers
-from gradpruner.models import check_model, decoder_layers, keep_layers_in_config, linear_sublayers
 from gradpruner.plan import PruningPlan
 
 IgiaLookup = Callable[[int, str], Tensor]  # (layer, sublayer name) -> IGIA-Matrix, (out, in)

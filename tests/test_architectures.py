@@ -26,10 +26,8 @@ from transformers import (
     ViTConfig,
 )
 
-from gradpruner.method import GradPruner
-from gradpruner.models import (
+from gradpruner.architectures import (
     SUPPORTED_MODEL_TYPES,
-    ModelSpec,
     check_model,
     check_supported,
     decoder_layers,
@@ -38,6 +36,8 @@ from gradpruner.models import (
     lora_targets,
     shrink_config,
 )
+from gradpruner.method import GradPruner
+from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan, make_plan
 from gradpruner.surgery import apply_plan, drop_layers
 

@@ -9,8 +9,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from gradpruner import assets
+from gradpruner.architectures import check_supported, decoder_layers
 from gradpruner.assets import AssetError, find_wheel
-from gradpruner.models import ModelSpec, check_supported, decoder_layers
+from gradpruner.models import ModelSpec
 
 
 def folder_with(folder, *names, config=None):

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import set_seed
 
 from gradpruner import importance
-from gradpruner.importance import LORA_INITS, EarlyGradients, ImportanceSpec, record_early_gradients
-from gradpruner.models import linear_sublayers
+from gradpruner.architectures import linear_sublayers
+from gradpruner.gradients import EarlyGradients
+from gradpruner.importance import LORA_INITS, ImportanceSpec, record_early_gradients
 from gradpruner.trainer import DivergedError
 
 ADAPTERS = [{"lora_init": init} for init in (*LORA_INITS, "pissa_niter_4")] + [{"adapter": "dora"}]

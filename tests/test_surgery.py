@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gradpruner.merge import MERGE_RULES
-from gradpruner.models import (
+from gradpruner.architectures import (
     count_parameters,
     decoder_layers,
     empty_model,
@@ -15,6 +14,7 @@ from gradpruner.models import (
     lora_targets,
     shrink_config,
 )
+from gradpruner.merge import MERGE_RULES
 from gradpruner.plan import PruningPlan, make_plan, preceding_kept_layer
 from gradpruner.surgery import apply_plan, drop_layers
 

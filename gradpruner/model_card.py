@@ -1,0 +1,41 @@
+"""The README.md of a saved checkpoint: which layers went where, and with which settings."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gradpruner.plan import PruningPlan
+
+
+def model_card(
+    plan: PruningPlan, base_name: str, settings: Mapping[str, Any] | None = None, has_probe: bool = False
+) -> str:
+    """Text of the card.
+
+    Args:
+        plan: what was pruned and merged.
+        base_name: name of the dense model.
+        settings: JSON-ready settings that made the checkpoint, printed whole.
+        has_probe: `probe.json` lies beside the card.
+    """
+    merged = ", ".join(f"{layer} into {absorber}" for absorber, layers in plan.merges.items() for layer in layers)
+    rule = f" ({plan.merge_rule}, density {plan.density})" if merged else ""
+    files = "`plan.json` holds the plan with the layer importance behind it."
+    if has_probe:
+        files += (
+            " `probe.json` holds what this model said about a short\ntext when it was saved; "
+            "`python -m experiments.verify FOLDER` of the project checks the checkpoint against it."
+        )
+    config = f"\n## Settings\n\n```json\n{json.dumps(settings, indent=2)}\n```\n" if settings else ""
+    return f"""# {base_name} with {len(plan.kept_layers)} of {plan.num_hidden_layers} layers
+
+Made with `{plan.method}` of the gradpruner project. A stock checkpoint for `AutoModelForCausalLM.from_pretrained`.
+
+| | layers (0-based, of the dense model) |
+| --- | --- |
+| kept | {", ".join(map(str, plan.kept_layers))} |
+| pruned | {", ".join(map(str, plan.pruned_layers)) or "none"} |
+| merged | {(merged or "none") + rule} |
+
+{files}
+{config}"""

@@ -1,0 +1,99 @@
+"""Configs of Hub models that ship with the project, so that a dry run needs no network.
+
+Only a dry run may use them, and only when the Hub cannot be read: a real run reads the checkpoint's own config. One
+file a model under `conf/model/hub_configs/`, named by Hub id with `--` for `/`.
+"""
+
+import json
+import logging
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
+from huggingface_hub import constants
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gradpruner.architectures import check_supported
+from gradpruner.assets import PACKAGED_MODELS, find_wheel
+from gradpruner.models import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+HUB_CONFIGS = Path(__file__).resolve().parents[1] / "conf" / "model" / "hub_configs"
+STAND_IN_TOKENIZER = "smollm2-135m"  # name in assets.PACKAGED_MODELS
+
+
+@dataclass(frozen=True)
+class OfflineModelSpec(ModelSpec):
+    """A Hub model without the Hub: its shipped config and another model's tokenizer, so tokens are an estimate."""
+
+    def load_config(self, assets_dir: Path) -> PreTrainedConfig:
+        """The shipped config; raises ValueError as `ModelSpec.load_config` does."""
+        config = shipped_config(self.path)
+        check_supported(config)
+        return config
+
+    def load_tokenizer(self, assets_dir: Path) -> PreTrainedTokenizerBase:
+        """SmolLM2's tokenizer: 49k words, against 32k of Llama 2 and Mistral and 128k of Llama 3."""
+        converted = assets_dir / STAND_IN_TOKENIZER
+        if converted.is_dir():
+            return AutoTokenizer.from_pretrained(converted)
+        packaged = PACKAGED_MODELS[STAND_IN_TOKENIZER]
+        return AutoTokenizer.from_pretrained(find_wheel(packaged.module, packaged.requirement), gguf_file=packaged.file)
+
+    def load(self, assets_dir: Path) -> PreTrainedModel:
+        """Raises ValueError: there are no weights."""
+        raise ValueError(f"{self.path} was made for a dry run and has no weights. Build a ModelSpec instead.")
+
+
+def shipped_ids() -> tuple[str, ...]:
+    """Hub ids whose configs ship with the project."""
+    return tuple(sorted(file.stem.replace("--", "/", 1) for file in HUB_CONFIGS.glob("*.json")))
+
+
+def shipped_config(hub_id: str) -> PreTrainedConfig:
+    """The shipped config of a Hub model.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    file = HUB_CONFIGS / f"{hub_id.replace('/', '--', 1)}.json"
+    if hub_id not in shipped_ids():
+        raise ValueError(
+            f"No config of {hub_id!r} ships with this project. Known: {', '.join(shipped_ids())}. "
+            "Connect to the Hub, or give model.path a local folder."
+        )
+    values = json.loads(file.read_text())
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def for_dry_run(model: ModelSpec, assets_dir: Path) -> ModelSpec:
+    """`model` itself if no config of it ships or the Hub can be read, else its offline stand-in."""
+    if model.path not in shipped_ids() or Path(model.path).is_dir():
+        return model
+    try:
+        if not _hub_answers():
+            raise OSError("the Hub does not answer")
+        model.load_config(assets_dir)
+        model.load_tokenizer(assets_dir)
+    except OSError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        logger.warning("%s cannot be read (%s): using the config that ships here", model.path, reason)
+        return OfflineModelSpec(**{name: getattr(model, name) for name in ModelSpec.__dataclass_fields__})
+    return model
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub can be asked; its client would go on trying for half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True  # cannot be told from here
+    address = urlparse(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
+    except OSError:
+        return False
+    return True

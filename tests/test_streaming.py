@@ -1,0 +1,747 @@
+import json
+import os
+import re
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from experiments.prune_checkpoint import main
+from gradpruner import streaming, tensor_files
+from gradpruner.architectures import linear_sublayers
+from gradpruner.files import write_json
+from gradpruner.gradients import EarlyGradients
+from gradpruner.igia import igia_matrix, squared_frobenius, step_weights
+from gradpruner.merge import MERGE_RULES, top_fraction_mask
+from gradpruner.method import GradPruner
+from gradpruner.plan import PruningPlan, preceding_kept_layer
+from gradpruner.streaming import load_pruned, prune_checkpoint
+from gradpruner.surgery import apply_plan
+from gradpruner.tensor_files import INDEX_FILE, WEIGHTS_FILE
+
+NUM_LAYERS = 6
+SMALL_SHARD = 20_000  # bytes; a layer of the float32 model takes 31 KB, its largest tensor 6 KB, its embedding 33 KB
+DEEP = ((0, 2, 3, 5), (0, 2, 3, 5))  # layer 0 has no kept layer before it; 2 and 3 go into 1, 5 into 4
+
+
+def plan_for(pruned, merged=(), rule="sign_average", density=0.4, num_layers=NUM_LAYERS):
+    return PruningPlan(
+        num_hidden_layers=num_layers,
+        pruned_layers=tuple(pruned),
+        absorbed_by={layer: preceding_kept_layer(layer, pruned) for layer in merged},
+        merge_rule=rule,
+        density=density,
+        method="gradpruner",
+    )
+
+
+def make_gradients(folder, model, steps=3, rank=2):
+    """Random factors for every sublayer, as the importance run stores them; step after step smaller."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = {name: linear.weight.shape for name, linear in linear_sublayers(model.model.layers[0]).items()}
+    folder.mkdir()
+    energies = torch.zeros(steps, len(model.model.layers), len(shapes), dtype=torch.float64)
+    for step in range(steps):
+        factors = {}
+        for layer in range(len(model.model.layers)):
+            for index, (name, (rows, columns)) in enumerate(shapes.items()):
+                left = torch.randn(rows, rank, generator=generator) / (step + 1)
+                right = torch.randn(rank, columns, generator=generator)
+                energies[step, layer, index] = squared_frobenius(left, right)
+                factors |= {f"layers.{layer}.{name}.left": left, f"layers.{layer}.{name}.right": right}
+        save_file(factors, folder / f"step-{step:05d}.safetensors")
+    write_json(
+        folder / "importance.json",
+        {
+            "sublayers": list(shapes),
+            "energies": energies.tolist(),
+            "losses": [1.0] * steps,
+            "train_seconds": 1.0,
+            "peak_memory_bytes": 1,
+        },
+    )
+    return EarlyGradients.load(folder)
+
+
+@pytest.fixture
+def make_source(tiny_llama, tiny_tokenizer, tmp_path):
+    """Factory of a dense checkpoint with everything that a model folder holds; also returns the model."""
+
+    def make(name="dense", max_shard_size="5GB", **config):
+        model = tiny_llama(**config)
+        model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1, max_new_tokens=17)
+        folder = tmp_path / name
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tiny_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        tiny_tokenizer.save_pretrained(folder)
+        (folder / "LICENSE").write_text("free\n")
+        return folder, model
+
+    return make
+
+
+@pytest.fixture
+def source(make_source):
+    return make_source()[0]
+
+
+@pytest.fixture
+def sharded(make_source):
+    folder = make_source(max_shard_size=SMALL_SHARD)[0]
+    assert len(list(folder.glob("*.safetensors"))) > 4
+    return folder
+
+
+@pytest.fixture
+def gradients(tiny_llama, tmp_path):
+    return make_gradients(tmp_path / "factors", tiny_llama())
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "pruned"
+
+
+def weights_in(folder):
+    """All tensors of a checkpoint, read by safetensors."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        loaded = load_file(file)
+        assert not loaded.keys() & tensors.keys()
+        tensors |= loaded
+    return tensors
+
+
+def same_weights(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype
+        assert torch.equal(tensor.flatten().view(torch.uint8), other[name].flatten().view(torch.uint8)), name
+
+
+def in_memory(plan, gradients, source, folder, weighting="energy"):
+    """The path that needs the whole model: load, apply_plan, save_pretrained."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    weights = None if gradients is None else step_weights(gradients.energies, weighting).tolist()
+    apply_plan(model, plan, lambda layer, name: igia_matrix(gradients.factors(layer, name), weights))
+    model.save_pretrained(folder)
+    return model
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+# The same as in memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["5GB", SMALL_SHARD])
+def test_equals_the_in_memory_path(make_source, gradients, tmp_path, target, dtype, tied, shard):
+    source, _ = make_source(max_shard_size=shard, dtype=dtype, tie_word_embeddings=tied)
+    plan = plan_for(*DEEP)
+    in_memory(plan, gradients, source, tmp_path / "expected")
+    prune_checkpoint(plan, gradients, source, target)
+    same_weights(weights_in(target), weights_in(tmp_path / "expected"))
+    assert config_of(target) == config_of(tmp_path / "expected")
+    assert ("lm_head.weight" in weights_in(target)) is not tied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", MERGE_RULES)
+def test_every_merge_rule(make_source, gradients, tmp_path, target, rule, dtype):
+    source, _ = make_source(dtype=dtype)
+    plan = plan_for(*DEEP, rule)
+    in_memory(plan, gradients, source, tmp_path / "expected")
+    prune_checkpoint(plan, gradients, source, target)
+    same_weights(weights_in(target), weights_in(tmp_path / "expected"))
+    before, after = weights_in(source), weights_in(target)
+    name = "self_attn.q_proj.weight"
+    changed = not torch.equal(before[f"model.layers.1.{name}"], after[f"model.layers.0.{name}"])
+    assert changed == (rule != "none")
+
+
+@pytest.mark.parametrize("pruned", [(), (0,), (5,), (1, 3), (0, 1, 5), (1, 2, 3, 4)])
+def test_without_merges(source, tmp_path, target, pruned):
+    plan = plan_for(pruned)
+    in_memory(plan, None, source, tmp_path / "expected")
+    prune_checkpoint(plan, None, source, target)
+    same_weights(weights_in(target), weights_in(tmp_path / "expected"))
+    assert config_of(target) == config_of(tmp_path / "expected")
+
+
+def test_step_weighting_changes_the_merge(source, gradients, tmp_path, target):
+    plan = plan_for(*DEEP)
+    in_memory(plan, gradients, source, tmp_path / "expected", "normalized")
+    prune_checkpoint(plan, gradients, source, target, step_weighting="normalized")
+    same_weights(weights_in(target), weights_in(tmp_path / "expected"))
+    prune_checkpoint(plan, gradients, source, tmp_path / "energy")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(weights_in(target)[name], weights_in(tmp_path / "energy")[name])
+
+
+@pytest.mark.parametrize("weighting", ["energy", "normalized"])
+def test_equals_what_gradpruner_makes(source, make_batches, tmp_path, target, weighting):
+    method = GradPruner(
+        num_pruned_layers=3, merge_count=2, steps=2, batch_size=2, learning_rate=1e-3, step_weighting=weighting
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    method.measure(model, make_batches(2), tmp_path / "measured")
+    compressed = method.prune(model, tmp_path / "measured")
+    assert compressed.plan.merges
+    compressed.model.save_pretrained(tmp_path / "expected")
+    gradients = EarlyGradients.load(tmp_path / "measured")
+    prune_checkpoint(compressed.plan, gradients, source, target, step_weighting=weighting)
+    same_weights(weights_in(target), weights_in(tmp_path / "expected"))
+
+
+def test_sublayers_with_biases_and_norms_of_their_own(tmp_path, target):
+    """Qwen-like names come through by themselves: nothing here knows which tensors a layer holds."""
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    tensors = {"transformer.wte.weight": torch.randn(4, 2), "step": torch.tensor(3), "empty": torch.zeros(0, 4)}
+    for layer in range(3):
+        tensors[f"decoder.h.{layer}.attn.q_norm.weight"] = torch.randn(2)
+        tensors[f"decoder.h.{layer}.attn.q.bias"] = torch.randn(2).half()
+        tensors[f"decoder.h.{layer}.experts.7.weight"] = torch.randn(3, 2).double()
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    AutoConfig.for_model("llama", num_hidden_layers=3).save_pretrained(folder)
+    prune_checkpoint(plan_for((0,), num_layers=3), None, folder, target)
+    expected = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder")}
+    for new, old in enumerate((1, 2)):
+        for rest in ("attn.q_norm.weight", "attn.q.bias", "experts.7.weight"):
+            expected[f"decoder.h.{new}.{rest}"] = tensors[f"decoder.h.{old}.{rest}"]
+    same_weights(weights_in(target), expected)
+
+
+def test_layers_from_ten_on(make_source, tmp_path, target):
+    """Names sort as text, layers as numbers."""
+    source, _ = make_source(num_hidden_layers=12, max_shard_size=SMALL_SHARD)
+    plan = plan_for((1, 2, 10), num_layers=12)
+    in_memory(plan, None, source, tmp_path / "expected")
+    prune_checkpoint(plan, None, source, target)
+    same_weights(weights_in(target), weights_in(tmp_path / "expected"))
+
+
+def test_per_layer_lists_of_the_config(make_source, target):
+    source, _ = make_source(layer_types=["full_attention", "sliding_attention"] * 3)
+    prune_checkpoint(plan_for((1, 2, 4)), None, source, target)
+    assert config_of(target)["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
+    assert config_of(target)["num_hidden_layers"] == 3
+
+
+def test_pruning_twice(source, tmp_path, target):
+    prune_checkpoint(plan_for((1, 2)), None, source, target)
+    (target / "probe.json").write_text("{}")  # what the first pruned model said
+    prune_checkpoint(plan_for((1,), num_layers=4), None, target, tmp_path / "again")
+    prune_checkpoint(plan_for((1, 2, 3)), None, source, tmp_path / "once")
+    same_weights(weights_in(tmp_path / "again"), weights_in(tmp_path / "once"))
+    assert PruningPlan.load(tmp_path / "again" / "plan.json") == plan_for((1,), num_layers=4)
+    assert not (tmp_path / "again" / "probe.json").exists()
+
+
+# What is written
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 20_000, 10**9])
+def test_any_shard_size_loads_in_plain_transformers(sharded, make_batches, target, max_shard_bytes):
+    plan = plan_for((1, 3))
+    prune_checkpoint(plan, None, sharded, target, max_shard_bytes)
+    files = sorted(file.name for file in target.glob("*.safetensors"))
+    if max_shard_bytes == 10**9:
+        assert files == [WEIGHTS_FILE]
+        assert not (target / INDEX_FILE).exists()
+    else:
+        assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+        index = json.loads((target / INDEX_FILE).read_text())
+        assert set(index["weight_map"].values()) == set(files)
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights_in(target).values())
+        assert all(name in load_file(target / file) for name, file in index["weight_map"].items())
+    if max_shard_bytes == 20_000:
+        sizes = {file: sum(tensor.nbytes for tensor in load_file(target / file).values()) for file in files}
+        single = [file for file in files if len(load_file(target / file)) == 1]
+        assert all(size <= 20_000 for file, size in sizes.items() if file not in single)
+    loaded, info = AutoModelForCausalLM.from_pretrained(target, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    batch = make_batches(1)[0]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    dense = apply_plan(AutoModelForCausalLM.from_pretrained(sharded, dtype="auto"), plan)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, dense(**inputs).logits)
+    assert loaded.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape[1] == 15
+
+
+def test_index_is_as_transformers_writes_it(sharded, tmp_path, target):
+    prune_checkpoint(plan_for((1, 3)), None, sharded, target, SMALL_SHARD)
+    model = apply_plan(AutoModelForCausalLM.from_pretrained(sharded, dtype="auto"), plan_for((1, 3)))
+    model.save_pretrained(tmp_path / "expected", max_shard_size=SMALL_SHARD)
+    ours, theirs = (json.loads((folder / INDEX_FILE).read_text()) for folder in (target, tmp_path / "expected"))
+    assert ours["metadata"] == theirs["metadata"]
+    assert ours["weight_map"].keys() == theirs["weight_map"].keys()
+
+
+def test_files_are_aligned_and_marked(make_source, target):
+    source, _ = make_source(dtype=torch.bfloat16)
+    tensors = load_file(source / WEIGHTS_FILE)
+    tensors["model.layers.1.input_layernorm.weight"] = tensors["model.layers.1.input_layernorm.weight"].float()
+    tensors["odd"] = torch.zeros(3, dtype=torch.uint8)
+    save_file(tensors, source / WEIGHTS_FILE, metadata={"format": "pt"})
+    prune_checkpoint(plan_for((0,)), None, source, target)
+    data = (target / WEIGHTS_FILE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    assert length % 8 == 0
+    sizes = {"F32": 4, "BF16": 2, "U8": 1}
+    assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for entry in header.values())
+    assert weights_in(target)["model.layers.0.input_layernorm.weight"].dtype == torch.float32
+
+
+def test_everything_else_is_carried_along(source, gradients, target):
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("tool")
+    (source / "README.md").write_text("the dense model")
+    for name in ("pytorch_model.bin", "model.pt", "model-q4.gguf", "pytorch_model.bin.index.json", ".hidden"):
+        (source / name).write_text("weights")
+    (source / "original").mkdir()
+    (source / "original" / "consolidated.pth").write_text("weights")
+    plan = plan_for(*DEEP)
+    prune_checkpoint(plan, gradients, source, target)
+    same = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE"]
+    for name in [*same, "additional_chat_templates/tool.jinja"]:
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+    made = {"config.json", "plan.json", "README.md", WEIGHTS_FILE, "additional_chat_templates"}
+    assert {file.name for file in target.iterdir()} == made | set(same)
+    assert PruningPlan.load(target / "plan.json") == plan
+    card = (target / "README.md").read_text()
+    assert "# dense with 2 of 6 layers" in card
+    assert "2 into 1, 3 into 1, 5 into 4" in card
+    assert '"step_weighting": "energy"' in card and "probe.json" not in card
+    assert GenerationConfig.from_pretrained(target).max_new_tokens == 17
+    text = "sixteen bytes, or"
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (source, target)]
+    assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+    assert tokenizers[1].chat_template == tokenizers[0].chat_template
+
+
+def test_links_of_the_hub_cache_are_followed(source, tmp_path, target):
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in source.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    prune_checkpoint(plan_for((1,)), None, snapshot, target)
+    assert not any(file.is_symlink() for file in target.iterdir())
+    assert len(weights_in(target)) == len(weights_in(source)) - 9
+
+
+# Memory and reads
+
+
+def test_pruned_layers_are_never_read(sharded, gradients, tmp_path, target, monkeypatch):
+    """Layers 0 and 2 leave unmerged: their shards may be gone, and of shared shards their bytes stay untouched."""
+    plan = plan_for((0, 2, 3), (3,))
+    in_memory(plan, gradients, sharded, tmp_path / "expected")
+    unread = re.compile(r"model\.layers\.(0|2)\.")
+    weight_map = json.loads((sharded / INDEX_FILE).read_text())["weight_map"]
+    needed = {file for name, file in weight_map.items() if not unread.match(name)}
+    gone = set(weight_map.values()) - needed
+    assert gone
+    for file in gone:
+        (sharded / file).unlink()
+    read = []
+    parts = tensor_files.StoredTensor.parts
+    monkeypatch.setattr(
+        tensor_files.StoredTensor, "parts", lambda self, buffer: read.append(self) or parts(self, buffer)
+    )
+    prune_checkpoint(plan, gradients, sharded, target)
+    same_weights(weights_in(target), weights_in(tmp_path / "expected"))
+    names = [stored.name for stored in read]
+    assert not any(map(unread.match, names))
+    # Of layer 3 only what merges, and no byte twice.
+    sublayers = {f"model.layers.3.{name}.weight" for name in gradients.sublayers}
+    assert {name for name in names if name.startswith("model.layers.3.")} == sublayers
+    assert len({(stored.file, stored.start) for stored in read}) == len(read)
+
+
+def test_reads_at_the_level_of_the_file(source, target, monkeypatch):
+    """Every byte that is read lies in the header or in a kept tensor, and no read is larger than the buffer."""
+    ranges = []
+
+    def fill(buffer, stream):
+        ranges.append((stream.tell(), stream.tell() + len(buffer)))
+        return original(buffer, stream)
+
+    original = tensor_files.fill
+    monkeypatch.setattr(tensor_files, "fill", fill)
+    monkeypatch.setattr(streaming, "COPY_BYTES", 1000)
+    tensors = tensor_files.read_header(source / WEIGHTS_FILE)
+    header_end = min(stored.start for stored in tensors.values())
+    pruned = [stored for name, stored in tensors.items() if re.match(r"model\.layers\.[13]\.", name)]
+    assert len(pruned) == 18
+    prune_checkpoint(plan_for((1, 3)), None, source, target)
+    for start, end in ranges:
+        assert not any(start < stored.start + stored.num_bytes and stored.start < end for stored in pruned)
+        assert end <= header_end or end - start <= 1000
+    total = sum(stored.num_bytes for stored in tensors.values()) - sum(stored.num_bytes for stored in pruned)
+    assert sum(end - start for start, end in ranges if start >= header_end) == total
+
+
+def test_short_reads_are_continued(source, tmp_path, target, monkeypatch):
+    class Hesitant:
+        def __init__(self, stream):
+            self.stream, self.name = stream, stream.name
+
+        def readinto(self, buffer):
+            return self.stream.readinto(buffer[:100])
+
+    original = tensor_files.fill
+    monkeypatch.setattr(tensor_files, "fill", lambda buffer, stream: original(buffer, Hesitant(stream)))
+    prune_checkpoint(plan_for((1, 3)), None, source, target)
+    monkeypatch.undo()
+    prune_checkpoint(plan_for((1, 3)), None, source, tmp_path / "expected")
+    same_weights(weights_in(target), weights_in(tmp_path / "expected"))
+
+
+@pytest.mark.parametrize("rule", MERGE_RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_by_blocks(make_source, gradients, tmp_path, target, monkeypatch, rule, dtype):
+    monkeypatch.setattr(streaming, "BLOCK_NUMEL", 100)  # 3 rows of 32; 2 of 48
+    test_every_merge_rule(make_source, gradients, tmp_path, target, rule, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.2, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("values", ["spread", "ties", "zeros", "mostly zeros", "close", "tiny", "infinite"])
+def test_mask_equals_top_fraction_mask(monkeypatch, values, density, dtype):
+    monkeypatch.setattr(streaming, "BLOCK_NUMEL", 64)
+    noise = torch.rand(21, 13, dtype=torch.float64)
+    igia = {
+        "spread": torch.exp(60 * (noise - 0.5)),
+        "ties": (4 * noise).floor(),
+        "zeros": torch.zeros_like(noise),
+        "mostly zeros": noise * (noise > 0.9),
+        "close": 1 + noise * 1e-6,
+        "tiny": noise * torch.finfo(dtype).tiny,
+        "infinite": torch.where(noise > 0.7, torch.inf, noise),
+    }[values].to(dtype)
+    mask = streaming._top_fraction_mask(igia, density)
+    assert int(mask.sum()) == int(21 * 13 * density)
+    assert torch.equal(mask, top_fraction_mask(igia, density))
+
+
+# In memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_load_pruned_equals_apply_plan(make_source, gradients, make_batches, tmp_path, dtype, tied):
+    source, _ = make_source(max_shard_size=SMALL_SHARD, dtype=dtype, tie_word_embeddings=tied)
+    plan = plan_for(*DEEP)
+    expected = in_memory(plan, gradients, source, tmp_path / "expected")
+    model = load_pruned(plan, gradients, source)
+    same_weights(model.state_dict(), expected.state_dict())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.dtype == dtype
+    assert not model.training
+    assert model.config.num_hidden_layers == 2
+    assert model.generation_config.max_new_tokens == 17
+    batch = make_batches(1)[0]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
+    model.generate(**inputs, max_new_tokens=3, do_sample=False)
+
+
+def test_load_pruned_names_missing_weights(source):
+    tensors = load_file(source / WEIGHTS_FILE)
+    tensors["model.stray.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, source / WEIGHTS_FILE, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing \['model\.norm\.weight'\], unexpected .*stray.*save_pretrained"):
+        load_pruned(plan_for((1,)), None, source)
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), OSError(28, "No space left on device")])
+def test_interrupted_leaves_nothing(sharded, tmp_path, target, monkeypatch, error):
+    write_file, written = streaming._write_file, []
+
+    def failing(file, *arguments):
+        if len(written) == 2:
+            raise error
+        written.append(file)
+        write_file(file, *arguments)
+
+    monkeypatch.setattr(streaming, "_write_file", failing)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(type(error), match=r"stop|No space left"):
+        prune_checkpoint(plan_for((1,)), None, sharded, target, SMALL_SHARD)
+    assert len(written) == 2
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_killed_leaves_no_target_and_can_start_again(sharded, tmp_path, target):
+    """A child process ends as by kill -9 in the middle of the weights: no clean-up runs."""
+    child = os.fork()
+    if child == 0:
+        tensor_files.StoredTensor.parts = lambda self, buffer: os._exit(9)
+        prune_checkpoint(plan_for((1,)), None, sharded, target, SMALL_SHARD)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not target.exists()
+    assert (tmp_path / ".pruned.partial").is_dir()
+    prune_checkpoint(plan_for((1,)), None, sharded, target)
+    assert not (tmp_path / ".pruned.partial").exists()
+    in_memory(plan_for((1,)), None, sharded, tmp_path / "expected")
+    same_weights(weights_in(target), weights_in(tmp_path / "expected"))
+
+
+# Refusals
+
+
+def refused(match, plan, gradients, source, target, **options):
+    """Refuses with that message and leaves the disk as it was."""
+    before = sorted(target.parent.rglob("*"))
+    with pytest.raises(ValueError, match=match):
+        prune_checkpoint(plan, gradients, source, target, **options)
+    assert sorted(target.parent.rglob("*")) == before
+
+
+def test_existing_target(source, target):
+    target.mkdir()
+    refused(
+        r"The target exists already: .*pruned\. Remove it, or name a new folder", plan_for((1,)), None, source, target
+    )
+
+
+def test_source_as_target(source, tmp_path):
+    here = tmp_path / "x" / ".." / "dense"
+    refused(r"must differ, got .*dense for both\. Name a new", plan_for((1,)), None, source, here)
+
+
+def test_pickle_weights(source, target):
+    (source / WEIGHTS_FILE).rename(source / "pytorch_model.bin")
+    match = r"got only pickle weights \(pytorch_model\.bin\) at .*dense\. Save the model there with save_pretrained"
+    refused(match, plan_for((1,)), None, source, target)
+
+
+def test_no_weights_no_folder_no_config(source, tmp_path, target):
+    refused(r"got no folder at .*nowhere\. Save", plan_for((1,)), None, tmp_path / "nowhere", target)
+    refused(r"got a file at .*LICENSE\. Save", plan_for((1,)), None, source / "LICENSE", target)
+    (source / "config.json").unlink()
+    refused(r"needs a config\.json, got none in .*dense\. Copy it", plan_for((1,)), None, source, target)
+    (source / WEIGHTS_FILE).unlink()
+    refused(r"got no weights at .*dense\. Save", plan_for((1,)), None, source, target)
+
+
+@pytest.mark.parametrize("num_layers", [5, 7])
+def test_plan_for_another_depth(source, target, num_layers):
+    match = rf"for {num_layers} decoder layers, the model in .*dense has 6\. Apply it to the dense"
+    refused(match, plan_for((1,), num_layers=num_layers), None, source, target)
+
+
+def test_merges_without_factors(source, target):
+    match = r"merges layers \[2, 3\] but no factors were given\. Pass the folder"
+    refused(match, plan_for((2, 3), (2, 3)), None, source, target)
+
+
+def test_factors_of_another_depth(source, tiny_llama, tmp_path, target):
+    other = make_gradients(tmp_path / "other", tiny_llama(num_hidden_layers=4))
+    match = r"must be of 6 layers with sublayers .*, got 4 layers with .* in .*other\. Pass the folder"
+    refused(match, plan_for((2,), (2,)), other, source, target)
+
+
+def test_factors_of_other_sublayers(source, gradients, target):
+    data = json.loads((gradients.directory / "importance.json").read_text())
+    data["sublayers"][0] = "self_attn.c_attn"
+    write_json(gradients.directory / "importance.json", data)
+    other = EarlyGradients.load(gradients.directory)
+    match = r"with sublayers \[.*q_proj.*\], got 6 layers with \[.*c_attn.*\] in .*factors\. Pass the folder"
+    refused(match, plan_for((2,), (2,)), other, source, target)
+
+
+def test_factors_of_other_shapes(source, tiny_llama, tmp_path, target):
+    other = make_gradients(tmp_path / "other", tiny_llama(intermediate_size=40))
+    match = r"layer 2, mlp\.gate_proj, must make a matrix of shape \(48, 32\), got \(40, 32\) in .*other\. Pass"
+    refused(match, plan_for((2,), (2,)), other, source, target)
+
+
+def test_missing_and_damaged_factors(source, gradients, target):
+    match = r"Cannot read the factors of layer 2, .* in .*factors: got \w+: .*\. The folder is damaged: run"
+    step = gradients.directory / "step-00001.safetensors"
+    step.write_bytes(step.read_bytes()[:-4])
+    refused(match, plan_for((2,), (2,)), gradients, source, target)
+    step.unlink()
+    refused(match, plan_for((2,), (2,)), gradients, source, target)
+
+
+def test_factors_that_diverged(source, gradients, target):
+    step = gradients.directory / "step-00001.safetensors"
+    factors = load_file(step)
+    factors["layers.2.self_attn.k_proj.left"][0, 0] = torch.nan
+    save_file(factors, step)
+    match = r"igia must hold numbers, got \d+ NaN entries\. The gradients behind it diverged"
+    refused(match, plan_for((2,), (2,)), EarlyGradients.load(gradients.directory), source, target)
+
+
+def test_unknown_step_weighting(source, gradients, target):
+    match = "step_weighting must be one of energy, normalized, got 'spiky'"
+    refused(match, plan_for((2,), (2,)), gradients, source, target, step_weighting="spiky")
+
+
+def test_shards_of_nothing(source, target):
+    refused(r"must be above 0, got 0\. Leave it out", plan_for((1,)), None, source, target, max_shard_bytes=0)
+
+
+def test_too_little_disk_space(source, target, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 0, 1000))
+    match = r"pruned needs [\d,]{7} bytes of disk, got 1,000 free in .*\. Make room, or choose"
+    refused(match, plan_for((1,)), None, source, target)
+
+
+def test_unsupported_model_type(source, target):
+    write_json(source / "config.json", {"model_type": "gpt2", "n_layer": 6})
+    refused("Cannot prune model type 'gpt2'", plan_for((1,)), None, source, target)
+
+
+def test_quantized(source, target):
+    write_json(source / "config.json", config_of(source) | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    refused(r"Cannot prune quantized weights on disk, got .*gptq.*\. Use the", plan_for((1,)), None, source, target)
+
+
+def rewrite(source, change):
+    tensors = change(load_file(source / WEIGHTS_FILE))
+    save_file(tensors, source / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def test_ambiguous_layers(source, target):
+    rewrite(source, lambda tensors: tensors | {f"vision.blocks.{i}.weight": torch.zeros(2) for i in range(6)})
+    match = r"numbered 0 to 5, got \['model\.layers\.', 'vision\.blocks\.'\] in .*dense\. Save the language model"
+    refused(match, plan_for((1,)), None, source, target)
+
+
+def test_missing_layers(source, target):
+    rewrite(source, lambda tensors: {name: tensors[name] for name in tensors if ".layers.4." not in name})
+    match = r"tensors numbered 0 to 5, .*got 5 of model\.layers\.<i> in .*dense\. It is incomplete"
+    refused(match, plan_for((1,)), None, source, target)
+
+
+def test_no_numbered_tensors(source, target):
+    rewrite(source, lambda tensors: {"model.norm.weight": tensors["model.norm.weight"]})
+    refused(r"got no numbers in .*dense\. It is incomplete", plan_for((1,)), None, source, target)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_weights_of_another_shape(source, gradients, target, layer):
+    name = f"model.layers.{layer}.self_attn.q_proj.weight"
+    rewrite(source, lambda tensors: tensors | {name: torch.zeros(32, 16)})
+    match = rf"calls for a weight {name} of shape \(32, 32\), got \(32, 16\) in .*dense\. Save the model"
+    refused(match, plan_for((2,), (2,)), gradients, source, target)
+    rewrite(source, lambda tensors: {key: tensors[key] for key in tensors if key != name})
+    refused(match.replace(r"\(32, 16\)", "none"), plan_for((2,), (2,)), gradients, source, target)
+
+
+def test_weights_that_cannot_be_computed_with(source, gradients, target):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    rewrite(source, lambda tensors: tensors | {name: torch.zeros(32, 32, dtype=torch.int8)})
+    match = rf"must be one of F64, .*, got I8 for {name}\. Use a checkpoint that is not quantized"
+    refused(match, plan_for((2,), (2,)), gradients, source, target)
+
+
+def test_damaged_index(sharded, target):
+    match = r"must hold a weight_map, got .* from .*index\.json\. The file is damaged"
+    for text in ("{", "[]", '{"metadata": {}}', '{"weight_map": 3}'):
+        (sharded / INDEX_FILE).write_text(text)
+        refused(match, plan_for((1,)), None, sharded, target)
+
+
+def test_damaged_shards(sharded, target):
+    weight_map = json.loads((sharded / INDEX_FILE).read_text())["weight_map"]
+    shard = sharded / weight_map["model.layers.4.self_attn.q_proj.weight"]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-5000])
+    match = rf"{shard.name} ends at byte {len(data) - 5000}, before the end of .* at byte \d+\. Download"
+    refused(match, plan_for((1,)), None, sharded, target)
+    for wrong in (b"", b"\xff" * 100, b"\x04" + b"\0" * 7 + b"{{{{" + data, b"\x02" + b"\0" * 7 + b"[]"):
+        shard.write_bytes(wrong)
+        refused(r"must be a safetensors file, got .*\. It is damaged", plan_for((1,)), None, sharded, target)
+    shutil.copy(sharded / weight_map["lm_head.weight"], shard)
+    refused(r"says that model.* is in .*, which holds \d+ other tensors\. The", plan_for((1,)), None, sharded, target)
+    shard.unlink()
+    refused(rf"names a file that is missing: .*{shard.name}\. Download", plan_for((1,)), None, sharded, target)
+
+
+def test_file_that_shrinks_while_it_is_read(source, tmp_path, target, monkeypatch):
+    def prepare(*arguments):
+        job = original(*arguments)
+        os.truncate(source / WEIGHTS_FILE, 100_000)
+        return job
+
+    original = streaming._prepare
+    monkeypatch.setattr(streaming, "_prepare", prepare)
+    with pytest.raises(ValueError, match=r"model\.safetensors ended \d+ bytes too early\. Download"):
+        prune_checkpoint(plan_for((1,)), None, source, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+# Command line
+
+
+def test_command(sharded, gradients, tmp_path, target, capsys):
+    plan = plan_for(*DEEP)
+    plan.save(tmp_path / "plan.json")
+    in_memory(plan, gradients, sharded, tmp_path / "expected", "normalized")
+    paths = [tmp_path / "plan.json", gradients.directory, sharded, target]
+    assert main([*map(str, paths), "--step-weighting", "normalized", "--max-shard-bytes", "20000"]) == 0
+    same_weights(weights_in(target), weights_in(tmp_path / "expected"))
+    assert (target / INDEX_FILE).exists()
+    assert "2 of 6 layers, 3 of the 4 pruned layers merged" in capsys.readouterr().out
+
+
+def test_command_without_factors(source, tmp_path, target, capsys):
+    plan_for((1, 3)).save(tmp_path / "plan.json")
+    arguments = [str(tmp_path / "plan.json"), "-", str(source), str(target)]
+    assert main(arguments) == 0
+    assert len(weights_in(target)) == len(weights_in(source)) - 2 * 9
+    capsys.readouterr()
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: The target exists already: .*\n", error)
+
+
+@pytest.mark.parametrize(
+    ("plan", "factors", "match"),
+    [
+        ("missing.json", "-", r"PLAN must be a plan\.json, got no file at .*missing\.json\. Pass"),
+        ("dense/LICENSE", "-", r"PLAN must be a plan\.json, got .*LICENSE, not one: .*\. Pass"),
+        ("dense/config.json", "-", r"Cannot use the plan .*config\.json: Cannot read plan version None"),
+        ("list.json", "-", r"PLAN must be a plan\.json, got .*list\.json, not one: .*\. Pass"),
+        ("plan.json", "-", r"merges layers \[3\] but no factors were given"),
+        ("plan.json", "dense", r"FACTORS must be a folder with importance\.json, got .*dense\. Pass"),
+        ("plan.json", "damaged", r"importance\.json must be as the importance run wrote it, got KeyError.*\. Run"),
+    ],
+)
+def test_command_refuses_on_one_line(source, tmp_path, target, capsys, plan, factors, match):
+    plan_for((1, 3), (3,)).save(tmp_path / "plan.json")
+    write_json(tmp_path / "list.json", [1])
+    write_json(tmp_path / "damaged" / "importance.json", {"losses": []})
+    factors = factors if factors == "-" else str(tmp_path / factors)
+    assert main([str(tmp_path / plan), factors, str(source), str(target)]) == 1
+    captured = capsys.readouterr()
+    assert re.fullmatch(rf"error: .*{match}.*\n", captured.err)
+    assert captured.out == ""
+    assert not target.exists()
+
+
+def test_command_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "PLAN FACTORS SOURCE TARGET" in text
+    assert "step_weighting" in text
