@@ -34,6 +34,8 @@ def top_fraction_mask(igia: Tensor, density: float) -> Tensor:
             "The gradients behind it diverged: lower the importance learning rate."
         )
     num_kept = int(flat.numel() * density)
+    if num_kept == flat.numel():
+        return torch.ones(igia.shape, dtype=torch.bool, device=flat.device)
     mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
     if num_kept > 0:
         # kthvalue counts from the smallest: everything above the threshold is in, ties fill up from the front.
