@@ -23,10 +23,9 @@ from gradpruner.counting import (
     estimate_training_memory,
     measure_matmul_flops,
 )
-from gradpruner.models import DTYPES
 from gradpruner.offline_configs import STAND_IN_TOKENIZER, OfflineModelSpec
 from gradpruner.pipeline import Pipeline
-from gradpruner.runtime import default_device, default_dtype
+from gradpruner.runtime import default_device
 
 LENGTH = 128  # tokens of the forward pass that is counted: the paper's Table 11
 CALIBRATION_SECONDS = 0.3
@@ -35,7 +34,7 @@ Cell = Callable[[float], str]
 
 def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = None) -> None:
     """Prints sizes, work, data, and estimated memory and time of the dense and the pruned model, and what is cached."""
-    dtype = default_dtype() if pipeline.model.dtype == "auto" else DTYPES[pipeline.model.dtype]
+    dtype = pipeline.model.torch_dtype
     num_layers = pipeline.config.num_hidden_layers
     num_kept = num_layers - (getattr(pipeline.resolved_method, "num_pruned_layers", 0) or 0)
     dense = count_model(pipeline.config)

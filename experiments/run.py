@@ -79,10 +79,11 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     if cfg.dry_run:
         show_dry_run(pipeline, run_dir)
         return None
-    arms = [cfg]
-    if cfg.reference is not None and cfg.reference != cfg_method_name(cfg):
-        arms.insert(0, _reference_config(cfg))
-    records = [_run_arm(arm, tracker) for arm in arms]
+    records = []
+    if cfg.reference is not None and cfg.reference != pipeline.method.name:
+        reference = _reference_config(cfg)
+        records.append(_run_arm(reference, build_pipeline(reference), tracker))
+    records.append(_run_arm(cfg, pipeline, tracker))
     show_summary(records, run_dir, f"{pipeline.model.name} on {pipeline.task.name}")
     return records[-1]
 
@@ -121,11 +122,6 @@ def _check_prunes(pipeline: Pipeline) -> None:
         )
 
 
-def cfg_method_name(cfg: DictConfig) -> str:
-    """Name of the method that the config describes."""
-    return str(hydra.utils.get_class(cfg.method._target_).name)
-
-
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """The part of the config that results depend on; methods name what they use of sparsity and merge_count."""
     resolved = _resolved(cfg)
@@ -144,9 +140,8 @@ def run_directory(cfg: DictConfig, pipeline: Pipeline) -> Path:
     return folder / pipeline.method.name / f"{variant}-seed{cfg.seed}"
 
 
-def _run_arm(cfg: DictConfig, tracker: Tracker) -> RunRecord:
+def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord:
     """Runs one method and writes its folder; a finished folder of the same config is left as it is."""
-    pipeline = build_pipeline(cfg)
     run_dir, key = run_directory(cfg, pipeline), content_hash(identity(cfg))
     record = RunRecord.load(run_dir)
     if record is not None and record.identity != key:

@@ -62,6 +62,11 @@ class ModelSpec:
         prefix = "random-" if self.path.startswith("random:") else ""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", prefix + last).strip(".") or "model"
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that the weights are loaded in on this machine."""
+        return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
+
     def source(self, assets_dir: Path) -> str:
         """What `from_pretrained` takes: packaged and random models are first made into a folder under `assets_dir`.
 
@@ -90,11 +95,10 @@ class ModelSpec:
     def load(self, assets_dir: Path) -> PreTrainedModel:
         """The model with its weights, in evaluation mode, on the default device. Only safetensors are read."""
         self.load_config(assets_dir)  # refuses what is not supported before reading gigabytes
-        dtype = default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
         model = AutoModelForCausalLM.from_pretrained(
             self.source(assets_dir),
             revision=self.revision,
-            dtype=dtype,
+            dtype=self.torch_dtype,
             attn_implementation=None if self.attn_implementation == "auto" else self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,

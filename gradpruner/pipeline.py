@@ -42,7 +42,7 @@ from gradpruner.finetune import TrainingSpec, load_finetuned
 from gradpruner.method import Compressed, Method
 from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan
-from gradpruner.tasks import Example, Task
+from gradpruner.tasks import Example, Task, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class Pipeline:
     def _base_key(self) -> dict[str, Any]:
         return {
             "model": self.model.fingerprint(self._assets_dir),
-            "dtype": self.model.dtype,
+            "dtype": str(self.model.torch_dtype),  # not `auto`: a CPU and a GPU may share a cache
             "attn_implementation": self.model.attn_implementation,
         }
 
@@ -297,7 +297,7 @@ class Pipeline:
     def _evaluate_key(self, weights_key: dict[str, Any]) -> dict[str, Any]:
         return {
             "weights": content_hash(weights_key),
-            "examples": content_hash([dataclasses.asdict(example) for example in self.test_examples]),
+            "examples": fingerprint(self.test_examples),
             "max_length": self.task.max_length,
             "evaluation": dataclasses.asdict(self.evaluation),
             "code": code_version(likelihood, metrics, encoding),

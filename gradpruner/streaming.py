@@ -196,7 +196,7 @@ class _Job:
         masks, kept_igias = {}, {}
         for layer in output.merged:
             igia = self.igia(layer, output.sublayer)
-            masks[layer] = _top_fraction_mask(igia, density)
+            masks[layer] = top_fraction_mask(igia, density)
             if fisher:
                 kept_igias[layer] = igia
             del igia  # before the next one is made
@@ -220,39 +220,6 @@ class _Job:
                 rule,
                 kept_igia=kept_igias[output.layer][rows] if fisher else None,
             )
-
-
-def _top_fraction_mask(igia: Tensor, density: float) -> Tensor:
-    """`merge.top_fraction_mask` of an IGIA-Matrix, without the copies that it makes (three times `igia`).
-
-    Floats that are not negative order like their bit patterns, so the threshold is found 16 bits at a time, from
-    histograms of the entries that agree with it so far.
-    """
-    flat = igia.reshape(-1)
-    odd = any(bool((block.isnan() | (block < 0)).any()) for block in torch.split(flat, BLOCK_NUMEL))
-    if odd or not 0.0 <= density <= 1.0:
-        return top_fraction_mask(igia, density)
-    num_kept = int(flat.numel() * density)
-    mask = torch.zeros(flat.numel(), dtype=torch.bool)
-    if num_kept == 0:
-        return mask.reshape(igia.shape)
-    bits = flat.view({4: torch.int32, 8: torch.int64}[flat.element_size()])
-    threshold, num_ties = 0, num_kept  # of the entries that agree with the threshold so far, the largest num_ties stay
-    for shift in range(8 * flat.element_size() - 16, -1, -16):
-        counts = torch.zeros(2**16, dtype=torch.int64)
-        for block in torch.split(bits, BLOCK_NUMEL):
-            digits = block >> shift
-            digits = digits[digits >> 16 == threshold] if shift < 8 * flat.element_size() - 16 else digits
-            counts += torch.bincount(digits & 0xFFFF, minlength=2**16)
-        from_top = counts.flip(0).cumsum(0)
-        place = int((from_top < num_ties).sum())  # the digit of the threshold, counted from the largest
-        num_ties -= int(from_top[place - 1]) if place else 0
-        threshold = (threshold << 16) | (2**16 - 1 - place)
-    for block, out in zip(torch.split(bits, BLOCK_NUMEL), torch.split(mask, BLOCK_NUMEL), strict=True):
-        ties = block == threshold
-        out.copy_((block > threshold) | (ties & (ties.cumsum(0) <= num_ties)))  # ties fill up from the front
-        num_ties -= min(num_ties, int(ties.sum()))
-    return mask.reshape(igia.shape)
 
 
 def _prepare(plan: PruningPlan, gradients: "EarlyGradients | None", source: Path, step_weighting: str) -> _Job:

@@ -8,7 +8,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
 from experiments import schema
-from experiments.run import CONF, build_pipeline, cfg_method_name, identity, run_directory
+from experiments.run import CONF, build_pipeline, identity, run_directory
 from gradpruner.cache import content_hash
 
 GROUPS = ("model", "dataset", "finetune", "method", "evaluation", "tracker", "debug", "experiment")
@@ -40,7 +40,7 @@ def test_every_yaml_composes_and_builds(group, name):
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "method").glob("*.yaml"))])
 def test_a_method_has_the_name_of_its_yaml(name):
-    assert cfg_method_name(config(f"method={name}")) == name
+    assert build_pipeline(config(f"method={name}")).method.name == name
 
 
 def test_model_path_takes_any_hub_id_or_folder():

@@ -2,6 +2,7 @@ import oracles
 import pytest
 import torch
 
+from gradpruner import merge
 from gradpruner.merge import MERGE_RULES, check_rule, merge_layers, top_fraction_mask
 
 # Design document baselines.md, section 1, worked by hand from the paper's equations.
@@ -277,3 +278,28 @@ def test_bad_density_and_nan_reach_the_caller(rule):
         merge_layers(W1, [W2], [F2], 2.0, rule, F3)
     with pytest.raises(ValueError, match="igia must hold numbers, got 4 NaN entries"):
         merge_layers(W1, [W2], [F2 * float("nan")], 0.5, rule, F3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.2, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize(
+    "values", ["spread", "ties", "zeros", "mostly zeros", "close", "tiny", "infinite", "negative", "negative zeros"]
+)
+def test_mask_is_the_front_of_a_stable_sort(monkeypatch, values, density, dtype):
+    monkeypatch.setattr(merge, "BLOCK_NUMEL", 64)
+    noise = torch.rand(21, 13, dtype=torch.float64)
+    igia = {
+        "spread": torch.exp(60 * (noise - 0.5)),
+        "ties": (4 * noise).floor(),
+        "zeros": torch.zeros_like(noise),
+        "mostly zeros": noise * (noise > 0.9),
+        "close": 1 + noise * 1e-6,
+        "tiny": noise * torch.finfo(dtype).tiny,
+        "infinite": torch.where(noise > 0.7, torch.inf, noise),
+        "negative": noise - 0.5,
+        "negative zeros": torch.where(noise > 0.5, -0.0, 0.0),
+    }[values].to(dtype)
+    kept = igia.flatten().argsort(descending=True, stable=True)[: int(igia.numel() * density)]
+    expected = torch.zeros(igia.numel(), dtype=torch.bool)
+    expected[kept] = True
+    assert torch.equal(merge.top_fraction_mask(igia, density), expected.reshape(igia.shape))

@@ -15,7 +15,7 @@ from gradpruner.architectures import linear_sublayers
 from gradpruner.files import write_json
 from gradpruner.gradients import EarlyGradients
 from gradpruner.igia import igia_matrix, squared_frobenius, step_weights
-from gradpruner.merge import MERGE_RULES, top_fraction_mask
+from gradpruner.merge import MERGE_RULES
 from gradpruner.method import GradPruner
 from gradpruner.plan import PruningPlan, preceding_kept_layer
 from gradpruner.streaming import load_pruned, prune_checkpoint
@@ -411,26 +411,6 @@ def test_short_reads_are_continued(source, tmp_path, target, monkeypatch):
 def test_merging_by_blocks(make_source, gradients, tmp_path, target, monkeypatch, rule, dtype):
     monkeypatch.setattr(streaming, "BLOCK_NUMEL", 100)  # 3 rows of 32; 2 of 48
     test_every_merge_rule(make_source, gradients, tmp_path, target, rule, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("density", [0.0, 0.01, 0.2, 0.5, 0.999, 1.0])
-@pytest.mark.parametrize("values", ["spread", "ties", "zeros", "mostly zeros", "close", "tiny", "infinite"])
-def test_mask_equals_top_fraction_mask(monkeypatch, values, density, dtype):
-    monkeypatch.setattr(streaming, "BLOCK_NUMEL", 64)
-    noise = torch.rand(21, 13, dtype=torch.float64)
-    igia = {
-        "spread": torch.exp(60 * (noise - 0.5)),
-        "ties": (4 * noise).floor(),
-        "zeros": torch.zeros_like(noise),
-        "mostly zeros": noise * (noise > 0.9),
-        "close": 1 + noise * 1e-6,
-        "tiny": noise * torch.finfo(dtype).tiny,
-        "infinite": torch.where(noise > 0.7, torch.inf, noise),
-    }[values].to(dtype)
-    mask = streaming._top_fraction_mask(igia, density)
-    assert int(mask.sum()) == int(21 * 13 * density)
-    assert torch.equal(mask, top_fraction_mask(igia, density))
 
 
 # In memory
