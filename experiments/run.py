@@ -18,7 +18,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import schema
 from experiments.dry_run import show_dry_run
@@ -28,11 +28,14 @@ from experiments.tracker import Tracker
 from gradpruner import offline_configs
 from gradpruner.cache import content_hash
 from gradpruner.checkpoint import save_checkpoint
+from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.files import write_text
-from gradpruner.pipeline import PLAN_FILE, PREDICTIONS_FILE, Outcome, Pipeline
+from gradpruner.pipeline import PLAN_FILE, Outcome, Pipeline
 from gradpruner.record import RunRecord
 from gradpruner.reporting.figures import plot_importance, plot_loss
 from gradpruner.runtime import environment, quiet_libraries
+from gradpruner.tasks import Task
+from gradpruner.tasks.template import guess
 from gradpruner.trainer import DivergedError
 
 logger = logging.getLogger(__name__)
@@ -84,15 +87,17 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
         reference = _reference_config(cfg)
         records.append(_run_arm(reference, build_pipeline(reference), tracker))
     records.append(_run_arm(cfg, pipeline, tracker))
-    show_summary(records, run_dir, f"{pipeline.model.name} on {pipeline.task.name}")
+    show_summary(records, run_dir, f"{pipeline.model.name} on {pipeline.dataset_name}")
     return records[-1]
 
 
 def build_pipeline(cfg: DictConfig) -> Pipeline:
     """Builds every node of the config; cheap, so that a typo costs a second."""
+    task, test_task = build_tasks(cfg)
     return Pipeline(
         model=schema.build(cfg.model, "model"),
-        task=schema.build(cfg.dataset, "dataset"),
+        task=task,
+        test_task=test_task,
         method=schema.build(cfg.method, "method"),
         training=schema.build(cfg.finetune, "finetune"),
         evaluation=schema.build(cfg.evaluation, "evaluation"),
@@ -100,6 +105,38 @@ def build_pipeline(cfg: DictConfig) -> Pipeline:
         cache_dir=Path(cfg.cache_dir),
         evaluate_before=cfg.evaluate_before,
     )
+
+
+def build_tasks(cfg: DictConfig) -> tuple[Task, Task | None]:
+    """The dataset to train on and, if `dataset.test` names another one, the dataset to test on.
+
+    Raises:
+        ConfigError: if there is no such dataset, or there are settings for one and no name.
+    """
+    node = cfg.dataset.copy()
+    with open_dict(node):
+        name, settings = node.pop("test", None), node.pop("test_settings", None)
+    task: Task = schema.build(node, "dataset")
+    if name is None:
+        if settings:
+            raise schema.ConfigError(
+                f"dataset.test_settings belongs to dataset.test, got {settings} and dataset.test=null. "
+                "Name the dataset to test on."
+            )
+        return task, None
+    options = _options("dataset")
+    if name not in options:
+        raise schema.ConfigError(
+            f"dataset.test must name a dataset, got {name!r}{guess(str(name), options)}. "
+            f"Known: {', '.join(options)}, or null."
+        )
+    other = OmegaConf.merge(OmegaConf.load(CONF / "dataset" / f"{name}.yaml"), settings or {})
+    assert isinstance(other, DictConfig)
+    other.pop("test"), other.pop("test_settings")
+    root = cfg.copy()
+    with open_dict(root):
+        root.dataset = other  # so that what it takes from the root, such as show_options, resolves
+    return task, schema.build(root.dataset, "dataset")
 
 
 def _check_writable(*folders: Path) -> None:
@@ -136,7 +173,7 @@ def run_directory(cfg: DictConfig, pipeline: Pipeline) -> Path:
     if cfg.output_dir is not None:
         return Path(cfg.output_dir)
     variant = "-".join(part for part in (pipeline.method.variant(), content_hash(identity(cfg))[:8]) if part)
-    folder = Path(cfg.results_dir) / pipeline.model.name / pipeline.task.name / pipeline.training.mode
+    folder = Path(cfg.results_dir) / pipeline.model.name / pipeline.dataset_name / pipeline.training.mode
     return folder / pipeline.method.name / f"{variant}-seed{cfg.seed}"
 
 
@@ -223,13 +260,14 @@ def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome) -> 
 
 def _reference_config(cfg: DictConfig) -> DictConfig:
     """The same run with the reference method, which takes none of this method's settings."""
-    path = CONF / "method" / f"{cfg.reference}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise schema.ConfigError(f"reference must name a method, got {cfg.reference!r}. Known: {known}, or null.")
+    known = _options("method")
+    if cfg.reference not in known:
+        raise schema.ConfigError(
+            f"reference must name a method, got {cfg.reference!r}. Known: {', '.join(known)}, or null."
+        )
     reference = cfg.copy()
     OmegaConf.set_struct(reference, False)
-    reference.method = OmegaConf.load(path)
+    reference.method = OmegaConf.load(CONF / "method" / f"{cfg.reference}.yaml")
     reference.save_checkpoint = False
     if cfg.output_dir is not None:
         reference.output_dir = str(Path(cfg.output_dir) / "reference")
@@ -249,11 +287,16 @@ def check_options(arguments: list[str]) -> None:
         group, separator, value = argument.partition("=")
         if not separator or group not in groups or not value.isidentifier() or value == "null":
             continue
-        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        options = _options(group)
         if value not in options:
             close = difflib.get_close_matches(value, options, n=1)
-            guess = f" Did you mean {close[0]}?" if close else ""
-            raise SystemExit(f"Error: there is no {group} {value!r}.{guess} Options of {group}: {', '.join(options)}.")
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise SystemExit(f"Error: there is no {group} {value!r}.{hint} Options of {group}: {', '.join(options)}.")
+
+
+def _options(group: str) -> list[str]:
+    """The options of a config group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 if __name__ == "__main__":

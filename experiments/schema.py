@@ -28,6 +28,7 @@ class RunConfig:
         sparsity: fraction of decoder layers to prune; round(sparsity * layers) leave.
         merge_count: how many of the pruned layers merge.
         seed: of data order, adapters and draws.
+        show_options: list the choices in the prompt, where a dataset has a template for it.
         reference: method to run beside this one for the summary, from the same cache; null for none.
         evaluate_before: evaluate before fine-tuning, too.
         dry_run: say what would happen, load no weights.
@@ -46,6 +47,7 @@ class RunConfig:
     sparsity: float | None = MISSING
     merge_count: int = MISSING
     seed: int = MISSING
+    show_options: bool = MISSING
     reference: str | None = MISSING
     evaluate_before: bool = MISSING
     dry_run: bool = MISSING

@@ -1,4 +1,4 @@
-"""From rendered examples to token batches: the loss mask, truncation, and left padding."""
+"""From rendered examples to token batches: chat template, truncation, the loss mask, and left padding."""
 
 import logging
 import random
@@ -30,8 +30,123 @@ class TrainingRow:
     num_answer_tokens: int
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenized example.
+
+    Attributes:
+        prompt: ids of the prompt, shortened if it was too long.
+        completions: ids of each completion.
+        is_shortened: whether the prompt lost tokens of its context.
+    """
+
+    prompt: list[int]
+    completions: list[list[int]]
+    is_shortened: bool
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How examples become tokens, in training and in evaluation alike.
+
+    Attributes:
+        tokenizer: any Hugging Face tokenizer; its own special tokens (such as a BOS) are added.
+        max_length: tokens of prompt and completion together.
+        chat_template: put prompts into the tokenizer's chat template, as a user's message; completions then lose their
+            delimiter.
+
+    Raises:
+        ValueError: if a chat template is asked for and the tokenizer has none.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks that there is a chat template if one is asked for."""
+        if self.chat_template and not self.tokenizer.chat_template:
+            raise ValueError(
+                "model.chat_template=true needs a tokenizer with a chat template, which this model's has not. "
+                "Use the instruct version of the model, or set model.chat_template=false."
+            )
+
+    def encode(
+        self,
+        examples: Sequence[Example],
+        completions: Sequence[Sequence[str]],
+        reserve: int | None = None,
+        extra: int = 0,
+    ) -> list[Encoded | None]:
+        """Tokenizes examples; a prompt that is too long loses tokens from the end of its context.
+
+        Args:
+            examples: what to encode.
+            completions: the completions of each example, one or more.
+            reserve: tokens to leave for a completion; None is the longest one of the example.
+            extra: tokens to leave besides, such as an end of sequence.
+
+        Returns:
+            One `Encoded` an example; None where the prompt would not fit even with its context cut to one token.
+        """
+        framed = [self._frame(example) for example in examples]
+        prompts = [text for (text, _), texts in zip(framed, completions, strict=True) for _ in texts]
+        flat = [
+            text.removeprefix(example.delimiter) if self.chat_template else text
+            for example, texts in zip(examples, completions, strict=True)
+            for text in texts
+        ]
+        pairs = iter(split_tokens(self.tokenizer, prompts, flat, add_special_tokens=not self.chat_template))
+        encoded: list[Encoded | None] = []
+        for (text, context), texts in zip(framed, completions, strict=True):
+            own = [next(pairs) for _ in texts]
+            prompt, ids = own[0][0], [completion for _, completion in own]
+            room = self.max_length - extra - (max(map(len, ids)) if reserve is None else reserve)
+            shortened = prompt if len(prompt) <= room else self._shorten(text, context, prompt, room)
+            encoded.append(None if shortened is None else Encoded(shortened, ids, len(shortened) < len(prompt)))
+        num_shortened = sum(row is not None and row.is_shortened for row in encoded)
+        if num_shortened:
+            logger.warning(
+                "%d of %d prompts were shortened in their context to fit %d tokens",
+                *(num_shortened, len(examples), self.max_length),
+            )
+        return encoded
+
+    def _frame(self, example: Example) -> tuple[str, tuple[int, int] | None]:
+        """The prompt as the model gets it, and where its context is."""
+        if not self.chat_template:
+            return example.prompt, example.context
+        message = [{"role": "user", "content": example.prompt}]
+        text: str = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        core = example.prompt.strip()  # templates may strip a message
+        start = text.rfind(core)
+        if example.context is None or start < 0:
+            return text, None
+        shift = start - (len(example.prompt) - len(example.prompt.lstrip()))
+        return text, (max(start, example.context[0] + shift), min(start + len(core), example.context[1] + shift))
+
+    def _shorten(self, text: str, context: tuple[int, int] | None, prompt: list[int], room: int) -> list[int] | None:
+        """The prompt without the last tokens that lie wholly in its context, or None if that cannot be enough."""
+        if context is None or not self.tokenizer.is_fast:
+            return None
+        offsets = self.tokenizer(
+            text.rstrip(" "), return_offsets_mapping=True, add_special_tokens=not self.chat_template
+        ).offset_mapping
+        inside = [index for index, (start, end) in enumerate(offsets) if context[0] <= start < end <= context[1]]
+        excess = len(prompt) - room
+        if excess >= len(inside):
+            return None
+        first = inside[-excess]
+        while first > inside[0] and offsets[first][0] == offsets[first - 1][0]:
+            first -= 1  # several tokens make one character: it goes whole
+        return prompt[:first] + prompt[inside[-1] + 1 :]
+
+
 def split_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    add_special_tokens: bool = True,
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of every prompt and of what its completion adds to them.
 
@@ -40,58 +155,58 @@ def split_tokens(
     prompt go to the completion, where BPE vocabularies keep them.
 
     Args:
-        tokenizer: any Hugging Face tokenizer; its own special tokens (such as a BOS) are added.
+        tokenizer: any Hugging Face tokenizer.
         prompts: rendered prompts.
         completions: one completion for each prompt.
+        add_special_tokens: add the tokenizer's own special tokens, such as a BOS.
 
     Returns:
         (prompt ids, completion ids) for each pair; neither is empty unless the completion text is.
     """
-    stripped = [prompt.rstrip(" ") for prompt in prompts]
-    moved = [
-        prompt[len(short) :] + completion
-        for prompt, short, completion in zip(prompts, stripped, completions, strict=True)
-    ]
     if not prompts:
         return []
-    alone = tokenizer(stripped).input_ids
-    whole = tokenizer([short + completion for short, completion in zip(stripped, moved, strict=True)]).input_ids
+    stripped = [prompt.rstrip(" ") for prompt in prompts]
+    whole_texts = [
+        short + prompt[len(short) :] + completion
+        for prompt, short, completion in zip(prompts, stripped, completions, strict=True)
+    ]
+    unique = list(dict.fromkeys(stripped))  # the options of a question share its prompt
+    tokens = tokenizer(unique, add_special_tokens=add_special_tokens).input_ids
+    alone = dict(zip(unique, tokens, strict=True))
+    whole = tokenizer(whole_texts, add_special_tokens=add_special_tokens).input_ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     pairs = []
-    for prompt_ids, ids in zip(alone, whole, strict=True):
+    for text, ids in zip(stripped, whole, strict=True):
+        prompt_ids = alone[text]
         # Something must come before the first answer token for the model to predict it.
         pairs.append((ids[: len(prompt_ids)], ids[len(prompt_ids) :]) if prompt_ids else ([start], ids))
     return pairs
 
 
-def encode_training_rows(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[TrainingRow]:
+def encode_training_rows(examples: Sequence[Example], encoder: Encoder) -> list[TrainingRow]:
     """Tokenizes examples for completion-only training.
 
-    A row over `max_length` loses tokens from the front of its prompt, never from its answer; a row whose answer alone
-    does not fit is left out. Both are counted in the log.
+    A row that does not fit, even with its context shortened, is left out; the log says how many.
 
     Raises:
         DataError: if no row fits.
     """
-    pairs = split_tokens(tokenizer, [e.prompt for e in examples], [e.answer for e in examples])
-    rows, num_truncated = [], 0
-    for prompt_ids, answer_ids in pairs:
-        answer = [*answer_ids, tokenizer.eos_token_id]
-        room = max_length - len(answer)
-        if room < 1:
-            continue
-        num_truncated += len(prompt_ids) > room
-        rows.append(TrainingRow((*prompt_ids[-room:], *answer), len(answer)))
-    if num_truncated:
-        logger.warning("%d of %d prompts were cut at the front to fit %d tokens", num_truncated, len(rows), max_length)
-    if len(rows) < len(examples):
-        logger.warning("%d rows left out: answer over %d tokens", len(examples) - len(rows), max_length)
+    encoded = encoder.encode(examples, [(example.answer,) for example in examples], extra=1)
+    eos = encoder.tokenizer.eos_token_id
+    rows = [
+        TrainingRow((*row.prompt, *row.completions[0], eos), len(row.completions[0]) + 1)
+        for row in encoded
+        if row is not None
+    ]
     if not rows:
         raise DataError(
-            f"No training row fits into dataset.max_length={max_length} tokens: all {len(examples)} answers alone are "
+            f"No training row fits into dataset.max_length={encoder.max_length} tokens, got {len(examples)} that are "
             "longer. Raise dataset.max_length."
+        )
+    if len(rows) < len(examples):
+        logger.warning(
+            "%d of %d training rows left out: they have more than %d tokens outside of any context",
+            *(len(examples) - len(rows), len(examples), encoder.max_length),
         )
     return rows
 

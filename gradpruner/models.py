@@ -36,6 +36,7 @@ class ModelSpec:
             architecture (Gemma 2 takes no sdpa).
         trust_remote_code: run code that comes with a checkpoint. Off unless you trust its author.
         config: config values of a `random:` model, such as num_hidden_layers.
+        chat_template: put prompts into the tokenizer's chat template.
     """
 
     path: str
@@ -44,6 +45,7 @@ class ModelSpec:
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
     config: dict[str, Any] | None = None
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work."""

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,10 +34,9 @@ from gradpruner import (
 )
 from gradpruner.architectures import check_finite_weights, count_parameters, empty_model
 from gradpruner.cache import StageCache, code_version, content_hash
-from gradpruner.encoding import TrainingRow, encode_training_rows, training_batches
-from gradpruner.evaluate import likelihood, metrics
-from gradpruner.evaluate.likelihood import LikelihoodSpec, score_examples
-from gradpruner.evaluate.metrics import likelihood_metrics
+from gradpruner.encoding import Encoder, TrainingRow, encode_training_rows, training_batches
+from gradpruner.evaluate import accuracy, base, bertscore_f1, likelihood, metrics, rouge_l
+from gradpruner.evaluate.base import PREDICTIONS_FILE, Evaluation, Question, predict_all
 from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.finetune import TrainingSpec, load_finetuned
 from gradpruner.method import Compressed, Method
@@ -46,7 +46,6 @@ from gradpruner.tasks import Example, Task, fingerprint
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS_FILE = "predictions.jsonl"
 METRICS_FILE = "metrics.json"
 PLAN_FILE = "plan.json"
 REPORT_FILE = "report.json"
@@ -63,7 +62,7 @@ class Outcome:
         training: account of the fine-tune, see `finetune.finetune`.
         metrics: of the fine-tuned model.
         metrics_before: of the compressed model before fine-tuning, or empty.
-        predictions: file with the scored test examples.
+        predictions: file with what the model answered to each test example, and what that scored.
         seconds: wall time per stage when it was computed.
     """
 
@@ -82,23 +81,25 @@ class Pipeline:
 
     Attributes:
         model: the dense model.
-        task: training and test data.
+        task: training data, and test data unless there is a `test_task`.
         method: what to do to the model.
         training: how to fine-tune.
         evaluation: how to evaluate.
         seed: of data order, adapters and draws.
         cache_dir: folder for stages and converted models.
         evaluate_before: also evaluate before fine-tuning.
+        test_task: another dataset to test on (Table 12).
     """
 
     model: ModelSpec
     task: Task
     method: Method
     training: TrainingSpec
-    evaluation: LikelihoodSpec
+    evaluation: Evaluation
     seed: int
     cache_dir: Path
     evaluate_before: bool = True
+    test_task: Task | None = None
 
     # ---- what can be known, and refused, before any weight is loaded ----
 
@@ -110,7 +111,7 @@ class Pipeline:
     @cached_property
     def test_examples(self) -> list[Example]:
         """Rendered test examples."""
-        return self.task.load("test", self.seed)
+        return self._test_task.load("test", self.seed)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -125,7 +126,17 @@ class Pipeline:
     @cached_property
     def rows(self) -> list[TrainingRow]:
         """Tokenized training rows."""
-        return encode_training_rows(self.train_examples, self.tokenizer, self.task.max_length)
+        return encode_training_rows(self.train_examples, self._encoder(self.task))
+
+    @cached_property
+    def resolved_evaluation(self) -> Evaluation:
+        """The evaluation with everything that depends on the task and this machine made definite."""
+        return self.evaluation.resolve(self._test_task, self.test_examples)
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """Tokenized test examples."""
+        return self.resolved_evaluation.questions(self.test_examples, self._encoder(self._test_task))
 
     @cached_property
     def resolved_method(self) -> Method:
@@ -144,14 +155,16 @@ class Pipeline:
             disk: also look for the disk space that the run needs.
 
         Raises:
-            ValueError: also if started by torchrun, or if the disk has no room for what the run will write.
+            ValueError: also if started by torchrun, if `max_length` is over the model's positions, or if the disk has no
+                room for what the run will write.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 f"A run is one process, got WORLD_SIZE={os.environ['WORLD_SIZE']} from torchrun or accelerate. "
                 "Start it with plain python; spread a sweep over processes with hydra/launcher=joblib."
             )
-        _ = self.resolved_method, self.test_examples
+        self._check_positions()
+        _ = self.resolved_method, self.questions
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         # Weights in float32; full fine-tuning keeps two checkpoints with two optimizer moments besides.
         copies = 8 if self.training.mode == "full" else 1
@@ -162,17 +175,40 @@ class Pipeline:
                 f"{free / 1e9:.1f} GB free. Free some, or set cache_dir to another disk."
             )
 
+    def _check_positions(self) -> None:
+        limit = getattr(self.config, "max_position_embeddings", None)
+        longest = max(self.task.max_length, self._test_task.max_length)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"dataset.max_length must be at most the {limit} positions that {self.model.name} was made for, got "
+                f"{longest}. Lower dataset.max_length."
+            )
+
+    @property
+    def dataset_name(self) -> str:
+        """The name of the training data, and of the test data where it is other data."""
+        return self.task.name + (f"-to-{self.test_task.name}" if self.test_task else "")
+
+    @property
+    def _test_task(self) -> Task:
+        return self.test_task or self.task
+
+    def _encoder(self, task: Task) -> Encoder:
+        return Encoder(self.tokenizer, task.max_length, self.model.chat_template)
+
     # ---- the stages ----
 
     def run(self) -> Outcome:
         """Runs every stage that is not in the cache yet."""
         self.check()
+        self.resolved_evaluation.prepare()
         states = _Models(self)
         pruned = self._cached("prune", self._prune_key, states.write_plan)
         before = self._evaluated(self._prune_key, states.compressed) if self.evaluate_before else None
         trained = self._cached("finetune", self._finetune_key, states.write_finetuned, resumable=True)
         after = self._evaluated(self._finetune_key, states.finetuned)
-        seconds = {"measure": _seconds(self._measured()), "finetune": _seconds(trained), "evaluate": _seconds(after)}
+        predicted = self._predicted(self._finetune_key, states.finetuned)
+        folders = {"measure": self._measured(), "finetune": trained, "predict": predicted, "evaluate": after}
         return Outcome(
             plan=PruningPlan.load(pruned / PLAN_FILE),
             report=json.loads((pruned / REPORT_FILE).read_text()),
@@ -180,7 +216,7 @@ class Pipeline:
             metrics=json.loads((after / METRICS_FILE).read_text()),
             metrics_before=json.loads((before / METRICS_FILE).read_text()) if before else {},
             predictions=after / PREDICTIONS_FILE,
-            seconds=seconds,
+            seconds={stage: _seconds(folder) for stage, folder in folders.items()},
         )
 
     def load_result(self) -> PreTrainedModel:
@@ -191,6 +227,7 @@ class Pipeline:
         """Which stages are in the cache already."""
         keys = {"measure": self._measure_key, "prune": self._prune_key, "finetune": self._finetune_key}
         found = {stage: self._cache.find(stage, key) is not None for stage, key in keys.items()}
+        found["predict"] = self._cache.find("predict", self._predict_key(self._finetune_key)) is not None
         found["evaluate"] = self._cache.find("evaluate", self._evaluate_key(self._finetune_key)) is not None
         return found
 
@@ -225,15 +262,23 @@ class Pipeline:
 
         return self._cached("measure", self._measure_key, compute)
 
-    def _evaluated(self, weights_key: dict[str, Any], load: Any) -> Path:
-        """Folder with predictions and metrics of the weights that `load` gives."""
+    def _predicted(self, weights_key: dict[str, Any], load: Callable[[], PreTrainedModel]) -> Path:
+        """Folder with what the weights that `load` gives answer to the test examples."""
 
         def compute(directory: Path) -> None:
-            predictions = score_examples(
-                load(), self.tokenizer, self.test_examples, self.evaluation, self.task.max_length
-            )
-            write_jsonl(directory / PREDICTIONS_FILE, predictions)
-            write_json(directory / METRICS_FILE, likelihood_metrics(read_jsonl(directory / PREDICTIONS_FILE)))
+            predict_all(load, self.resolved_evaluation, self._encoder(self._test_task), self.questions, directory)
+
+        return self._cached("predict", self._predict_key(weights_key), compute, resumable=True)
+
+    def _evaluated(self, weights_key: dict[str, Any], load: Callable[[], PreTrainedModel]) -> Path:
+        """Folder with the predictions, what each scored, and metrics."""
+        predicted = self._predicted(weights_key, load)
+
+        def compute(directory: Path) -> None:
+            predictions = read_jsonl(predicted / PREDICTIONS_FILE)
+            measured, rows = self.resolved_evaluation.measure(predictions, self.test_examples)
+            write_jsonl(directory / PREDICTIONS_FILE, rows)
+            write_json(directory / METRICS_FILE, measured)
 
         return self._cached("evaluate", self._evaluate_key(weights_key), compute)
 
@@ -294,13 +339,22 @@ class Pipeline:
             "code": code_version(finetune, encoding, trainer),
         }
 
-    def _evaluate_key(self, weights_key: dict[str, Any]) -> dict[str, Any]:
+    def _predict_key(self, weights_key: dict[str, Any]) -> dict[str, Any]:
+        evaluation, sources = self.resolved_evaluation, (base, likelihood, encoding)
         return {
             "weights": content_hash(weights_key),
             "examples": fingerprint(self.test_examples),
-            "max_length": self.task.max_length,
-            "evaluation": dataclasses.asdict(self.evaluation),
-            "code": code_version(likelihood, metrics, encoding),
+            "max_length": self._test_task.max_length,
+            "chat_template": self.model.chat_template,
+            "evaluation": {"name": evaluation.name, **evaluation.prediction_settings()},
+            "code": code_version(sys.modules[type(evaluation).__module__], *sources),
+        }
+
+    def _evaluate_key(self, weights_key: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "predictions": content_hash(self._predict_key(weights_key)),
+            "evaluation": self.resolved_evaluation.measurement_settings(),
+            "code": code_version(metrics, accuracy, rouge_l, bertscore_f1),
         }
 
 

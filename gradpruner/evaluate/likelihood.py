@@ -5,105 +5,55 @@ read in a second pass. A question with four options so costs its prompt once ins
 depend on what else is in the batch.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from gradpruner.encoding import position_ids, split_tokens
+from gradpruner.encoding import Encoder, position_ids
+from gradpruner.evaluate.base import Evaluation, Question, encode_questions, pad
+from gradpruner.evaluate.metrics import likelihood_metrics
 from gradpruner.tasks import Example
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
-class LikelihoodSpec:
-    """How to evaluate.
+class Likelihood(Evaluation):
+    """Scores the options of every example, or the reference answer of an example without options.
 
-    Attributes:
-        batch_size: questions a batch; changes speed and memory, not results.
+    A prediction has `id`, `label`, `log_likelihoods` (summed over an option's tokens, in nats), `num_tokens` and
+    `num_characters` of each option (delimiter not counted), `prediction` (argmax) and `prediction_norm` (argmax per
+    character; both None without options), `answer_nll` (summed over the reference answer) and `answer_tokens`.
     """
 
-    batch_size: int = 16
+    name: ClassVar[str] = "likelihood"
 
-    def __post_init__(self) -> None:
-        """Raises ValueError on a batch size below 1."""
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}. Raise evaluation.batch_size.")
+    def questions(self, examples: Sequence[Example], encoder: Encoder) -> list[Question]:
+        """Prompts and options; a prompt leaves room for the longest option."""
+        return encode_questions(examples, [example.choices or (example.answer,) for example in examples], encoder)
 
+    def predict(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[dict[str, Any]]:
+        """Scores a batch."""
+        scores = score_completions(model, batch)
+        return [_prediction(question, own) for question, own in zip(batch, scores, strict=True)]
 
-@dataclass(frozen=True)
-class _Question:
-    index: int
-    prompt: list[int]
-    options: list[list[int]]
+    def prediction_settings(self) -> dict[str, Any]:
+        """Only the batch size, which moves the last digits."""
+        return {"batch_size": self.batch_size}
 
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + max(len(option) for option in self.options)
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], examples: Sequence[Example]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """See `metrics.likelihood_metrics`."""
+        return likelihood_metrics(predictions), list(predictions)
 
 
 @torch.inference_mode()
-def score_examples(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    spec: LikelihoodSpec,
-    max_length: int,
-) -> list[dict[str, Any]]:
-    """Scores the options of every example (or the reference answer of an example without options).
-
-    Args:
-        model: causal language model in evaluation mode.
-        tokenizer: its tokenizer.
-        examples: what to score.
-        spec: batch size.
-        max_length: tokens of prompt and longest option together; a longer prompt loses tokens at its front.
-
-    Returns:
-        One dict an example, in the given order: `id`, `label`, `log_likelihoods` (summed over an option's tokens, in
-        nats), `num_tokens` and `num_characters` of each option (delimiter not counted), `prediction` (argmax) and
-        `prediction_norm` (argmax per character; both None without options), `answer_nll` (summed over the reference
-        answer) and `answer_tokens`.
-    """
-    questions = _questions(examples, tokenizer, max_length)
-    order = sorted(range(len(questions)), key=lambda index: (-questions[index].length, index))  # longest first
-    results: list[dict[str, Any]] = [{} for _ in examples]
-    with tqdm(total=len(examples), desc="evaluate", unit="row") as bar:
-        for start in range(0, len(order), spec.batch_size):
-            batch = [questions[index] for index in order[start : start + spec.batch_size]]
-            for question, scores in zip(batch, _score_batch(model, batch), strict=True):
-                results[question.index] = _prediction(examples[question.index], question, scores)
-            bar.update(len(batch))
-    return results
-
-
-def _questions(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[_Question]:
-    options = [example.choices or (example.answer,) for example in examples]
-    prompts = [example.prompt for example, texts in zip(examples, options, strict=True) for _ in texts]
-    pairs = iter(split_tokens(tokenizer, prompts, [text for texts in options for text in texts]))
-    questions, num_truncated = [], 0
-    for index, texts in enumerate(options):
-        own = [next(pairs) for _ in texts]
-        prompt, choices = own[0][0], [choice for _, choice in own]
-        room = max(1, max_length - max(len(choice) for choice in choices))
-        num_truncated += len(prompt) > room
-        questions.append(_Question(index, prompt[-room:], choices))
-    if num_truncated:
-        logger.warning(
-            "%d of %d prompts were cut at the front to fit %d tokens", num_truncated, len(examples), max_length
-        )
-    return questions
-
-
-def _score_batch(model: PreTrainedModel, batch: Sequence[_Question]) -> list[list[float]]:
-    """Summed log-likelihood of every option of every question."""
-    prompts, prompt_mask = _pad([question.prompt for question in batch], model.device, left=True)  # (B, P)
+def score_completions(model: PreTrainedModel, batch: Sequence[Question]) -> list[list[float]]:
+    """Summed log-likelihood, in nats, of every completion of every question."""
+    prompts, prompt_mask = pad([question.prompt for question in batch], model.device, left=True)  # (B, P)
     first = model(
         input_ids=prompts,
         attention_mask=prompt_mask,
@@ -111,11 +61,11 @@ def _score_batch(model: PreTrainedModel, batch: Sequence[_Question]) -> list[lis
         use_cache=True,
         logits_to_keep=1,
     )
-    options = [option for question in batch for option in question.options]
+    options = [option for question in batch for option in question.completions]
     owner = torch.tensor(
-        [row for row, question in enumerate(batch) for _ in question.options], device=model.device
+        [row for row, question in enumerate(batch) for _ in question.completions], device=model.device
     )  # (N,)
-    tokens, token_mask = _pad(options, model.device, left=False)  # (N, O)
+    tokens, token_mask = pad(options, model.device, left=False)  # (N, O)
     log_likelihoods = torch.zeros(tokens.shape, dtype=torch.float64, device=model.device)  # (N, O)
     log_likelihoods[:, :1] = _log_likelihood(first.logits[owner], tokens[:, :1])
     if tokens.shape[1] > 1:
@@ -131,7 +81,7 @@ def _score_batch(model: PreTrainedModel, batch: Sequence[_Question]) -> list[lis
         ).logits  # (N, O - 1, V)
         log_likelihoods[:, 1:] = _log_likelihood(logits, tokens[:, 1:])
     sums = iter((log_likelihoods * token_mask).sum(dim=1).tolist())
-    return [[next(sums) for _ in question.options] for question in batch]
+    return [[next(sums) for _ in question.completions] for question in batch]
 
 
 def _log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -144,33 +94,22 @@ def _log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
     )
 
 
-def _pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (B, T) int64; padding is token 0 and masked."""
-    length = max(len(row) for row in rows)
-    ids = torch.zeros((len(rows), length), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        columns = slice(length - len(row), length) if left else slice(0, len(row))
-        ids[index, columns] = torch.tensor(row)
-        mask[index, columns] = 1
-    return ids.to(device), mask.to(device)
-
-
-def _prediction(example: Example, question: _Question, scores: list[float]) -> dict[str, Any]:
+def _prediction(question: Question, scores: list[float]) -> dict[str, Any]:
+    example = question.example
     texts = example.choices or (example.answer,)
-    characters = [len(text.lstrip()) for text in texts]
+    characters = [len(text.removeprefix(example.delimiter)) for text in texts]
     per_character = [score / max(1, length) for score, length in zip(scores, characters, strict=True)]
     reference = example.label or 0
     return {
         "id": example.id,
         "label": example.label,
         "log_likelihoods": scores,
-        "num_tokens": [len(option) for option in question.options],
+        "num_tokens": [len(option) for option in question.completions],
         "num_characters": characters,
         "prediction": _argmax(scores) if example.choices else None,
         "prediction_norm": _argmax(per_character) if example.choices else None,
         "answer_nll": -scores[reference],
-        "answer_tokens": len(question.options[reference]),
+        "answer_tokens": len(question.completions[reference]),
     }
 
 

@@ -1,50 +1,120 @@
-"""From scored examples to metrics, each with its standard error."""
+"""From predictions to metrics, each with its standard error.
+
+Metrics of generated text are `evaluate` modules in files of their own beside this one; likelihoods are no text, so what is
+made of them is a function here.
+"""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import evaluate
+import numpy as np
+
+NUM_RESAMPLES = 1000
+BOOTSTRAP_SEED = 0
 
 
 def likelihood_metrics(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of `likelihood.score_examples`.
+    """Measures log-likelihoods.
 
     - `accuracy`: share of questions whose option with the highest summed log-likelihood is right.
     - `accuracy_norm`: the same with the sum divided by the option's length in characters, as in lm-evaluation-harness.
-    - `majority_accuracy`: what always giving the most frequent label would score, and `chance_accuracy` what guessing
-      would: the bars that any model must clear.
-    - `answer_nll`: negative log-likelihood of the reference answers per token, over all tokens: the sensitive number at
-      small scale. Its standard error is that of a ratio of sums over examples.
+    - `majority_accuracy` and `chance_accuracy`: see `baselines`.
+    - `answer_nll`: see there.
 
     Args:
-        predictions: dicts of `score_examples`.
+        predictions: dicts of `likelihood.Likelihood`.
 
     Returns:
         JSON-ready dict; accuracies only if the examples have options. Standard errors end in `_stderr`.
     """
     count = len(predictions)
-    tokens = sum(row["answer_tokens"] for row in predictions)
-    nll = sum(row["answer_nll"] for row in predictions) / tokens
-    residuals = [row["answer_nll"] - nll * row["answer_tokens"] for row in predictions]
-    metrics: dict[str, Any] = {
-        "num_examples": count,
-        "answer_nll": nll,
-        "answer_nll_stderr": math.sqrt(sum(r * r for r in residuals)) / tokens,
-    }
+    metrics: dict[str, Any] = {"num_examples": count, **answer_nll(predictions)}
     if all(row["prediction"] is not None for row in predictions):
         right = sum(row["prediction"] == row["label"] for row in predictions) / count
         right_norm = sum(row["prediction_norm"] == row["label"] for row in predictions) / count
-        labels = Counter(row["label"] for row in predictions)
         metrics |= {
             "accuracy": right,
             "accuracy_stderr": _binomial_stderr(right, count),
             "accuracy_norm": right_norm,
             "accuracy_norm_stderr": _binomial_stderr(right_norm, count),
             "accuracy_mode": "likelihood",
-            "majority_accuracy": labels.most_common(1)[0][1] / count,
-            "chance_accuracy": sum(1 / len(row["log_likelihoods"]) for row in predictions) / count,
+            **baselines([row["label"] for row in predictions], [len(row["log_likelihoods"]) for row in predictions]),
         }
     return metrics
+
+
+def text_metrics(
+    names: Sequence[str], predictions: Sequence[str], references: Sequence[str], **encoder: Any
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Measures generated answers.
+
+    - `accuracy`: share that equals the reference once both are normalised; `accuracy_mode` is `generate`.
+    - `rouge_l`, `bertscore_f1`: means over the answers; and with both of them
+    - `similarity`: their mean (the paper's Section 4.1).
+
+    Args:
+        names: which of `accuracy`, `rouge_l`, `bertscore_f1`.
+        predictions: generated answers.
+        references: what they are compared with.
+        encoder: arguments of `bertscore_f1`.
+
+    Returns:
+        The metrics, with standard errors that end in `_stderr` (bootstrap over the answers, but binomial for accuracy);
+        and what each answer scored, by metric.
+    """
+    modules = [load_metric(name, **(encoder if name == "bertscore_f1" else {})) for name in names]
+    computed = evaluate.combine(modules).compute(predictions=list(predictions), references=list(references))
+    rows: dict[str, list[float]] = {name: computed[f"{name}_rows"] for name in names}
+    if "rouge_l" in rows and "bertscore_f1" in rows:
+        rows["similarity"] = [(a + b) / 2 for a, b in zip(rows["rouge_l"], rows["bertscore_f1"], strict=True)]
+    metrics: dict[str, Any] = {}
+    for name, values in rows.items():
+        mean = sum(values) / len(values)
+        stderr = _binomial_stderr(mean, len(values)) if name == "accuracy" else _bootstrap_stderr(values)
+        metrics |= {name: mean, f"{name}_stderr": stderr}
+    if "accuracy" in rows:
+        metrics["accuracy_mode"] = "generate"
+    return metrics, rows
+
+
+def load_metric(name: str, **arguments: Any) -> Any:
+    """The `evaluate` module in the file of that name beside this one; needs no network."""
+    return evaluate.load(str(Path(__file__).with_name(f"{name}.py")), keep_in_memory=True, **arguments)
+
+
+def answer_nll(predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Negative log-likelihood of the reference answers per token, over all tokens, in nats.
+
+    The sensitive number at small scale. The standard error is that of a ratio of sums over examples.
+    """
+    tokens = sum(row["answer_tokens"] for row in predictions)
+    nll = sum(row["answer_nll"] for row in predictions) / tokens
+    residuals = [row["answer_nll"] - nll * row["answer_tokens"] for row in predictions]
+    return {"answer_nll": nll, "answer_nll_stderr": math.sqrt(sum(r * r for r in residuals)) / tokens}
+
+
+def baselines(labels: Sequence[int], num_choices: Sequence[int]) -> dict[str, float]:
+    """The bars that any model must clear.
+
+    - `majority_accuracy`: what always giving the most frequent label would score.
+    - `chance_accuracy`: what guessing would.
+    """
+    return {
+        "majority_accuracy": Counter(labels).most_common(1)[0][1] / len(labels),
+        "chance_accuracy": sum(1 / count for count in num_choices) / len(labels),
+    }
+
+
+def _bootstrap_stderr(values: Sequence[float]) -> float:
+    """Standard deviation of the mean over resamples with replacement; seeded, so that a record does not change."""
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    array = np.asarray(values, dtype=np.float64)
+    means = [array[generator.integers(len(array), size=len(array))].mean() for _ in range(NUM_RESAMPLES)]
+    return float(np.std(means, ddof=1))
 
 
 def _binomial_stderr(share: float, count: int) -> float:

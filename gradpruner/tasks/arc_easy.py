@@ -1,4 +1,8 @@
-"""ARC-Easy: grade-school science questions with three to five choices (Clark et al., arXiv:1803.05457)."""
+"""ARC-Easy: grade-school science questions with three to five choices (Clark et al., arXiv:1803.05457).
+
+Source: `allenai/ai2_arc`, configuration `ARC-Easy`; licence CC BY-SA 4.0. 2,251 train and 2,376 test rows, the official
+splits. The paper reports accuracy of generated answers (Section 4.1) and says nothing of the prompt.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

