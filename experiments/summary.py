@@ -1,44 +1,48 @@
 """The table at the end of a run: the reference beside the method, before and after fine-tuning."""
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from gradpruner.record import RunRecord
+from gradpruner.reporting.labels import describe_origins, metric_columns
 
 
 def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: Console | None = None) -> None:
     """Prints one row before and one after fine-tuning for every record, then what was pruned and where results are."""
     config = records[-1].config
+    measured = [metrics for record in records for metrics in (record.metrics_before, record.metrics) if metrics]
+    columns = metric_columns(measured)
     table = Table(title=title)
-    for column in ("model", "layers", "params", "accuracy", "acc. norm", "answer NLL", "train", "memory"):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for label in ("model", "layers", "params", *(column.label for column in columns), "train", "memory"):
+        table.add_column(label, justify="left" if label == "model" else "right", no_wrap=True)
     for record in records:
         name = record.pruning["method"]
         size = (str(record.pruning["num_hidden_layers"]), f"{record.pruning['num_parameters'] / 1e6:.1f} M")
         if record.metrics_before:
-            table.add_row(name, *size, *_scores(record.metrics_before), "", "", style="dim")
+            table.add_row(name, *size, *(column.cell(record.metrics_before) for column in columns), "", "", style="dim")
         seconds, memory = record.finetune["train_seconds"], record.finetune["peak_memory_bytes"]
         table.add_row(
             f"{name} + {config['finetune']['mode']}",
             *size,
-            *_scores(record.metrics),
+            *(column.cell(record.metrics) for column in columns),
             f"{seconds:.0f} s",
             f"{memory / 2**30:.2f} GiB",
             style="bold" if record is records[-1] else "",
         )
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 110)  # a pipe has no width; do not cut columns for it
+        console.width = max(console.width, 140)  # a pipe has no width; do not cut columns for it
     console.print(table)
     metrics, pruning = records[-1].metrics, records[-1].pruning
+    notes = [f"{metrics['num_examples']} test rows"]
     if "majority_accuracy" in metrics:
-        console.print(
-            f"{metrics['num_examples']} test rows; always the most frequent label: {metrics['majority_accuracy']:.3f}, "
-            f"guessing: {metrics['chance_accuracy']:.3f}"
-        )
+        notes.append(f"always the most frequent label: {metrics['majority_accuracy']:.3f}")
+        notes.append(f"guessing: {metrics['chance_accuracy']:.3f}")
+    if metrics.get("finished", 1.0) < 1.0:
+        notes.append(f"answers that came to an end: {metrics['finished']:.0%}")
+    console.print("; ".join([*notes, *describe_origins(measured)]), soft_wrap=True)
     if pruning["pruned_layers"]:
         absorbed = [(layer, absorber) for layer, absorber in pruning["absorbed_by"].items() if absorber is not None]
         merged = ", ".join(f"{layer} into {absorber}" for layer, absorber in absorbed)
@@ -48,12 +52,3 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
     if (run_dir / "checkpoint").is_dir():
         console.print(f"Checkpoint (plain transformers): {run_dir / 'checkpoint'}", soft_wrap=True)
     console.print(f"Run folder: {run_dir}", soft_wrap=True)
-
-
-def _scores(metrics: dict[str, Any]) -> tuple[str, str, str]:
-    def cell(name: str) -> str:
-        if name not in metrics:
-            return "-"
-        return f"{metrics[name]:.3f} ±{metrics[name + '_stderr']:.3f}"
-
-    return cell("accuracy"), cell("accuracy_norm"), cell("answer_nll")

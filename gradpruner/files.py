@@ -32,4 +32,5 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads what `write_jsonl` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # By bytes: text may hold U+2028 and other characters that str.splitlines takes for the end of a line.
+    return [json.loads(line) for line in path.read_bytes().splitlines()]

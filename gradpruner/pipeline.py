@@ -155,8 +155,8 @@ class Pipeline:
             disk: also look for the disk space that the run needs.
 
         Raises:
-            ValueError: also if started by torchrun, if `max_length` is over the model's positions, or if the disk has no
-                room for what the run will write.
+            ValueError: also if started by torchrun, if `max_length` is over the model's positions, or if the disk has
+                no room for what the run will write.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(

@@ -5,6 +5,7 @@ import torch
 
 from gradpruner.encoding import (
     IGNORED,
+    Encoder,
     TrainingRow,
     collate,
     encode_training_rows,
@@ -49,31 +50,110 @@ def test_an_empty_prompt_still_predicts_from_a_token(tokenizer):
     assert tokenizer.decode(completion) == "yes"
 
 
+def encode(tokenizer, examples, max_length=512, **settings):
+    return encode_training_rows(examples, Encoder(tokenizer, max_length, **settings))
+
+
+def with_context(context, answer=ANSWER, before="Context: ", after="\nQuestion: why?\nAnswer:"):
+    span = (len(before), len(before) + len(context))
+    return Example(id="0", prompt=before + context + after, answer=answer, delimiter=" ", context=span)
+
+
 def test_only_answer_and_end_of_sequence_carry_loss(tokenizer):
-    rows = encode_training_rows([example()], tokenizer, max_length=512)
-    batch = collate(rows, tokenizer.pad_token_id)
+    batch = collate(encode(tokenizer, [example()]), tokenizer.pad_token_id)
     with_loss = batch["labels"][0][batch["labels"][0] != IGNORED]
     assert tokenizer.decode(with_loss) == ANSWER + tokenizer.eos_token
 
 
-def test_long_prompts_lose_their_front_and_never_the_answer(tokenizer, caplog):
+@pytest.mark.parametrize("max_length", [42, 50, 60, 80])
+def test_long_prompts_lose_the_end_of_their_context_and_nothing_else(tokenizer, caplog, max_length):
+    context = "abcdefghijklmnopqrstuvwxyz" * 2
     with caplog.at_level(logging.WARNING):
-        [row] = encode_training_rows([example(prompt="x" * 50 + PROMPT)], tokenizer, max_length=20)
-    assert len(row.input_ids) == 20
-    assert tokenizer.decode(row.input_ids).endswith(ANSWER + tokenizer.eos_token)
-    assert "1 of 1 prompts were cut at the front to fit 20 tokens" in caplog.text
+        [row] = encode(tokenizer, [with_context(context)], max_length)
+    text = tokenizer.decode(row.input_ids)  # one token a byte
+    rest = "Context: " + "\nQuestion: why?\nAnswer:" + ANSWER
+    kept = max_length - len(rest) - 1  # end of sequence
+    expected = "Context: " + context[:kept] + "\nQuestion: why?\nAnswer:" + ANSWER + tokenizer.eos_token
+    assert text == expected and len(row.input_ids) == max_length
+    assert f"1 of 1 prompts were shortened in their context to fit {max_length} tokens" in caplog.text
+
+
+def test_a_character_of_several_tokens_is_kept_or_lost_whole(tokenizer):
+    for max_length in range(60, 70):
+        [row] = encode(tokenizer, [with_context("é😀" * 20)], max_length)
+        assert max_length - 4 < len(row.input_ids) <= max_length
+        assert "\ufffd" not in tokenizer.decode(row.input_ids)
+
+
+def test_prompts_without_a_context_are_never_shortened(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        rows = encode(tokenizer, [example(), example(prompt="x" * 50 + PROMPT)], max_length=40)
+    assert [tokenizer.decode(row.input_ids) for row in rows] == [PROMPT + ANSWER + tokenizer.eos_token]
+    assert "1 of 2 training rows left out: they have more than 40 tokens outside of any context" in caplog.text
 
 
 def test_answers_that_do_not_fit_are_left_out_and_counted(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
-        rows = encode_training_rows([example(), example(answer="y" * 40)], tokenizer, max_length=40)
+        rows = encode(tokenizer, [example(), with_context("long " * 9, answer="y" * 40)], max_length=40)
     assert len(rows) == 1
-    assert "1 rows left out: answer over 40 tokens" in caplog.text
+    assert "1 of 2 training rows left out" in caplog.text
 
 
 def test_no_row_fits(tokenizer):
-    with pytest.raises(DataError, match=r"No training row fits into dataset.max_length=4 tokens: all 1 answers.*Raise"):
-        encode_training_rows([example()], tokenizer, max_length=4)
+    with pytest.raises(DataError, match=r"No training row fits into dataset.max_length=4 tokens, got 1 .*Raise"):
+        encode(tokenizer, [example()], max_length=4)
+
+
+def test_room_for_the_longest_completion_or_as_much_as_is_said(tokenizer):
+    context = "0123456789" * 3
+    asked = with_context(context, before="", after=":")
+    encoder = Encoder(tokenizer, 30)
+    [own] = encoder.encode([asked], [(" a", " longest")])
+    [said] = encoder.encode([asked], [(" a", " longest")], reserve=20)
+    assert tokenizer.decode(own.prompt) == context[:21] + ":" and own.is_shortened
+    assert tokenizer.decode(said.prompt) == context[:9] + ":"
+    assert [tokenizer.decode(ids) for ids in own.completions] == [" a", " longest"]
+    assert encoder.encode([asked], [(" a",)], reserve=29) == [None]  # one token of context must stay
+
+
+def test_options_are_encoded_as_alone(tokenizer):
+    examples = [example(), example(prompt="Q:  ")]
+    together = Encoder(tokenizer, 512).encode(examples, [(" a", " b"), (" c",)])
+    for row, prompt, texts in zip(together, (PROMPT, "Q:  "), ((" a", " b"), (" c",)), strict=True):
+        pairs = [split_tokens(tokenizer, [prompt], [text])[0] for text in texts]
+        assert (row.prompt, row.completions) == (pairs[0][0], [ids for _, ids in pairs])
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}{{ '[assistant]\n' }}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    yield tokenizer
+    tokenizer.chat_template = None
+
+
+def test_chat_template(chat_tokenizer):
+    [row] = encode(chat_tokenizer, [with_context("abc")], chat_template=True)
+    text = chat_tokenizer.decode(row.input_ids)
+    assert text == "<s>[user] Context: abc\nQuestion: why?\nAnswer:\n[assistant]\nbecause</s>"
+    answer = chat_tokenizer.decode(row.input_ids[-row.num_answer_tokens :])
+    assert answer == "because</s>"
+
+
+@pytest.mark.parametrize("before", ["Context: ", "  \n Context: "])
+def test_chat_prompts_are_shortened_in_their_context_too(chat_tokenizer, before):
+    [row] = encode(chat_tokenizer, [with_context("abcdefghij", before=before)], max_length=68, chat_template=True)
+    text = chat_tokenizer.decode(row.input_ids)
+    assert text == "<s>[user] Context: abcdefg\nQuestion: why?\nAnswer:\n[assistant]\nbecause</s>"
+
+
+def test_a_chat_template_must_exist(tokenizer):
+    with pytest.raises(ValueError, match=r"model\.chat_template=true needs a tokenizer with a chat template.*=false"):
+        Encoder(tokenizer, 512, chat_template=True)
 
 
 def test_collate_pads_on_the_left():

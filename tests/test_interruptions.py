@@ -15,14 +15,14 @@ from hydra.core.global_hydra import GlobalHydra
 
 from experiments.run import CONF, run_job
 
-STAGES = ("measure", "prune", "finetune", "evaluate")
+STAGES = ("measure", "prune", "finetune", "predict")
 NOT_COMPARED = ("seconds", "bytes", "environment", "config", "identity", "runtime")
 
 
 def overrides(folder):
     return [
         *("debug=smoke", "reference=null", "save_checkpoint=true", "method.steps=4", "method.batch_size=2"),
-        *("finetune.max_steps=10", "finetune.save_steps=2", "dataset.max_test_samples=24"),
+        *("finetune.max_steps=10", "finetune.save_steps=2", "dataset.max_test_samples=24", "evaluation.batch_size=2"),
         *(f"output_dir={folder}/run", f"cache_dir={folder}/cache"),
     ]
 
@@ -92,8 +92,8 @@ def check(context, tmp_path, kills, seed):
     assert finish(context, tmp_path / "killed") == expected
 
 
-def test_three_kills(context, tmp_path):
-    check(context, tmp_path, kills=3, seed=0)
+def test_four_kills(context, tmp_path):
+    check(context, tmp_path, kills=4, seed=0)
 
 
 @pytest.mark.slow

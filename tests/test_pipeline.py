@@ -9,7 +9,10 @@ import torch
 
 from baselines.dense import Dense
 from gradpruner import pipeline as pipeline_module
-from gradpruner.evaluate.likelihood import LikelihoodSpec
+from gradpruner.evaluate.base import predict_all
+from gradpruner.evaluate.generate import Generation
+from gradpruner.evaluate.likelihood import Likelihood
+from gradpruner.files import read_jsonl
 from gradpruner.finetune import TrainingSpec
 from gradpruner.method import GradPruner
 from gradpruner.models import ModelSpec
@@ -56,7 +59,7 @@ def make(tmp_path, task):
             "task": task,
             "method": method,
             "training": TRAINING,
-            "evaluation": LikelihoodSpec(),
+            "evaluation": Likelihood(),
             "seed": 0,
             "cache_dir": tmp_path / "cache",
         }
@@ -117,14 +120,14 @@ def test_a_second_run_computes_nothing(make, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "recomputed"),
     [
-        ({"seed": 1}, {"finetune", "evaluate"}),
-        ({"training": dataclasses.replace(TRAINING, learning_rate=2e-2)}, {"finetune", "evaluate"}),
-        ({"method": dataclasses.replace(GRADPRUNER, density=0.9)}, {"prune", "finetune", "evaluate"}),
-        ({"method": dataclasses.replace(GRADPRUNER, seed=1)}, {"measure", "prune", "finetune", "evaluate"}),
-        ({"method": Dense()}, {"measure", "prune", "finetune", "evaluate"}),
+        ({"seed": 1}, {"finetune", "predict", "evaluate"}),
+        ({"training": dataclasses.replace(TRAINING, learning_rate=2e-2)}, {"finetune", "predict", "evaluate"}),
+        ({"method": dataclasses.replace(GRADPRUNER, density=0.9)}, {"prune", "finetune", "predict", "evaluate"}),
+        ({"method": dataclasses.replace(GRADPRUNER, seed=1)}, {"measure", "prune", "finetune", "predict", "evaluate"}),
+        ({"method": Dense()}, {"measure", "prune", "finetune", "predict", "evaluate"}),
         (
             {"model": ModelSpec("random:llama", config={**CONFIG, "rope_theta": 5000.0})},
-            {"measure", "prune", "finetune", "evaluate"},
+            {"measure", "prune", "finetune", "predict", "evaluate"},
         ),
     ],
 )
@@ -146,15 +149,82 @@ def test_dense_prunes_nothing_and_learns(make):
     assert outcome.metrics["answer_nll"] < outcome.metrics_before["answer_nll"]
 
 
-def test_result_is_the_model_that_was_evaluated(make):
+def test_result_is_the_model_that_was_evaluated(make, tmp_path):
     pipeline = make()
     outcome = pipeline.run()
     model = pipeline.load_result()
     assert model.config.num_hidden_layers == 3 and len(model.model.layers) == 3
-    again = pipeline_module.score_examples(
-        model, pipeline.tokenizer, pipeline.test_examples, LikelihoodSpec(), pipeline.task.max_length
+    path = predict_all(
+        lambda: model, pipeline.resolved_evaluation, pipeline._encoder(pipeline.task), pipeline.questions, tmp_path
     )
-    assert pipeline_module.likelihood_metrics(again) == outcome.metrics
+    assert pipeline.resolved_evaluation.measure(read_jsonl(path), pipeline.test_examples)[0] == outcome.metrics
+
+
+GENERATE = Generation(bertscore_model="packaged:minilm")
+
+
+def test_generated_answers_and_what_they_scored(make, task):
+    outcome = make(evaluation=GENERATE, task=dataclasses.replace(task, metrics=("accuracy", "rouge_l"))).run()
+    assert outcome.metrics["accuracy_mode"] == "generate" and "rouge_l_stderr" in outcome.metrics
+    rows = read_jsonl(outcome.predictions)
+    assert [row["id"] for row in rows] == [f"test-{index}" for index in range(5)]
+    assert {"generated", "reference", "accuracy", "rouge_l"} <= set(rows[0])
+
+
+def test_another_metric_or_encoder_generates_nothing_again(make, task, monkeypatch):
+    task = dataclasses.replace(task, metrics=("rouge_l", "bertscore_f1"))
+    make(evaluation=GENERATE, task=task).run()
+    monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
+    other = make(evaluation=dataclasses.replace(GENERATE, bertscore_layer=3), task=task)
+    assert {stage for stage, found in other.stages().items() if not found} == {"evaluate"}
+    assert other.run().metrics["bertscore_layer"] == 3
+    exact = make(evaluation=GENERATE, task=dataclasses.replace(task, metrics=("accuracy",)))
+    assert 0 <= exact.run().metrics["accuracy"] <= 1
+
+
+def test_an_interrupted_evaluation_goes_on(make, monkeypatch, tmp_path):
+    expected = make(evaluation=Likelihood(2), cache_dir=tmp_path / "whole").run()
+    original, calls = Likelihood.predict, []
+
+    def predict(self, model, encoder, batch):
+        if len(calls) == 2:
+            calls.append("killed")
+            raise KeyboardInterrupt
+        calls.append([question.example.id for question in batch])
+        return original(self, model, encoder, batch)
+
+    monkeypatch.setattr(Likelihood, "predict", predict)
+    with pytest.raises(KeyboardInterrupt):
+        make(evaluation=Likelihood(2)).run()
+    assert comparable(make(evaluation=Likelihood(2)).run()) == comparable(expected)
+    assert len([call for call in calls if call != "killed"]) == 3 + 3  # three batches before and three after, each once
+
+
+@pytest.fixture
+def other_task(tmp_path, task):
+    file = tmp_path / "other.jsonl"
+    file.write_text("".join(json.dumps({**row, "question": "Say a number"}) + "\n" for row in rows(3)))
+    return dataclasses.replace(task, test_file=str(file), max_length=128)
+
+
+def test_another_dataset_to_test_on(make, other_task):
+    own, other = make().run(), make(test_task=other_task).run()
+    assert other.metrics["num_examples"] == 3 and own.metrics["num_examples"] == 5
+    assert other.training == own.training  # one fine-tune serves both
+    assert make(test_task=other_task).dataset_name == "jsonl-to-jsonl"
+
+
+def test_rows_that_do_not_fit_are_refused_before_weights(make, task, other_task, monkeypatch):
+    monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
+    with pytest.raises(DataError, match=r"5 of 5 test rows do not fit into dataset\.max_length=30"):
+        make(test_task=dataclasses.replace(task, max_length=30)).run()
+    with pytest.raises(ValueError, match=r"max_length must be at most the 2048 positions .* got 4096\. Lower dataset"):
+        make(test_task=dataclasses.replace(task, max_length=4096)).run()
+
+
+def test_a_chat_template_is_part_of_the_run(make):
+    with pytest.raises(ValueError, match=r"model\.chat_template=true needs a tokenizer with a chat template"):
+        make(model=ModelSpec("random:llama", config=CONFIG, chat_template=True)).run()
 
 
 def test_interrupted_fine_tuning_goes_on(make, monkeypatch, tmp_path):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gradpruner.architectures import decoder_layers, linear_sublayers
-from gradpruner.evaluate.likelihood import _prediction, _Question
+from gradpruner.evaluate.base import Question
+from gradpruner.evaluate.likelihood import _prediction
 from gradpruner.evaluate.metrics import likelihood_metrics
 from gradpruner.igia import SCORES, STEP_WEIGHTINGS, igia_matrix, layer_importance, squared_frobenius, step_weights
 from gradpruner.merge import MERGE_RULES, merge_layers, top_fraction_mask
@@ -249,8 +250,8 @@ def test_permuting_options_keeps_the_accuracy(cases):
                 choices=tuple(texts[option] for option in order),
                 label=list(order).index(label),
             )
-            question = _Question(index, [], [[0] * len(texts[option]) for option in order])
-            rows.append(_prediction(example, question, [log_likelihoods[option] for option in order]))
+            question = Question(example, [], [[0] * len(texts[option]) for option in order])
+            rows.append(_prediction(question, [log_likelihoods[option] for option in order]))
         return likelihood_metrics(rows)
 
     shown, permuted = metrics(False), metrics(True)

@@ -144,6 +144,52 @@ def test_full_fine_tuning(folders):
     assert run("finetune=full", *folders).config["finetune"]["mode"] == "full"
 
 
+def write_rows(folder, name, *rows):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def medmcqa(tmp_path):
+    row = {"opa": "a", "opb": "b", "opc": "c", "opd": "d"}
+    rows = [{"id": str(n), "question": f"Q{n}", **row, "cop": n % 4} for n in range(8)]
+    write_rows(tmp_path / "medmcqa", "train", *rows)
+    write_rows(tmp_path / "medmcqa", "test", *rows[:4])
+    return ["dataset=medmcqa", "dataset.source=local", f"dataset.path={tmp_path}/medmcqa"]
+
+
+def test_generated_answers_with_every_metric(folders, tmp_path, medmcqa, capsys):
+    record = run("evaluation=generate", "evaluation.bertscore_model=packaged:minilm", *medmcqa, *folders)
+    assert {"accuracy", "rouge_l", "bertscore_f1", "similarity", "answer_nll"} <= set(record.metrics)
+    assert {f"{name}_stderr" for name in ("accuracy", "rouge_l", "similarity")} <= set(record.metrics)
+    assert (record.metrics["bertscore_encoder"], record.metrics["bertscore_layer"]) == ("packaged:minilm", 5)
+    output = capsys.readouterr()
+    assert "BERTScore F1 with packaged:minilm, layer 5" in output.out and "similarity" in output.out
+    assert "A. a" in output.err  # the preview shows the options
+
+
+def test_trained_on_one_dataset_and_tested_on_another(folders, tmp_path, medmcqa):
+    other = ["dataset.test=mmlu_clinical_knowledge", "dataset.test_settings={max_test_samples: 3}"]
+    record = run(*other, *medmcqa, *folders)
+    assert record.metrics["num_examples"] == 3 and record.metrics["chance_accuracy"] == 0.25
+    assert (tmp_path / "runs/random-llama/medmcqa-to-mmlu_clinical_knowledge/lora/gradpruner").is_dir()
+    assert record.config["dataset"]["test"] == "mmlu_clinical_knowledge"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["dataset.test=mmlu_clinical"], r"dataset\.test must name a dataset, got 'mmlu_clinical' \(did you mean"),
+        (["dataset.test_settings={path: x}"], r"test_settings belongs to dataset\.test, got .* and dataset\.test=null"),
+        (["dataset.test=piqa", "dataset.test_settings={flavour: mild}"], r"Bad value in dataset: Key 'flavour' not in"),
+        (["dataset=mmlu_clinical_knowledge"], r"mmlu_clinical_knowledge has no train split .*dataset=medmcqa"),
+    ],
+)
+def test_what_a_test_dataset_cannot_be(folders, overrides, match):
+    with pytest.raises(ValueError, match=match):
+        run(*overrides, *folders)
+
+
 def test_wandb_offline(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     (tmp_path / "tracker").mkdir()

@@ -16,8 +16,8 @@ _EDGES = re.compile(r"^\W+|\W+$")
 def normalise(text: str) -> str:
     """Text as it is compared: Unicode-normalised, case-folded, single spaces, no punctuation at the ends.
 
-    Fair to a model that adds a full stop or a capital. Articles and punctuation inside stay, because options may differ in
-    just these. Text without a letter or digit keeps its punctuation.
+    Fair to a model that adds a full stop or a capital. Articles and punctuation inside stay, because options may differ
+    in just these. Text without a letter or digit keeps its punctuation.
     """
     folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return _EDGES.sub("", folded) or folded

@@ -73,7 +73,7 @@ class Evaluation(ABC):
         """A copy with everything that depends on task and machine made definite and checked; downloads nothing."""
         return self
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  # most need nothing
         """Fetches what measuring will need, so that a failure comes before the work, not after it."""
 
     @abstractmethod

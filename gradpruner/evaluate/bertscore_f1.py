@@ -11,7 +11,7 @@ import datasets
 import evaluate
 from bert_score import BERTScorer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("gradpruner.evaluate.bertscore_f1")  # `evaluate` loads a copy under a name of its own
 
 MAX_TOKENS = 512  # positions of BERT, RoBERTa and MiniLM
 PAIRS_AT_ONCE = 64  # the library keeps the embeddings of all texts of a call

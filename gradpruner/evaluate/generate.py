@@ -1,8 +1,8 @@
 """Let the model write its answer, greedily, and measure the text: the paper's setting (Section 4.1).
 
 Prompts are padded on the left and masked, so that an answer does not depend on what else is in the batch. Writing stops
-at the end of sequence or after as many tokens as the dataset allows. The likelihood of the reference answer is scored on
-the way: it moves where the text does not yet.
+at the end of sequence or after as many tokens as the dataset allows. The likelihood of the reference answer is scored
+on the way: it moves where the text does not yet.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from gradpruner.tasks import Example, Task
 class Generation(Evaluation):
     """Generates an answer to every example.
 
-    A prediction has `id`, `label`, `generated` and `reference` (text), `generated_tokens`, `is_finished` (the model ended
-    its answer by itself), `answer_nll` (summed over the reference answer, or its first `max_new_tokens` tokens) and
-    `answer_tokens`; measured, it has what it scored besides.
+    A prediction has `id`, `label`, `generated` and `reference` (text), `generated_tokens`, `is_finished` (the model
+    ended its answer by itself), `answer_nll` (summed over the reference answer, or its first `max_new_tokens` tokens)
+    and `answer_tokens`; measured, it has what it scored besides.
 
     Attributes:
         bertscore_model: the encoder, see `encoders.choose_encoder`.

@@ -1,7 +1,7 @@
 """From predictions to metrics, each with its standard error.
 
-Metrics of generated text are `evaluate` modules in files of their own beside this one; likelihoods are no text, so what is
-made of them is a function here.
+Metrics of generated text are `evaluate` modules in files of their own beside this one; likelihoods are no text, so what
+is made of them is a function here.
 """
 
 import math

@@ -24,7 +24,7 @@ WITHOUT_INPUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Alpaca(Task):
-    """Prompt field: `{request}`, the instruction and its input in Alpaca's own frame. Train 52,002 rows, open answers."""
+    """Prompt field: `{request}`, instruction and input in Alpaca's own frame. Train 52,002 rows, open answers."""
 
     name: ClassVar[str] = "alpaca"
     hub_id: ClassVar[str] = "tatsu-lab/alpaca"

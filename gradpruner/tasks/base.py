@@ -39,8 +39,8 @@ class Task(ABC):
         prompt: template of the prompt, over `prompt_fields`.
         prompt_with_options: the template that takes its place when `show_options` is true; besides `prompt_fields` it
             has `{options}`, one line a choice, "A. ...". None if the prompt has no use for them.
-        show_options: list the choices in the prompt, in training and in evaluation. A model that has to write its answer
-            must see them; likelihood of the choices needs it only where the question speaks of them.
+        show_options: list the choices in the prompt, in training and in evaluation. A model that has to write its
+            answer must see them; likelihood of the choices needs it only where the question speaks of them.
         choice: template of a completion, over `{choice}`; it brings the delimiter after the prompt.
         max_train_samples: rows drawn from the train split; None for all.
         max_test_samples: rows drawn from the test split; None for all.
@@ -89,9 +89,11 @@ class Task(ABC):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 allowed = "a positive integer" + (" or null for all rows" if optional else "")
                 raise DataError(f"{setting} must be {allowed}, got {value!r}. Change dataset.{setting}.")
-        if self.train_fraction is not None and not 0.0 < self.train_fraction <= 1.0:
+        fraction = self.train_fraction
+        is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+        if fraction is not None and not (is_number and 0.0 < fraction <= 1.0):
             raise DataError(
-                f"train_fraction must be in (0, 1] or null for all rows, got {self.train_fraction!r}. "
+                f"train_fraction must be in (0, 1] or null for all rows, got {fraction!r}. "
                 "For 10 % write dataset.train_fraction=0.1."
             )
         for metric in self.metrics or ():
@@ -160,13 +162,17 @@ class Task(ABC):
             DataError: if the source cannot be read.
         """
         if self.source == "local":
-            yield from read_local(Path(self.path or "") / f"{split}.jsonl")
+            file = Path(self.path or "").expanduser() / f"{split}.jsonl"
+            if split not in self.hub_splits and not file.exists():
+                raise DataError(f"{self.name} has no {split} split, and there is no {file}. {self.missing_split}")
+            yield from read_local(file)
             return
         if split not in (self.hub_splits if self.source == "hub" else self.packaged_files):
             raise DataError(f"{self.name} has no {split} split in dataset.source={self.source}. {self.missing_split}")
         if self.source == "hub":
             revision = self.revision or self.hub_revision
-            yield from read_hub(self.hub_id, self.hub_config, self.hub_splits[split], revision)
+            is_packaged = "packaged" in self.sources
+            yield from read_hub(self.hub_id, self.hub_config, self.hub_splits[split], revision, is_packaged)
         else:
             for row in read_packaged(self.packaged_files[split]):
                 yield Row(row.where, dict(self.unpack(row.columns)))
@@ -183,8 +189,8 @@ class Task(ABC):
             with every label as frequent as among all.
 
         Raises:
-            DataError: if the source cannot be read, has no rows, or has bad rows (ten are shown); up to one in a hundred
-                of a published dataset are left out with a warning instead.
+            DataError: if the source cannot be read, has no rows, or has bad rows (ten are shown); up to one in a
+                hundred of a published dataset are left out with a warning instead.
         """
         if split not in SPLITS:
             raise DataError(f"There is no such split, got {split!r}{guess(split, SPLITS)}. Choose from: train, test.")
@@ -203,7 +209,10 @@ class Task(ABC):
                 examples.append(example)
         num_rows = len(examples) + len(problems)
         if problems and (self.source == "local" or len(problems) > MAX_BAD_SHARE * num_rows):
-            raise DataError(_describe(problems, f"{self.name} {split}", num_rows))
+            advice = "Correct or remove these rows."
+            if self.source != "local":
+                advice = "Correct them in a copy, and set dataset.source=local and dataset.path."
+            raise DataError(_describe(problems, f"{self.name} {split}", num_rows) + advice)
         if problems:
             left_out = f"{len(problems)} of {num_rows} rows left out"
             logger.warning("%s %s: %s, the first is %s", self.name, split, left_out, problems[0])
@@ -250,7 +259,9 @@ class Task(ABC):
         count = len(examples) if wanted is None else min(wanted, len(examples))
         if split == "train" and self.train_fraction is not None:
             count = max(1, round(self.train_fraction * count))
-        chosen = stratified_sample([example.label for example in examples], count, seed)
+        # Label 0 of three choices need not mean what it does of seven.
+        labels = [(len(example.choices), example.label) for example in examples]
+        chosen = stratified_sample(labels, count, seed)
         return [examples[index] for index in chosen]
 
 
@@ -263,4 +274,4 @@ def list_options(choices: tuple[str, ...]) -> str:
 def _describe(problems: list[str], what: str, num_rows: int) -> str:
     listed = "\n  ".join(problems[:MAX_LISTED_ROWS])
     more = f"\n  ... and {len(problems) - MAX_LISTED_ROWS} more" if len(problems) > MAX_LISTED_ROWS else ""
-    return f"{what} has {len(problems)} bad of {num_rows} rows:\n  {listed}{more}\nCorrect or remove these rows."
+    return f"{what} has {len(problems)} bad of {num_rows} rows:\n  {listed}{more}\n"

@@ -76,6 +76,18 @@ def take_label(columns: Mapping[str, Any], name: str, known: Sequence[str]) -> i
     return known.index(str(value))
 
 
+def take_id(columns: Mapping[str, Any], name: str) -> str:
+    """Returns a column that holds non-blank text or an integer, as text.
+
+    Raises:
+        RowError: if it is missing, null, of another type, or blank.
+    """
+    value = take(columns, name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return check_text(value, f"id column {name!r}")
+
+
 def check_text(value: Any, what: str) -> str:
     """Returns `value` unchanged if it is usable text.
 
@@ -86,7 +98,18 @@ def check_text(value: Any, what: str) -> str:
         raise RowError(f"{what} must be text, got {'null' if value is None else type(value).__name__}")
     if not value.strip():
         raise RowError(f"{what} is empty")
-    # JSON's \ud800 to \udfff without a partner parse, and crash a tokenizer hours later.
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise RowError(f"{what} holds half of a surrogate pair, which is not valid text")
+    check_encodable(value, what)
     return value
+
+
+def check_encodable(value: str, what: str) -> None:
+    """Refuses text that UTF-8 cannot represent.
+
+    Raises:
+        RowError: if there is half of a surrogate pair in it (`what` names it in the message).
+    """
+    # JSON's \ud800 to \udfff without a partner parse, and crash a tokenizer hours later.
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{what} holds half of a surrogate pair, which is not valid text") from error

@@ -3,8 +3,8 @@
 Source: `FinGPT/fingpt-sentiment-train`, 76,772 rows in one split, put together from Financial PhraseBank, FiQA, Twitter
 financial news and news labelled by a language model; the Hub states no licence for the whole, its parts are under CC
 BY-NC-SA 3.0, MIT and unstated ones. The paper draws 40,000 random training rows of "76,000" (Appendix C.1) and does not
-say which rows it tests on. Here a tenth of the texts is held out by a hash of the text, so that a text that occurs several
-times is never on both sides.
+say which rows it tests on. Here a tenth of the texts is held out by a hash of the text, so that a text that occurs
+several times is never on both sides.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gradpruner.tasks.base import Parsed, Task
-from gradpruner.tasks.columns import RowError, take_label, take_text
+from gradpruner.tasks.columns import RowError, check_text, take_label, take_text
 from gradpruner.tasks.sources import Row
 
 HELD_OUT_EVERY = 10  # of ten texts one is a test text
@@ -23,7 +23,7 @@ _OPTIONS = re.compile(r"\{([^{}]+/[^{}]+)\}")
 
 @dataclass(frozen=True, kw_only=True)
 class FinGpt(Task):
-    """Prompt fields: `{instruction}`, which names the options, and `{input}`. About 69,000 train and 7,700 test rows."""
+    """Prompt fields: `{instruction}`, which names the options, and `{input}`. 76,772 rows, a tenth for testing."""
 
     name: ClassVar[str] = "fingpt"
     hub_id: ClassVar[str] = "FinGPT/fingpt-sentiment-train"
@@ -45,7 +45,7 @@ class FinGpt(Task):
         found = _OPTIONS.search(instruction)
         if found is None:
             raise RowError(f"column 'instruction' must name the options as {{a/b/c}}, got {instruction!r}")
-        options = tuple(option.strip() for option in found[1].split("/"))
+        options = tuple(check_text(text, "an option of column 'instruction'").strip() for text in found[1].split("/"))
         answer = {"output": take_text(columns, "output").strip()}
         return Parsed(
             {"instruction": instruction, "input": take_text(columns, "input")},

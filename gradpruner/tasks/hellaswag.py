@@ -1,7 +1,7 @@
 """HellaSwag: which of four endings continues a scene (Zellers et al., arXiv:1905.07830).
 
-Source: `Rowan/hellaswag`; licence MIT. 39,905 train and 10,042 validation rows; the official test split has no labels, so
-validation is the test split here, as everywhere. The paper reports accuracy of generated answers (Section 4.1).
+Source: `Rowan/hellaswag`; licence MIT. 39,905 train and 10,042 validation rows; the official test split has no labels,
+so validation is the test split here, as everywhere. The paper reports accuracy of generated answers (Section 4.1).
 """
 
 import re

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gradpruner.tasks.base import Parsed, Task
-from gradpruner.tasks.columns import DataError, RowError, check_text, take, take_text, take_texts
+from gradpruner.tasks.columns import DataError, RowError, take, take_id, take_text, take_texts
 from gradpruner.tasks.sources import Row, read_local
+from gradpruner.tasks.template import Template
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,22 @@ class JsonLines(Task):
     choices_field: str | None = None
     long_field: str | None = None
     id_field: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        super().__post_init__()
+        if self.prompt_with_options is not None and self.choices_field is None:
+            raise DataError(
+                "dataset.prompt_with_options lists the choices, got it with dataset.choices_field=null. "
+                "Set dataset.choices_field, or dataset.prompt_with_options=null."
+            )
+        for setting in ("prompt", "prompt_with_options"):
+            text = getattr(self, setting)
+            if self.long_field is not None and text is not None and self.long_field not in Template(text).fields:
+                raise DataError(
+                    f"dataset.long_field must be a field of dataset.{setting}, got {self.long_field!r} and {text!r}. "
+                    "Write it as in the prompt, or leave it null."
+                )
 
     def check_source(self) -> None:
         """Refuses the settings of other sources, and empty names.
@@ -82,17 +99,11 @@ class JsonLines(Task):
 
     def parse(self, columns: Mapping[str, Any]) -> Parsed:
         """Reads the columns that the settings name; the prompt template picks from all of them."""
-        row_id = None if self.id_field is None else self._take_id(columns, self.id_field)
+        row_id = None if self.id_field is None else take_id(columns, self.id_field)
         if self.choices_field is None:
             return Parsed(columns, answer=take_text(columns, self.answer_field), id=row_id)
         choices = take_texts(columns, self.choices_field)
         return Parsed(columns, choices, self._find_label(columns, choices), id=row_id)
-
-    def _take_id(self, columns: Mapping[str, Any], name: str) -> str:
-        value = take(columns, name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        return check_text(value, f"id column {name!r}")
 
     def _find_label(self, columns: Mapping[str, Any], choices: tuple[str, ...]) -> int:
         value = take(columns, self.answer_field)

@@ -1,8 +1,8 @@
 """PIQA: which of two solutions reaches an everyday physical goal (Bisk et al., arXiv:1911.11641).
 
-Source: `ybisk/piqa`; licence AFL-3.0 in the authors' repository, "unknown" on the Hub. 16,113 train and 1,838 validation
-rows; the official test split has no labels, so validation is the test split here. The paper reports accuracy of generated
-answers (Section 4.1).
+Source: `ybisk/piqa`; licence AFL-3.0 in the authors' repository, "unknown" on the Hub. 16,113 train and 1,838
+validation rows; the official test split has no labels, so validation is the test split here. The paper reports accuracy
+of generated answers (Section 4.1).
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,10 @@
-"""PubMedQA: questions about biomedical abstracts, answered by the abstract's own conclusion (Jin et al., arXiv:1909.06146).
+"""PubMedQA: questions about biomedical abstracts, answered by their conclusion (Jin et al., arXiv:1909.06146).
 
-Source: `qiaojin/PubMedQA`, configuration `pqa_labeled`, 1,000 rows in one split; licence MIT. The official division into
-500 for training and 500 for testing is not on the Hub; it is kept in `pubmedqa_train_ids.txt`. The paper speaks of
-"19717 scientific publications [...] of diabetes" (Appendix C.1), which describes another dataset of that name; its scores
-(0.59 to 0.61 by BERTScore and ROUGE-L) fit answers of a sentence or two, as `target=long_answer` asks for, not a yes or no.
+Source: `qiaojin/PubMedQA`, configuration `pqa_labeled`, 1,000 rows in one split; licence MIT. The official division
+into 500 for training and 500 for testing is not on the Hub; it is kept in `pubmedqa_train_ids.txt`. The paper speaks of
+"19717 scientific publications [...] of diabetes" (Appendix C.1), which describes another dataset of that name; its
+scores (0.59 to 0.61 by BERTScore and ROUGE-L) fit answers of a sentence or two, as `target=long_answer` asks for, not a
+yes or no.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gradpruner.tasks.base import Parsed, Task
-from gradpruner.tasks.columns import DataError, RowError, take, take_label, take_text, take_texts
+from gradpruner.tasks.columns import DataError, RowError, check_text, take, take_id, take_label, take_text, take_texts
 from gradpruner.tasks.sources import Row
 
 TARGETS = ("long_answer", "final_decision")
@@ -52,7 +53,7 @@ class PubMedQa(Task):
     def rows(self, split: str) -> Iterator[Row]:
         """Yields the rows of a split; those of the Hub's only split by the official division."""
         for row in super().rows(split):
-            if self.source != "hub" or (row.columns.get("pubid") in _train_ids()) == (split == "train"):
+            if self.source != "hub" or (str(row.columns.get("pubid")) in _train_ids()) == (split == "train"):
                 yield row
 
     def parse(self, columns: Mapping[str, Any]) -> Parsed:
@@ -60,18 +61,18 @@ class PubMedQa(Task):
         nested = take(columns, "context")
         if not isinstance(nested, Mapping):
             raise RowError(f"column 'context' must be an object with a list contexts, got {type(nested).__name__}")
+        context = "\n".join(take_texts(nested, "contexts", "column 'context.contexts'"))
         fields = {
-            "context": "\n".join(take_texts(nested, "contexts", "column 'context.contexts'")),
+            "context": check_text(context, "column 'context.contexts'"),  # the list may have no item
             "question": take_text(columns, "question"),
         }
-        row_id = str(take(columns, "pubid"))
+        row_id = take_id(columns, "pubid")
         if self.target == "long_answer":
             return Parsed(fields, answer=take_text(columns, "long_answer"), id=row_id)
         return Parsed(fields, DECISIONS, take_label(columns, "final_decision", DECISIONS), id=row_id)
 
 
 @lru_cache(maxsize=1)
-def _train_ids() -> frozenset[int]:
-    """The `pubid`s of the official training rows."""
-    text = Path(__file__).with_name("pubmedqa_train_ids.txt").read_text()
-    return frozenset(int(word) for word in text.split())
+def _train_ids() -> frozenset[str]:
+    """The `pubid`s of the official training rows, as text."""
+    return frozenset(Path(__file__).with_name("pubmedqa_train_ids.txt").read_text().split())

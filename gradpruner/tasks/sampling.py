@@ -9,8 +9,8 @@ def stratified_sample(labels: Sequence[Hashable], count: int, seed: int) -> list
     """Positions of `count` rows, in ascending order.
 
     Every label gets its share of `count`, rounded down; what is left goes to the largest remainders, of equal ones to
-    the label that comes first. With one label for all (or None, for open answers) this is plain sampling. A label's rows
-    are shuffled once, so that a smaller draw of the same seed is, up to that rounding, part of a larger one.
+    the label that comes first. With one label for all (or None, for open answers) this is plain sampling. A label's
+    rows are shuffled once, so that a smaller draw of the same seed is, up to that rounding, part of a larger one.
 
     Args:
         labels: label of each row.

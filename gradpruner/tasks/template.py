@@ -7,13 +7,14 @@ a shell passed on as two characters is a line break.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from gradpruner.tasks.columns import DataError, RowError
+from gradpruner.tasks.columns import DataError, RowError, check_encodable
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _FIELD = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
@@ -117,6 +118,10 @@ def _look_up(values: Mapping[str, Any], name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         found = "null" if value is None else type(value).__name__
         raise RowError(f"template field {{{name}}} must be text or a number, got {found}")
+    if isinstance(value, float) and not math.isfinite(value):  # Python's JSON has NaN, for a missing number
+        raise RowError(f"template field {{{name}}} must be text or a number, got {value}")
+    if isinstance(value, str):
+        check_encodable(value, f"template field {{{name}}}")
     return str(value)
 
 

@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
-from gradpruner.evaluate.likelihood import LikelihoodSpec, score_examples
+from gradpruner.encoding import Encoder
+from gradpruner.evaluate.base import predict_all
+from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.evaluate.metrics import likelihood_metrics
+from gradpruner.files import read_jsonl
 from gradpruner.models import ModelSpec
-from gradpruner.tasks import Example
+from gradpruner.tasks import DataError, Example
 
 CONFIG = {
     "num_hidden_layers": 3,
@@ -19,7 +22,7 @@ CONFIG = {
     "initializer_range": 0.3,  # far from uniform, so that mistakes show
 }
 EXAMPLES = [
-    Example("a", "Question: short?\nAnswer:", " yes", (" yes", " no, never"), 0),
+    Example("a", "Question: short?\nAnswer:", " yes", (" yes", " no, never"), 0, " "),
     Example("b", "Question: a much longer one, with five options?\nAnswer:", " c", (" a", " b", " c", " d", " e"), 2),
     Example("c", "Q", " the only long option here", (" x", " the only long option here", " y"), 1),
     Example("d", "Tell me:", " open answer"),
@@ -33,8 +36,16 @@ def model_and_tokenizer(request, tmp_path_factory):
     return spec.load(folder), spec.load_tokenizer(folder)
 
 
-def score(model_and_tokenizer, examples=EXAMPLES, batch_size=3, max_length=512):
-    return score_examples(*model_and_tokenizer, examples, LikelihoodSpec(batch_size), max_length)
+@pytest.fixture
+def score(model_and_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer
+
+    def score(examples=EXAMPLES, batch_size=3, max_length=512):
+        encoder, evaluation = Encoder(tokenizer, max_length), Likelihood(batch_size)
+        questions = evaluation.questions(examples, encoder)
+        return read_jsonl(predict_all(lambda: model, evaluation, encoder, questions, tmp_path))
+
+    return score
 
 
 def by_hand(model, tokenizer, prompt, option):
@@ -50,19 +61,18 @@ def by_hand(model, tokenizer, prompt, option):
     return total
 
 
-def test_equals_one_forward_pass_per_option(model_and_tokenizer):
-    for example, result in zip(EXAMPLES, score(model_and_tokenizer), strict=True):
+def test_equals_one_forward_pass_per_option(model_and_tokenizer, score):
+    for example, result in zip(EXAMPLES, score(), strict=True):
         options = example.choices or (example.answer,)
         expected = [by_hand(*model_and_tokenizer, example.prompt, option) for option in options]
         assert result["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
         assert result["answer_nll"] == pytest.approx(-expected[example.label or 0], abs=1e-3)
-        assert result["num_characters"] == [len(option.strip()) for option in options]
+        assert result["num_characters"] == [len(option.removeprefix(example.delimiter)) for option in options]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
-def test_does_not_depend_on_the_batch(model_and_tokenizer, batch_size):
-    reference = score(model_and_tokenizer, batch_size=3)
-    for expected, result in zip(reference, score(model_and_tokenizer, batch_size=batch_size), strict=True):
+def test_does_not_depend_on_the_batch(score, batch_size):
+    for expected, result in zip(score(batch_size=3), score(batch_size=batch_size), strict=True):
         assert result["log_likelihoods"] == pytest.approx(expected["log_likelihoods"], abs=1e-4)
         assert (result["prediction"], result["prediction_norm"]) == (
             expected["prediction"],
@@ -70,30 +80,34 @@ def test_does_not_depend_on_the_batch(model_and_tokenizer, batch_size):
         )
 
 
-def test_permuting_options_permutes_scores(model_and_tokenizer):
+def test_permuting_options_permutes_scores(score):
     original = EXAMPLES[1]
     turned = Example("b", original.prompt, " c", original.choices[::-1], 2)
-    [first], [second] = score(model_and_tokenizer, [original]), score(model_and_tokenizer, [turned])
+    [first], [second] = score([original]), score([turned])
     assert second["log_likelihoods"] == pytest.approx(first["log_likelihoods"][::-1], abs=1e-4)
     assert (first["prediction"] == 2) == (second["prediction"] == 2)
 
 
-def test_results_come_in_the_given_order_and_save_no_text(model_and_tokenizer):
-    assert [row["id"] for row in score(model_and_tokenizer)] == ["a", "b", "c", "d", "e"]
+def test_results_come_in_the_given_order(score):
+    assert [row["id"] for row in score()] == ["a", "b", "c", "d", "e"]
 
 
-def test_long_prompts_are_cut_at_the_front(model_and_tokenizer, caplog):
-    model, tokenizer = model_and_tokenizer
-    example = Example("long", "x" * 100 + "tail:", " yes", (" yes", " no"), 0)
-    [result] = score(model_and_tokenizer, [example], max_length=12)
-    expected = by_hand(model, tokenizer, ("x" * 100 + "tail:")[-8:], " yes")
+def test_long_prompts_are_cut_at_the_end_of_their_context(model_and_tokenizer, score, caplog):
+    example = Example("long", "x" * 100 + "tail:", " yes", (" yes", " no"), 0, " ", context=(0, 100))
+    [result] = score([example], max_length=12)
+    expected = by_hand(*model_and_tokenizer, "xxxtail:", " yes")
     assert result["log_likelihoods"][0] == pytest.approx(expected, abs=1e-3)
-    assert "1 of 1 prompts were cut at the front to fit 12 tokens" in caplog.text
+    assert "1 of 1 prompts were shortened in their context to fit 12 tokens" in caplog.text
+
+
+def test_test_rows_that_do_not_fit_are_refused(score):
+    with pytest.raises(DataError, match=r"2 of 5 test rows do not fit into dataset\.max_length=40 .*ids b, c\. Raise"):
+        score([*EXAMPLES[:2], Example("c", "x" * 50, " y"), *EXAMPLES[3:]], max_length=40)
 
 
 def test_batch_size_must_be_positive():
     with pytest.raises(ValueError, match=r"batch_size must be 1 or more, got 0\. Raise evaluation\.batch_size"):
-        LikelihoodSpec(batch_size=0)
+        Likelihood(batch_size=0)
 
 
 def prediction(label, log_likelihoods, characters, tokens=2):

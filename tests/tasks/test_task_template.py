@@ -64,10 +64,42 @@ def test_render_errors() -> None:
         RowError, match=r"\{doc.titel\} is unknown; known: question, doc.title, .*did you mean 'doc.title'"
     ):
         Template("{doc.titel}").render(values)
-    for name, found in (("tags", "list"), ("none", "null"), ("flag", "bool"), ("doc", "dict")):
+    values |= {"nan": float("nan"), "infinite": float("-inf")}
+    refused = [
+        ("tags", "list"),
+        ("none", "null"),
+        ("flag", "bool"),
+        ("doc", "dict"),
+        ("nan", "nan"),
+        ("infinite", "-inf"),
+    ]
+    for name, found in refused:
         with pytest.raises(RowError, match=rf"\{{{name}\}} must be text or a number, got {found}"):
             Template("{" + name + "}").render(values)
 
 
 def test_a_line_break_survives_the_command_line():
     assert Template(r"Question: {question}\nAnswer:").render({"question": r"C:\new?"}) == "Question: C:\\new?\nAnswer:"
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(
+        RowError, match=r"template field \{doc.title\} holds half of a surrogate pair, which is not valid"
+    ):
+        Template("{doc.title}").render({"doc": {"title": "\ud83d"}})
+    assert Template("{x}").render({"x": "\U0001f600"}) == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{choice}", ""),
+        (" {choice}", " "),
+        (r"\n{choice}", "\n"),
+        ("{{ {choice} {choice}", "{ "),
+        ("Answer: {a.b}.", "Answer: "),
+        ("no field", "no field"),
+    ],
+)
+def test_literal_prefix_is_the_text_before_the_first_field(text, expected):
+    assert Template(text).literal_prefix == expected

