@@ -34,12 +34,12 @@ Cell = Callable[[float], str]
 
 def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = None) -> None:
     """Prints sizes, work, data, and estimated memory and time of the dense and the pruned model, and what is cached."""
-    dtype = pipeline.model.torch_dtype
+    dtype = pipeline.base_model.torch_dtype
     num_layers = pipeline.config.num_hidden_layers
     num_kept = num_layers - (getattr(pipeline.resolved_method, "num_pruned_layers", 0) or 0)
-    dense = count_model(pipeline.config)
+    dense = count_model(pipeline.dense_config)
     # Which layers leave is not known yet; they are alike in shape, so any will do for counting.
-    pruned = dense.keep(range(num_kept))
+    pruned = count_model(pipeline.config).keep(range(num_kept))
     offline = isinstance(pipeline.model, OfflineModelSpec)
     table = Table(title=f"dry run: {pipeline.resolved_method.name} on {pipeline.model.name}, {pipeline.task.name}")
     for column in ("", "dense", "pruned", "ratio"):
@@ -92,7 +92,7 @@ def _add_data(table: Table, pipeline: Pipeline, estimated: str) -> None:
     trained = round(tokens / len(pipeline.rows) * _num_trained_rows(pipeline))
     table.add_row(f"{estimated}tokens trained on", f"{trained:,}", f"{trained:,}")
     if calibration:
-        table.add_row("rows seen before pruning", "", f"{calibration.batch_size * calibration.num_batches:,}")
+        table.add_row("rows seen before pruning", "", f"{calibration.num_rows:,}")
     table.add_row("test rows", f"{len(pipeline.test_examples):,}")
 
 
@@ -110,7 +110,7 @@ def _add_estimates(
     longest = max(len(row.input_ids) for row in rows)
     positions = 1 + max(row.num_answer_tokens for row in rows)
     config = pipeline.config
-    configs = (config, shrink_config(config, tuple(range(len(pruned.layers)))))
+    configs = (pipeline.dense_config, shrink_config(config, tuple(range(len(pruned.layers)))))
     for recompute in (False, True):
         chosen = " *" if recompute == training.gradient_checkpointing else ""
         memory = [
@@ -158,7 +158,7 @@ def _add_estimates(
             attn_implementation=pipeline.model.attn_implementation,
             overhead=allocator_overhead(),
         )
-        num_seen = calibration.batch_size * calibration.num_batches
+        num_seen = calibration.num_rows
         seconds = dense.training_flops(num_seen, *work, rank, recompute) / flops_per_second
         table.add_row("estimated peak memory of the importance run", _gib(importance.total))
         table.add_row("estimated time of the importance run, at least", _seconds(seconds))

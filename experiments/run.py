@@ -130,7 +130,7 @@ def build_tasks(cfg: DictConfig) -> tuple[Task, Task | None]:
             f"dataset.test must name a dataset, got {name!r}{guess(str(name), options)}. "
             f"Known: {', '.join(options)}, or null."
         )
-    other = OmegaConf.merge(OmegaConf.load(CONF / "dataset" / f"{name}.yaml"), settings or {})
+    other = OmegaConf.merge(_load_option("dataset", name), settings or {})
     assert isinstance(other, DictConfig)
     other.pop("test"), other.pop("test_settings")
     root = cfg.copy()
@@ -216,7 +216,7 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, key: str, trac
         plot_importance(outcome.plan, outcome.report, run_dir / "importance.png")
     if cfg.save_checkpoint:
         folder = run_dir / "checkpoint"
-        model, name = pipeline.load_result(), pipeline.model.name
+        model, name = pipeline.load_result(), pipeline.base_model.name
         save_checkpoint(model, pipeline.tokenizer, outcome.plan, folder, name, _resolved(cfg))
     record = _record(cfg, pipeline, key, outcome)
     record.save(run_dir)  # before the tracker: it may fail
@@ -227,6 +227,7 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, key: str, trac
 def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome) -> RunRecord:
     plan, report = outcome.plan, dict(outcome.report)
     dense, pruned = pipeline.num_dense_parameters, report.pop("num_parameters")
+    num_dense_layers = pipeline.dense_config.num_hidden_layers
     return RunRecord(
         status="finished",
         config=_resolved(cfg),
@@ -234,7 +235,7 @@ def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome) -> 
         seed=cfg.seed,
         model={
             "name": pipeline.model.name,
-            "num_hidden_layers": plan.num_hidden_layers,
+            "num_hidden_layers": num_dense_layers,
             "num_parameters": dense,
         },
         pruning={
@@ -250,8 +251,10 @@ def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome) -> 
         metrics=outcome.metrics,
         metrics_before=outcome.metrics_before,
         efficiency={
-            "layer_ratio": len(plan.kept_layers) / plan.num_hidden_layers,
+            "layer_ratio": len(plan.kept_layers) / num_dense_layers,
             "parameter_ratio": pruned / dense,
+            "compression_seconds": outcome.compression["seconds"],
+            "compression_peak_memory_bytes": outcome.compression["peak_memory_bytes"],
             "stage_seconds": outcome.seconds,
         },
         environment=environment(),
@@ -267,7 +270,7 @@ def _reference_config(cfg: DictConfig) -> DictConfig:
         )
     reference = cfg.copy()
     OmegaConf.set_struct(reference, False)
-    reference.method = OmegaConf.load(CONF / "method" / f"{cfg.reference}.yaml")
+    reference.method = _load_option("method", cfg.reference)
     reference.save_checkpoint = False
     if cfg.output_dir is not None:
         reference.output_dir = str(Path(cfg.output_dir) / "reference")
@@ -292,6 +295,16 @@ def check_options(arguments: list[str]) -> None:
             close = difflib.get_close_matches(value, options, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise SystemExit(f"Error: there is no {group} {value!r}.{hint} Options of {group}: {', '.join(options)}.")
+
+
+def _load_option(group: str, name: str) -> DictConfig:
+    """The YAML of an option with what it inherits; its interpolations are not resolved yet."""
+    node = OmegaConf.load(CONF / group / f"{name}.yaml")
+    assert isinstance(node, DictConfig)
+    bases = [_load_option(group, base) for base in node.pop("defaults", []) if base != "_self_"]
+    merged = OmegaConf.merge(*bases, node)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _options(group: str) -> list[str]:

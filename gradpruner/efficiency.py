@@ -1,14 +1,19 @@
-"""Peak memory of a stage, and parameter ratios."""
+"""Peak memory and time of a stage."""
 
 import ctypes
 import gc
+import json
 import platform
 import threading
+import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psutil
 import torch
+
+from gradpruner.files import write_json
 
 
 class PeakMemory:
@@ -48,6 +53,38 @@ class PeakMemory:
             self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
             if self._done.wait(self._interval):
                 return
+
+
+class Cost(PeakMemory):
+    """Context manager: also the wall time while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self._start
+        super().__exit__(kind, error, trace)
+
+    def save(self, path: Path) -> None:
+        """Writes both as JSON, atomically."""
+        write_json(path, {"seconds": self.seconds, "peak_memory_bytes": self.peak_bytes})
+
+
+def total_cost(*files: Path) -> dict[str, float]:
+    """`seconds` together and the highest `peak_memory_bytes` of what `Cost.save` wrote."""
+    costs = [json.loads(file.read_text()) for file in files]
+    return {
+        "seconds": sum(cost["seconds"] for cost in costs),
+        "peak_memory_bytes": max(cost["peak_memory_bytes"] for cost in costs),
+    }
 
 
 def _release_memory() -> None:

@@ -235,13 +235,12 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def training_batches(
-    rows: Sequence[TrainingRow], batch_size: int, num_batches: int, pad_token_id: int, seed: int
+    rows: Sequence[TrainingRow], batch_size: int, num_rows: int, pad_token_id: int, seed: int
 ) -> Iterator[Batch]:
-    """`num_batches` batches in the seeded order of a training run, going round again when the rows run out."""
+    """`num_rows` rows in the seeded order of a training run, in batches; goes round again when the rows run out."""
     order: list[int] = []
     shuffler = random.Random(seed)
-    for _ in range(num_batches):
-        while len(order) < batch_size:
-            order.extend(shuffler.sample(range(len(rows)), len(rows)))
-        yield collate([rows[index] for index in order[:batch_size]], pad_token_id)
-        del order[:batch_size]
+    while len(order) < num_rows:
+        order.extend(shuffler.sample(range(len(rows)), len(rows)))
+    for start in range(0, num_rows, batch_size):
+        yield collate([rows[index] for index in order[start : min(start + batch_size, num_rows)]], pad_token_id)

@@ -30,6 +30,7 @@ from gradpruner.igia import (
 )
 from gradpruner.importance import ImportanceSpec, record_early_gradients
 from gradpruner.merge import check_rule
+from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan, check_counts, make_plan
 from gradpruner.stability import stability_report
 from gradpruner.surgery import apply_plan
@@ -63,13 +64,15 @@ class Calibration:
 
     Attributes:
         batch_size: rows a batch.
-        num_batches: how many.
+        num_rows: how many rows in all.
         seed: order of the rows.
+        once: take no row twice, even if there are fewer than asked for; else go round again, as training does.
     """
 
     batch_size: int
-    num_batches: int
+    num_rows: int
     seed: int
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class Method:
     """Base of all methods. Building one is cheap and checks its values; work starts in the hooks."""
 
     name: ClassVar[str]
+
+    def base_model(self, model: ModelSpec) -> ModelSpec:
+        """The model that the method starts from, given the dense one: that one, but for `small_dense`."""
+        return model
 
     def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
         """A copy with everything that depends on the model or the training length made definite, and checked.
@@ -97,6 +104,11 @@ class Method:
     def calibration(self) -> Calibration | None:
         """The batches that `measure` needs, or None."""
         return None
+
+    @property
+    def measured_as(self) -> "type[Method]":
+        """The method whose `measure` this one has, settings being equal: the two then share what was measured."""
+        return type(self)
 
     def measurement_settings(self) -> dict[str, Any]:
         """The settings that decide what `measure` writes; part of its cache key."""
@@ -142,15 +154,52 @@ class Method:
 
 
 @dataclass(frozen=True)
-class GradPruner(Method):
+class DepthMethod(Method):
+    """Base of methods that take out whole layers. Give either `sparsity` or `num_pruned_layers`.
+
+    Attributes:
+        sparsity: fraction of decoder layers to prune; `round(sparsity * layers)` leave.
+        num_pruned_layers: how many layers leave.
+    """
+
+    sparsity: float | None = None
+    num_pruned_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work or contradict each other."""
+        if (self.sparsity is None) == (self.num_pruned_layers is None):
+            raise ValueError(
+                f"Give either sparsity or num_pruned_layers, got sparsity={self.sparsity} and "
+                f"num_pruned_layers={self.num_pruned_layers}. Set the other one to null."
+            )
+        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(
+                f"sparsity is the fraction of decoder layers to prune, in [0, 1), got {self.sparsity}. "
+                "For 40 % write sparsity=0.4."
+            )
+
+    def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
+        """Turns `sparsity` into a number of layers; see `Method.resolve`."""
+        num_pruned = self.num_pruned_layers
+        if num_pruned is None:
+            assert self.sparsity is not None
+            num_pruned = round(self.sparsity * num_hidden_layers)
+        check_counts(num_hidden_layers, num_pruned)
+        return dataclasses.replace(self, sparsity=None, num_pruned_layers=num_pruned)
+
+    def variant(self) -> str:
+        """How much is pruned."""
+        return f"sparsity{self.sparsity}" if self.num_pruned_layers is None else f"layers{self.num_pruned_layers}"
+
+
+@dataclass(frozen=True)
+class GradPruner(DepthMethod):
     """GradPruner (arXiv:2601.19503): prune the layers that early LoRA gradients find unimportant, merge the best.
 
     Give either `sparsity` or `num_pruned_layers`, and either `steps` or `fraction`. The settings of the importance run
     are those of `importance.ImportanceSpec`.
 
     Attributes:
-        sparsity: fraction of decoder layers to prune; `round(sparsity * layers)` leave.
-        num_pruned_layers: how many layers leave.
         merge_count: how many of the pruned layers merge, the most important first.
         merged_layers: the pruned layers that merge, instead of `merge_count`.
         density: fraction of each merged weight that may enter the kept one (the paper's 80 % sparsity is 0.2).
@@ -163,8 +212,6 @@ class GradPruner(Method):
 
     name: ClassVar[str] = "gradpruner"
 
-    sparsity: float | None = None
-    num_pruned_layers: int | None = None
     merge_count: int = 3
     merged_layers: tuple[int, ...] | None = None
     density: float = 0.2
@@ -187,16 +234,7 @@ class GradPruner(Method):
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work or contradict each other."""
-        if (self.sparsity is None) == (self.num_pruned_layers is None):
-            raise ValueError(
-                f"Give either sparsity or num_pruned_layers, got sparsity={self.sparsity} and "
-                f"num_pruned_layers={self.num_pruned_layers}. Set the other one to null."
-            )
-        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
-            raise ValueError(
-                f"sparsity is the fraction of decoder layers to prune, in [0, 1), got {self.sparsity}. "
-                "For 40 % write sparsity=0.4."
-            )
+        super().__post_init__()
         if (self.steps is None) == (self.fraction is None):
             raise ValueError(
                 f"Give either steps or fraction, got steps={self.steps} and fraction={self.fraction}. "
@@ -216,12 +254,10 @@ class GradPruner(Method):
 
     def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
         """Turns `sparsity` into layers and `fraction` into steps; see `Method.resolve`."""
-        num_pruned = self.num_pruned_layers
-        if num_pruned is None:
-            assert self.sparsity is not None
-            num_pruned = round(self.sparsity * num_hidden_layers)
+        resolved = super().resolve(num_hidden_layers)
         num_merged = self.merge_count if self.merged_layers is None else len(self.merged_layers)
-        check_counts(num_hidden_layers, num_pruned, num_merged)
+        assert resolved.num_pruned_layers is not None
+        check_counts(num_hidden_layers, resolved.num_pruned_layers, num_merged)
         steps = self.steps
         if steps is None:
             assert self.fraction is not None
@@ -231,18 +267,17 @@ class GradPruner(Method):
                     "Call resolve(num_hidden_layers, training_steps) first, or give steps."
                 )
             steps = max(2, round(self.fraction * training_steps))
-        return dataclasses.replace(self, sparsity=None, num_pruned_layers=num_pruned, steps=steps, fraction=None)
+        return dataclasses.replace(resolved, steps=steps, fraction=None)
 
     def variant(self) -> str:
         """How much is pruned and merged."""
-        pruned = f"sparsity{self.sparsity}" if self.num_pruned_layers is None else f"layers{self.num_pruned_layers}"
         merged = self.merge_count if self.merged_layers is None else "-".join(map(str, self.merged_layers)) or 0
-        return f"{pruned}-merge{merged}"
+        return f"{super().variant()}-merge{merged}"
 
     def calibration(self) -> Calibration:
         """Step for step the first batches of a training run."""
         spec = self._importance_spec()
-        return Calibration(spec.batch_size, spec.steps * spec.accumulation, spec.seed)
+        return Calibration(spec.batch_size, spec.batch_size * spec.steps * spec.accumulation, spec.seed)
 
     def measurement_settings(self) -> dict[str, Any]:
         """The importance run; neither counts nor rules: it serves every sparsity, merge count, score and density."""

@@ -11,10 +11,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from gradpruner import (
     encoding,
     finetune,
     gradients,
+    hidden_states,
     igia,
     importance,
     merge,
@@ -34,7 +36,8 @@ from gradpruner import (
 )
 from gradpruner.architectures import check_finite_weights, count_parameters, empty_model
 from gradpruner.cache import StageCache, code_version, content_hash
-from gradpruner.encoding import Encoder, TrainingRow, encode_training_rows, training_batches
+from gradpruner.efficiency import Cost, total_cost
+from gradpruner.encoding import Batch, Encoder, TrainingRow, encode_training_rows, training_batches
 from gradpruner.evaluate import accuracy, base, bertscore_f1, likelihood, metrics, rouge_l
 from gradpruner.evaluate.base import PREDICTIONS_FILE, Evaluation, Question, predict_all
 from gradpruner.files import read_jsonl, write_json, write_jsonl
@@ -50,6 +53,7 @@ METRICS_FILE = "metrics.json"
 PLAN_FILE = "plan.json"
 REPORT_FILE = "report.json"
 SECONDS_FILE = "seconds.json"
+COST_FILE = "cost.json"
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Outcome:
         metrics_before: of the compressed model before fine-tuning, or empty.
         predictions: file with what the model answered to each test example, and what that scored.
         seconds: wall time per stage when it was computed.
+        compression: `seconds` and `peak_memory_bytes` of measuring and pruning, without loading the model.
     """
 
     plan: PruningPlan
@@ -73,6 +78,7 @@ class Outcome:
     metrics_before: dict[str, Any]
     predictions: Path
     seconds: dict[str, float]
+    compression: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -114,14 +120,19 @@ class Pipeline:
         return self._test_task.load("test", self.seed)
 
     @cached_property
+    def base_model(self) -> ModelSpec:
+        """The model that the method starts from; the dense one, but for `small_dense`."""
+        return self.method.base_model(self.model)
+
+    @cached_property
     def config(self) -> PreTrainedConfig:
-        """Config of the dense model."""
-        return self.model.load_config(self._assets_dir)
+        """Config of the model that the method starts from."""
+        return self.base_model.load_config(self._assets_dir)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-        return self.model.load_tokenizer(self._assets_dir)
+        """Its tokenizer."""
+        return self.base_model.load_tokenizer(self._assets_dir)
 
     @cached_property
     def rows(self) -> list[TrainingRow]:
@@ -144,9 +155,14 @@ class Pipeline:
         return self.method.resolve(self.config.num_hidden_layers, self.training.num_steps(len(self.rows)))
 
     @cached_property
+    def dense_config(self) -> PreTrainedConfig:
+        """Config of the dense model."""
+        return self.config if self.base_model == self.model else self.model.load_config(self._assets_dir)
+
+    @cached_property
     def num_dense_parameters(self) -> int:
         """Parameters of the dense model, tied ones once."""
-        return count_parameters(empty_model(self.config))
+        return count_parameters(empty_model(self.dense_config))
 
     def check(self, disk: bool = True) -> None:
         """Reads config and data and resolves the method; raises what `ModelSpec`, `Task` and `Method` raise.
@@ -180,8 +196,8 @@ class Pipeline:
         longest = max(self.task.max_length, self._test_task.max_length)
         if limit is not None and longest > limit:
             raise ValueError(
-                f"dataset.max_length must be at most the {limit} positions that {self.model.name} was made for, got "
-                f"{longest}. Lower dataset.max_length."
+                f"dataset.max_length must be at most the {limit} positions that {self.base_model.name} was made for, "
+                f"got {longest}. Lower dataset.max_length."
             )
 
     @property
@@ -217,6 +233,7 @@ class Pipeline:
             metrics_before=json.loads((before / METRICS_FILE).read_text()) if before else {},
             predictions=after / PREDICTIONS_FILE,
             seconds={stage: _seconds(folder) for stage, folder in folders.items()},
+            compression=total_cost(self._measured() / COST_FILE, pruned / COST_FILE),
         )
 
     def load_result(self) -> PreTrainedModel:
@@ -246,21 +263,21 @@ class Pipeline:
         """Folder of what the method measured."""
 
         def compute(directory: Path) -> None:
-            calibration = self.resolved_method.calibration()
-            batches = (
-                training_batches(
-                    self.rows,
-                    calibration.batch_size,
-                    calibration.num_batches,
-                    self.tokenizer.pad_token_id,
-                    calibration.seed,
-                )
-                if calibration
-                else ()
-            )
-            self.resolved_method.measure(self.model.load(self._assets_dir), batches, directory)
+            model = self.base_model.load(self._assets_dir)
+            with Cost() as cost:
+                self.resolved_method.measure(model, self._calibration_batches(), directory)
+            cost.save(directory / COST_FILE)
 
         return self._cached("measure", self._measure_key, compute)
+
+    def _calibration_batches(self) -> Iterable[Batch]:
+        calibration = self.resolved_method.calibration()
+        if calibration is None:
+            return ()
+        num_rows = min(calibration.num_rows, len(self.rows)) if calibration.once else calibration.num_rows
+        return training_batches(
+            self.rows, calibration.batch_size, num_rows, self.tokenizer.pad_token_id, calibration.seed
+        )
 
     def _predicted(self, weights_key: dict[str, Any], load: Callable[[], PreTrainedModel]) -> Path:
         """Folder with what the weights that `load` gives answer to the test examples."""
@@ -299,9 +316,9 @@ class Pipeline:
     @cached_property
     def _base_key(self) -> dict[str, Any]:
         return {
-            "model": self.model.fingerprint(self._assets_dir),
-            "dtype": str(self.model.torch_dtype),  # not `auto`: a CPU and a GPU may share a cache
-            "attn_implementation": self.model.attn_implementation,
+            "model": self.base_model.fingerprint(self._assets_dir),
+            "dtype": str(self.base_model.torch_dtype),  # not `auto`: a CPU and a GPU may share a cache
+            "attn_implementation": self.base_model.attn_implementation,
         }
 
     @cached_property
@@ -312,21 +329,22 @@ class Pipeline:
     def _measure_key(self) -> dict[str, Any]:
         method = self.resolved_method
         needs_data = method.calibration() is not None
-        sources = (sys.modules[type(method).__module__], importance, gradients, igia, encoding, trainer)
+        sources = (importance, gradients, igia, encoding, trainer, surgery, hidden_states)
         return {
             **self._base_key,
-            "method": method.name,
+            "method": method.measured_as.name,
             "settings": method.measurement_settings(),
             "rows": self._rows_key if needs_data else None,
-            "code": code_version(*sources),
+            "code": code_version(*_modules(method.measured_as), *sources),
         }
 
     @cached_property
     def _prune_key(self) -> dict[str, Any]:
         return {
             "measure": content_hash(self._measure_key),
+            "method": self.method.name,
             "settings": self.resolved_method.prune_settings(),
-            "code": code_version(architectures, merge, plan, stability, surgery),
+            "code": code_version(*_modules(type(self.method)), architectures, merge, plan, stability, surgery),
         }
 
     @cached_property
@@ -364,6 +382,7 @@ class _Models:
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._compressed: Compressed | None = None
+        self._prune_cost: Cost | None = None
 
     def compressed(self) -> PreTrainedModel:
         return self._compress().model
@@ -374,6 +393,8 @@ class _Models:
         compressed.plan.save(directory / PLAN_FILE)
         report = {**compressed.report, "num_parameters": count_parameters(compressed.model)}
         write_json(directory / REPORT_FILE, report)
+        assert self._prune_cost is not None
+        self._prune_cost.save(directory / COST_FILE)
 
     def write_finetuned(self, directory: Path) -> None:
         pipeline = self._pipeline
@@ -401,10 +422,18 @@ class _Models:
         if self._compressed is None:
             pipeline = self._pipeline
             measured = pipeline._measured()
-            model = pipeline.model.load(pipeline._assets_dir)
+            model = pipeline.base_model.load(pipeline._assets_dir)
             check_finite_weights(model)
-            self._compressed = pipeline.resolved_method.prune(model, measured)
+            with Cost() as cost:
+                self._compressed = pipeline.resolved_method.prune(model, measured)
+            self._prune_cost = cost
         return self._compressed
+
+
+def _modules(method: type[Method]) -> list[ModuleType]:
+    """The modules that define a method: its own and those of its bases."""
+    names = dict.fromkeys(base.__module__ for base in method.__mro__ if issubclass(base, Method))
+    return [sys.modules[name] for name in names]
 
 
 def _seconds(entry: Path) -> float:

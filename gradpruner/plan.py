@@ -28,6 +28,7 @@ class PruningPlan:
         density: fraction of each merged weight that may enter the kept one.
         layer_importance: one score a layer, as the method saw it; empty for methods without scores.
         method: name of the method that made the plan.
+        details: what else the method saw, JSON-ready: similarities tried, distances, losses.
     """
 
     num_hidden_layers: int
@@ -37,6 +38,7 @@ class PruningPlan:
     density: float = 0.0
     layer_importance: tuple[float, ...] = ()
     method: str = ""
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError on a plan that cannot be carried out."""
@@ -103,6 +105,7 @@ class PruningPlan:
                 f"Cannot read plan version {data.get('version')!r}, this release writes {PLAN_VERSION}. "
                 "Make the plan again with this release."
             )
+        data = {"details": {}, **data}  # plans of before have none
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in data]
         if missing:
             raise ValueError(f"The plan lacks {', '.join(missing)}: it is damaged. Make it again.")
@@ -194,7 +197,7 @@ def make_plan(
     )
 
 
-def check_counts(num_hidden_layers: int, num_pruned_layers: int, merge_count: int) -> None:
+def check_counts(num_hidden_layers: int, num_pruned_layers: int, merge_count: int = 0) -> None:
     """Raises ValueError if a model of that depth cannot lose or merge that many layers."""
     if not 0 <= num_pruned_layers <= num_hidden_layers - 2:
         raise ValueError(

@@ -3,13 +3,21 @@
 GradPruner (arXiv:2601.19503), Section 3.2. Norms and biases of the kept layer stay as they are.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gradpruner.architectures import check_model, decoder_layers, keep_layers_in_config, linear_sublayers
+from gradpruner.architectures import (
+    PER_LAYER_CONFIG_LISTS,
+    check_model,
+    decoder_layers,
+    keep_layers_in_config,
+    linear_sublayers,
+)
 from gradpruner.merge import merge_layers
 from gradpruner.plan import PruningPlan
 
@@ -61,13 +69,36 @@ def drop_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> None:
     layers = decoder_layers(model)
     kept = [layers[layer] for layer in kept_layers]
     keep_layers_in_config(model.config, kept_layers)  # in place: the model's modules share this config object
-    for index, layer in enumerate(kept):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                # The key-value cache is addressed by it; a gap breaks generate().
-                setattr(module, "layer_idx", index)  # noqa: B010 - mypy takes it for a submodule
+    _number(kept)
     model.get_decoder().layers = nn.ModuleList(kept)
     model.get_decoder().layers.training = layers.training
+
+
+@contextmanager
+def only_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> Iterator[None]:
+    """The model with only these layers while it is open; no weight is copied."""
+    decoder, layers = model.get_decoder(), decoder_layers(model)
+    entries = {
+        key: copy.copy(getattr(model.config, key))
+        for key in ("num_hidden_layers", *PER_LAYER_CONFIG_LISTS)
+        if hasattr(model.config, key)
+    }
+    try:
+        drop_layers(model, kept_layers)
+        yield
+    finally:
+        decoder.layers = layers
+        for key, value in entries.items():
+            setattr(model.config, key, value)
+        _number(layers)
+
+
+def _number(layers: Iterable[nn.Module]) -> None:
+    """Tells every layer its position: the key-value cache is addressed by it, and a gap breaks generate()."""
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, "layer_idx", index)  # noqa: B010 - mypy takes it for a submodule
 
 
 def _merge_into(

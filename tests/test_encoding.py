@@ -180,10 +180,21 @@ def test_batches_go_round_again_and_depend_on_the_seed():
     rows = [TrainingRow((index, 100), 1) for index in range(5)]
 
     def seen(seed):
-        return [batch["input_ids"][:, 0].tolist() for batch in training_batches(rows, 2, 5, 0, seed)]
+        return [batch["input_ids"][:, 0].tolist() for batch in training_batches(rows, 2, 10, 0, seed)]
 
     assert seen(0) == seen(0) != seen(1)
     assert sorted(index for batch in seen(0) for index in batch) == sorted([*range(5)] * 2)  # two whole rounds
+
+
+def test_the_last_batch_may_be_short_and_the_rows_do_not_depend_on_the_batch_size():
+    rows = [TrainingRow((index, 100), 1) for index in range(9)]
+
+    def seen(batch_size):
+        return [batch["input_ids"][:, 0].tolist() for batch in training_batches(rows, batch_size, 7, 0, 0)]
+
+    assert [len(batch) for batch in seen(3)] == [3, 3, 1]
+    flat = [[index for batch in seen(batch_size) for index in batch] for batch_size in (1, 3, 7)]
+    assert flat[0] == flat[1] == flat[2]
 
 
 def test_batches_are_tensors_of_the_public_contract():

@@ -289,7 +289,7 @@ def test_sparsity_becomes_layers(sparsity, layers, pruned):
 def test_fraction_becomes_steps(training_steps, steps):
     resolved = pruner(fraction=0.01).resolve(6, training_steps)
     assert (resolved.fraction, resolved.steps) == (None, steps)
-    assert resolved.calibration() == Calibration(batch_size=2, num_batches=steps, seed=0)
+    assert resolved.calibration() == Calibration(batch_size=2, num_rows=2 * steps, seed=0)
 
 
 def test_resolving_twice_is_resolving_once():
@@ -321,7 +321,7 @@ def test_counts_that_do_not_fit_the_model():
 
 
 def test_calibration_counts_accumulated_batches():
-    assert pruner(accumulation=4, seed=5).calibration() == Calibration(batch_size=2, num_batches=12, seed=5)
+    assert pruner(accumulation=4, seed=5).calibration() == Calibration(batch_size=2, num_rows=24, seed=5)
 
 
 def test_variant():

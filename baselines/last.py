@@ -1,0 +1,23 @@
+"""Last: drop the deepest layers but the final one. The simplest rule there is, and hard to beat; looks at no data."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import PreTrainedModel
+
+from baselines.layer_dropping import LayerDropping, Scores
+from gradpruner.architectures import decoder_layers
+from gradpruner.encoding import Batch
+
+
+@dataclass(frozen=True)
+class Last(LayerDropping):
+    """Scores a layer by how far it is from the end; the final layer, which feeds the output head, comes last of all."""
+
+    name: ClassVar[str] = "last"
+
+    def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
+        """The number of layers that leave after this one."""
+        num_layers = len(decoder_layers(model))
+        return Scores([float(num_layers - 2 - layer) for layer in range(num_layers - 1)] + [float(num_layers - 1)])

@@ -1,0 +1,133 @@
+"""What the layer-dropping baselines share: score the decoder layers, drop the lowest.
+
+A baseline is a subclass that says how layers are scored (`score_layers`) and, where it is not simply the lowest, which
+ones leave (`choose`). Scores come from the downstream training split (Section 4.2: "the pruning baselines also utilize
+the downstream datasets as calibration data"); padding never counts in them, and they do not depend on the batch size.
+"""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gradpruner.architectures import check_finite_weights
+from gradpruner.encoding import Batch
+from gradpruner.files import write_json
+from gradpruner.method import Calibration, Compressed, DepthMethod
+from gradpruner.plan import PruningPlan, lowest_layers
+from gradpruner.surgery import apply_plan
+
+SCORES_FILE = "scores.json"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a baseline saw.
+
+    Attributes:
+        layers: one score a layer; the lowest leave.
+        details: what else is worth keeping, JSON-ready.
+    """
+
+    layers: list[float]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerDropping(DepthMethod):
+    """Base of the baselines that drop layers and change nothing else."""
+
+    def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
+        """Scores the layers.
+
+        Raises:
+            ValueError: if weights are not finite, scores are not, or calibration data is needed and there is none.
+        """
+        check_finite_weights(model)
+        scores = self.score_layers(model, batches)
+        bad = [layer for layer, score in enumerate(scores.layers) if not abs(score) < float("inf")]
+        if bad:
+            raise ValueError(
+                f"The scores of layers {bad} are NaN or infinite with method={self.name}. Check the weights, or use a "
+                "wider dtype (model.dtype=float32)."
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / SCORES_FILE, {"layers": scores.layers, "details": scores.details})
+
+    def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
+        """Drops the layers that `choose` names."""
+        assert self.num_pruned_layers is not None
+        scores = Scores(**json.loads((directory / SCORES_FILE).read_text()))
+        plan = PruningPlan(
+            num_hidden_layers=len(scores.layers),
+            pruned_layers=self.choose(scores, self.num_pruned_layers),
+            layer_importance=tuple(scores.layers),
+            method=self.name,
+            details=scores.details,
+        )
+        return Compressed(apply_plan(model, plan), plan, {})
+
+    @abstractmethod
+    def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
+        """Scores every layer; leaves the model as it was."""
+
+    def choose(self, scores: Scores, num_pruned_layers: int) -> tuple[int, ...]:
+        """The layers that leave, ascending: the lowest, of equal ones the first."""
+        return lowest_layers(scores.layers, num_pruned_layers)
+
+
+@dataclass(frozen=True)
+class CalibratedLayerDropping(LayerDropping):
+    """Base of those that look at data.
+
+    Attributes:
+        num_rows: training rows to look at, at most all.
+        batch_size: rows at once; changes speed and memory, not scores.
+        seed: of the draw of rows.
+    """
+
+    num_rows: int = 256
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        super().__post_init__()
+        check_positive(self, "num_rows", "batch_size")
+
+    def calibration(self) -> Calibration:
+        """Rows of the training split, each at most once."""
+        return Calibration(self.batch_size, self.num_rows, self.seed, once=True)
+
+    def measurement_settings(self) -> dict[str, Any]:
+        """The rows."""
+        return {"num_rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
+
+
+def check_positive(method: DepthMethod, *names: str) -> None:
+    """Raises ValueError if one of these settings is below 1."""
+    for name in names:
+        if getattr(method, name) < 1:
+            raise ValueError(f"{name} must be 1 or more, got {getattr(method, name)}. Raise method.{name}.")
+
+
+def checked(batches: Iterable[Batch], method: DepthMethod) -> list[Batch]:
+    """The batches as a list.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    taken = list(batches)
+    if not taken:
+        raise ValueError(f"method={method.name} looks at data, got no batches. Give compress() some.")
+    return taken
+
+
+def real_tokens(batch: Batch, device: torch.device) -> torch.Tensor:
+    """Where there is no padding, (B, T) bool."""
+    return batch["attention_mask"].to(device).bool()

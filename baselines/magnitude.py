@@ -1,0 +1,30 @@
+"""Magnitude: drop the layers whose linear weights have the smallest sum of squares. Looks at no data."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from baselines.layer_dropping import LayerDropping, Scores
+from gradpruner.architectures import decoder_layers, linear_sublayers
+from gradpruner.encoding import Batch
+
+
+@dataclass(frozen=True)
+class Magnitude(LayerDropping):
+    """Scores a layer by the sum of squares of its linear weights, in float64."""
+
+    name: ClassVar[str] = "magnitude"
+
+    def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
+        """Sums of squares."""
+        return Scores([_sum_of_squares(layer) for layer in decoder_layers(model)])
+
+
+def _sum_of_squares(layer: nn.Module) -> float:
+    return math.fsum(
+        float(linear.weight.detach().double().square().sum()) for linear in linear_sublayers(layer).values()
+    )

@@ -1,0 +1,50 @@
+"""Perplexity: drop the layers without which the answers lose the least likelihood.
+
+Every layer is taken out once and the calibration rows are scored without it: as many passes as there are layers. Of the
+answer tokens, since these are what the fine-tune is after.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from baselines.layer_dropping import CalibratedLayerDropping, Scores, checked
+from gradpruner.architectures import decoder_layers
+from gradpruner.encoding import Batch
+from gradpruner.hidden_states import answer_loss
+from gradpruner.surgery import only_layers
+
+
+@dataclass(frozen=True)
+class Perplexity(CalibratedLayerDropping):
+    """Scores a layer by the answer NLL without it, less that of the whole model, in nats a token."""
+
+    name: ClassVar[str] = "perplexity"
+
+    num_rows: int = 64
+
+    def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
+        """Changes of the NLL; negative where the model does better without the layer."""
+        taken = checked(batches, self)
+        layers = range(len(decoder_layers(model)))
+        whole = answer_nll(model, taken)
+        without = []
+        for layer in tqdm(layers, desc="perplexity without each layer", unit="layer"):
+            with only_layers(model, tuple(other for other in layers if other != layer)):
+                without.append(answer_nll(model, taken))
+        return Scores([nll - whole for nll in without], {"answer_nll": whole, "answer_nll_without": without})
+
+
+@torch.no_grad()
+def answer_nll(model: PreTrainedModel, batches: list[Batch]) -> float:
+    """Negative log-likelihood per answer token, over all answer tokens of the batches."""
+    total, num_tokens = 0.0, 0
+    for batch in batches:
+        loss, count = answer_loss(model, batch)
+        total += float(loss)
+        num_tokens += count
+    return total / num_tokens

@@ -1,0 +1,77 @@
+"""ShortGPT: drop the layers that turn their input the least (Men et al., arXiv:2403.03853).
+
+Block Influence of a layer: 1 - mean over tokens of cos(its input, its output). Deviation from the repository
+(sramshetty/ShortGPT), which sums over tokens and counts padding: here it is the mean over real tokens.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from baselines.layer_dropping import CalibratedLayerDropping, Scores, checked, real_tokens
+from gradpruner.architectures import decoder_layers
+from gradpruner.encoding import Batch
+from gradpruner.hidden_states import last_hidden_state, watch_layers
+from gradpruner.surgery import only_layers
+
+
+@dataclass(frozen=True)
+class ShortGpt(CalibratedLayerDropping):
+    """Scores a layer by its Block Influence.
+
+    Attributes:
+        iterative: measure again after every layer that leaves, instead of once; takes as many passes as layers leave.
+    """
+
+    name: ClassVar[str] = "shortgpt"
+
+    iterative: bool = False
+
+    def measurement_settings(self) -> dict[str, Any]:
+        """The rows; and, if layers leave one by one, how many."""
+        more = {"num_pruned_layers": self.num_pruned_layers} if self.iterative else {}
+        return {**super().measurement_settings(), **more}
+
+    def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
+        """Block Influence of every layer; of one that leaves early, in the model that it leaves."""
+        taken = checked(batches, self)
+        if not self.iterative:
+            return Scores(block_influence(model, taken, "block influence"))
+        assert self.num_pruned_layers is not None
+        kept = list(range(len(decoder_layers(model))))
+        rounds: list[dict[str, Any]] = []
+        for _ in tqdm(range(self.num_pruned_layers), desc="shortgpt, one by one", unit="layer"):
+            with only_layers(model, tuple(kept)):
+                influence = block_influence(model, taken)
+            lowest = min(range(len(kept)), key=lambda position: (influence[position], position))
+            rounds.append({"layer": kept.pop(lowest), "block_influence": influence})
+        # The order of leaving is the score: a lower one left earlier, those that stay are higher than all.
+        order = [entry["layer"] for entry in rounds]
+        scores = [
+            float(order.index(layer)) if layer in order else float(len(order))
+            for layer in range(len(kept) + len(order))
+        ]
+        return Scores(scores, {"rounds": rounds})
+
+
+@torch.no_grad()
+def block_influence(model: PreTrainedModel, batches: list[Batch], description: str | None = None) -> list[float]:
+    """1 - mean over all real tokens of cos(input, output), for every layer of the model."""
+    sums = torch.zeros(len(decoder_layers(model)), dtype=torch.float64)
+    num_tokens = 0
+    for batch in tqdm(batches, desc=description, unit="batch", disable=description is None):
+        mask = real_tokens(batch, model.device)
+        num_tokens += int(mask.sum())
+
+        def add(layer: int, before: Tensor, after: Tensor, mask: Tensor = mask) -> None:
+            cosines = torch.cosine_similarity(before[mask].float(), after[mask].float(), dim=-1)  # (tokens,)
+            sums[layer] += cosines.double().sum().cpu()
+
+        with watch_layers(model, add):
+            last_hidden_state(model, batch)
+    return [1.0 - value for value in (sums / num_tokens).tolist()]

@@ -1,0 +1,56 @@
+"""First-order Taylor importance of whole layers, from full gradients: what IGIA's LoRA gradients stand in for.
+
+I_layer = sum over its linear weights of |W * dL/dW|, L being the mean answer loss over the calibration rows: the
+`param_first` criterion of LLM-Pruner (Ma et al., 2023), summed over a layer. A gradient of every weight is held at
+once, which is what makes it expensive: memory of a full backward pass, measured and recorded like any other method's.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from baselines.layer_dropping import CalibratedLayerDropping, Scores, checked
+from gradpruner.architectures import decoder_layers, linear_sublayers
+from gradpruner.encoding import IGNORED, Batch
+from gradpruner.hidden_states import answer_loss
+
+
+@dataclass(frozen=True)
+class TaylorDepth(CalibratedLayerDropping):
+    """Scores a layer by the sum of |weight * gradient| over its linear weights."""
+
+    name: ClassVar[str] = "taylor_depth"
+
+    num_rows: int = 128
+
+    def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
+        """Sums over layers; the gradient is that of the loss over all answer tokens, whatever the batches."""
+        taken = checked(batches, self)
+        weights = [[linear.weight for linear in linear_sublayers(layer).values()] for layer in decoder_layers(model)]
+        required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        num_tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in taken)
+        total = 0.0
+        try:
+            model.requires_grad_(False)
+            for weight in (weight for layer in weights for weight in layer):
+                weight.requires_grad_(True)
+            for batch in tqdm(taken, desc="full gradient", unit="batch"):
+                loss, _ = answer_loss(model, batch)
+                torch.autograd.backward(loss / num_tokens)
+                total += float(loss.detach())
+            scores = [math.fsum(_first_order(weight) for weight in layer) for layer in weights]
+        finally:
+            for parameter, required in required_grad:
+                parameter.requires_grad_(required)
+                parameter.grad = None
+        return Scores(scores, {"answer_nll": total / num_tokens})
+
+
+def _first_order(weight: torch.Tensor) -> float:
+    assert weight.grad is not None
+    return float((weight.detach().float() * weight.grad.float()).abs().sum(dtype=torch.float64))

@@ -1,0 +1,65 @@
+"""What a decoder makes of a batch, layer by layer: for methods that look at activations.
+
+Padding has states, too; whoever adds up states has to leave it out by the attention mask.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gradpruner.architectures import decoder_layers
+from gradpruner.encoding import IGNORED, Batch, position_ids
+from gradpruner.trainer import trim_to_answers
+
+OnLayer = Callable[[int, Tensor, Tensor], None]  # (layer, its input, its output), the latter two (B, T, d)
+
+
+@contextmanager
+def watch_layers(model: PreTrainedModel, on_layer: OnLayer) -> Iterator[None]:
+    """Calls `on_layer` for every decoder layer of every forward pass while it is open.
+
+    The output of the last layer is the raw one: transformers' `hidden_states[-1]` is that after the final norm.
+    """
+
+    def hook(index: int) -> Callable[..., None]:
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            on_layer(index, states, output[0] if isinstance(output, tuple) else output)
+
+        return call
+
+    handles = [
+        layer.register_forward_hook(hook(index), with_kwargs=True) for index, layer in enumerate(decoder_layers(model))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def last_hidden_state(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """States after the final norm, (B, T, d), without logits."""
+    mask = batch["attention_mask"].to(model.device)
+    output = model.get_decoder()(
+        input_ids=batch["input_ids"].to(model.device),
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=False,
+    )
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+def answer_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
+    """Negative log-likelihood of the answer tokens of a batch, summed, and how many tokens these are."""
+    num_tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+    on_device = {name: values.to(model.device) for name, values in batch.items()}
+    output = model(**trim_to_answers(on_device), use_cache=False)
+    loss: Tensor = output.loss * num_tokens
+    return loss, num_tokens
