@@ -92,7 +92,7 @@ def _add_data(table: Table, pipeline: Pipeline, estimated: str) -> None:
     trained = round(tokens / len(pipeline.rows) * _num_trained_rows(pipeline))
     table.add_row(f"{estimated}tokens trained on", f"{trained:,}", f"{trained:,}")
     if calibration:
-        table.add_row("rows seen before pruning", "", f"{calibration.num_rows:,}")
+        table.add_row("rows seen before pruning", "", f"{calibration.count(len(pipeline.rows)):,}")
     table.add_row("test rows", f"{len(pipeline.test_examples):,}")
 
 

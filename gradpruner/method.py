@@ -74,6 +74,10 @@ class Calibration:
     seed: int
     once: bool = False
 
+    def count(self, num_available: int) -> int:
+        """How many rows it is of that many."""
+        return min(self.num_rows, num_available) if self.once else self.num_rows
+
 
 @dataclass(frozen=True)
 class Method:

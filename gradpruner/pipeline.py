@@ -274,7 +274,7 @@ class Pipeline:
         calibration = self.resolved_method.calibration()
         if calibration is None:
             return ()
-        num_rows = min(calibration.num_rows, len(self.rows)) if calibration.once else calibration.num_rows
+        num_rows = calibration.count(len(self.rows))
         return training_batches(
             self.rows, calibration.batch_size, num_rows, self.tokenizer.pad_token_id, calibration.seed
         )

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from gradpruner.files import write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD_FILE = "record.json"
 
 
@@ -64,6 +64,15 @@ class RunRecord:
             data = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"Cannot read {path}: {error}. Delete it to run again.") from error
+        return cls.from_dict(data, path)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], path: Path) -> Self:
+        """Reads what `save` wrote to `path`.
+
+        Raises:
+            ValueError: if it was written by another version.
+        """
         if data.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
                 f"Cannot read {path}: schema version {data.get('schema_version')!r}, this release reads "

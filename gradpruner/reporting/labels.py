@@ -1,4 +1,4 @@
-"""Display names of metrics, and which values may share a column of a table."""
+"""Display names of methods and metrics, the paper's order, and which values may share a column of a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,28 @@ METRICS = {
     "rouge_l": "ROUGE-L",
     "bertscore_f1": "BERTScore",
     "answer_nll": "answer NLL",
+}
+# In the order of the paper's Table 1, with what the paper does not have in between.
+METHODS = {
+    "dense": "Dense",
+    "llm_pruner": "LLM-Pruner",
+    "laco": "LaCo",
+    "minitron": "MINITRON",
+    "sat": "SAT",
+    "apt": "APT",
+    "apt_fast": "APT, fast",
+    "small_dense": "FT(smaller model)",
+    "shortgpt": "ShortGPT",
+    "angular": "Angular distance",
+    "perplexity": "Perplexity",
+    "taylor_depth": "Taylor (full gradient)",
+    "magnitude": "Magnitude",
+    "last": "Last but the final one",
+    "random": "Random",
+    "kernel_igia": "Kernel pruning by IGIA",
+    "igia_only": "GradPruner w/o merging",
+    "gradpruner": "GradPruner",
+    "gradpruner_plus": "GradPruner+",
 }
 WITH_ENCODER = ("similarity", "bertscore_f1")
 ACCURACY_MODES = {"likelihood": "likeliest option", "generate": "exact match of the generated answer"}

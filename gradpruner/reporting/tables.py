@@ -1,0 +1,144 @@
+"""Tables over the records of many runs: one for each setting, one row for each method, in the paper's order."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradpruner.record import RunRecord
+from gradpruner.reporting.labels import METHODS, Column, describe_origins, metric_columns
+
+# What may differ between the rows of one table; everything else in a config makes another table.
+NOT_SETTING = (
+    *("method", "sparsity", "merge_count", "seed", "reference", "evaluate_before", "tracker", "dry_run"),
+    *("save_checkpoint", "results_dir", "output_dir", "cache_dir"),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text, ready to be shown.
+
+    Attributes:
+        title: what all rows share.
+        headers: names of the columns; the first is that of the rows.
+        rows: cells.
+        notes: sentences below the table.
+    """
+
+    title: str
+    headers: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        lines = [self.headers, ["---", *("---:" for _ in self.headers[1:])], *self.rows]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        notes = "".join(f"\n- {note}" for note in self.notes)
+        return f"## {self.title}\n\n{table}\n{notes}\n"
+
+
+def comparisons(records: Sequence[RunRecord]) -> list[Table]:
+    """One table a setting (model, data, fine-tuning, evaluation) over the finished records."""
+    settings: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if record.status == "finished":
+            setting = {key: value for key, value in record.config.items() if key not in NOT_SETTING}
+            settings.setdefault(json.dumps(setting, sort_keys=True), []).append(record)
+    return [_comparison(settings[key]) for key in sorted(settings)]
+
+
+def _comparison(records: list[RunRecord]) -> Table:
+    columns = metric_columns([record.metrics for record in records])
+    rows = _rows(records)
+    first = records[0]
+    labels = _row_labels([group[0] for group in rows])
+    before = any(record.metrics_before for record in records)
+    headers = ["method", "layers", "params", *(column.label for column in columns)]
+    headers += ["NLL before"] * before + ["compress s", "compress GiB", "train s", "train GiB"]
+    num_seeds = {len(group) for group in rows}
+    spread = (
+        "standard error over test rows"
+        if num_seeds == {1}
+        else "standard deviation over seeds, where there are several"
+    )
+    num_layers = sorted({str(record.pruning["num_hidden_layers"]) for record in records}, key=int)
+    notes = [
+        f"{first.metrics['num_examples']} test rows, {first.finetune['steps']} steps of fine-tuning; ± is the {spread}",
+        f"{', '.join(num_layers)} of {first.model['num_hidden_layers']} layers; times and memory are of this machine: "
+        f"{first.environment['device']}, {first.environment['num_threads']} threads",
+        *describe_origins([record.metrics for record in records]),
+    ]
+    if "majority_accuracy" in first.metrics:
+        notes.append(
+            f"always the most frequent label: {first.metrics['majority_accuracy']:.3f}, "
+            f"guessing: {first.metrics['chance_accuracy']:.3f}"
+        )
+    dataset = first.config["dataset"]
+    name = dataset["_target_"].rsplit(".", 2)[-2] + (f", tested on {dataset['test']}" if dataset["test"] else "")
+    return Table(
+        f"{first.model['name']} on {name}, {first.config['finetune']['mode']}",
+        headers,
+        [
+            [label, *_cells(group, columns, before)]
+            for label, group in sorted(zip(labels, rows, strict=True), key=lambda pair: _order(pair[1][0]))
+        ],
+        notes,
+    )
+
+
+def _rows(records: list[RunRecord]) -> list[list[RunRecord]]:
+    """Records that differ in the seed alone, together."""
+    rows: dict[str, dict[int, RunRecord]] = {}
+    for record in records:
+        rows.setdefault(json.dumps(_settings(record), sort_keys=True), {})[record.seed] = record
+    return [[group[seed] for seed in sorted(group)] for group in rows.values()]
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    return {key: value for key, value in record.config["method"].items() if key != "seed"}
+
+
+def _row_labels(records: list[RunRecord]) -> list[str]:
+    """Names of the methods, with the settings in which rows of the same method differ."""
+    labels = []
+    for record in records:
+        name = record.pruning["method"]
+        others = [_settings(other) for other in records if other.pruning["method"] == name]
+        own = _settings(record)
+        differing = [key for key in own if any(other.get(key) != own[key] for other in others)]
+        labels.append(", ".join([METHODS.get(name, name), *(f"{key}={own[key]}" for key in differing)]))
+    return labels
+
+
+def _order(record: RunRecord) -> tuple[int, str, int, str]:
+    name = record.pruning["method"]
+    place = list(METHODS).index(name) if name in METHODS else len(METHODS)
+    return place, name, -record.pruning["num_hidden_layers"], json.dumps(_settings(record), sort_keys=True)
+
+
+def _cells(group: list[RunRecord], columns: list[Column], before: bool) -> list[str]:
+    first = group[0]
+    cells = [str(first.pruning["num_hidden_layers"]), f"{first.pruning['num_parameters'] / 1e6:.1f} M"]
+    for column in columns:
+        own = [record.metrics for record in group if column.cell(record.metrics) != "-"]
+        values = [metrics[column.metric] for metrics in own]
+        if len(values) < 2:
+            cells.append(column.cell(own[0]) if own else "-")
+        else:
+            cells.append(f"{statistics.mean(values):.3f} ±{statistics.stdev(values):.3f} (n={len(values)})")
+    if before:
+        cells.append(_mean([record.metrics_before.get("answer_nll") for record in group], 2))
+    gib = 2**30
+    cells.append(_mean([record.efficiency["compression_seconds"] for record in group], 1))
+    cells.append(_mean([record.efficiency["compression_peak_memory_bytes"] / gib for record in group], 2))
+    cells.append(_mean([record.finetune["train_seconds"] for record in group], 0))
+    cells.append(_mean([record.finetune["peak_memory_bytes"] / gib for record in group], 2))
+    return cells
+
+
+def _mean(values: list[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.{digits}f}" if known else "-"

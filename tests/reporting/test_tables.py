@@ -1,0 +1,106 @@
+"""Comparison tables over made-up records."""
+
+import copy
+
+from gradpruner.record import RunRecord
+from gradpruner.reporting.labels import METHODS
+from gradpruner.reporting.tables import comparisons
+
+CONFIG = {
+    "model": {"path": "org/model"},
+    "dataset": {"_target_": "gradpruner.tasks.arc_easy.ArcEasy", "test": None},
+    "finetune": {"mode": "lora"},
+    "evaluation": {"batch_size": 16},
+    "sparsity": 0.4,
+    "merge_count": 3,
+    "seed": 0,
+    "results_dir": "results/runs",
+}
+
+
+def record(method, seed=0, accuracy=0.5, layers=18, config=None, metrics=None, **settings):
+    method_config = {"_target_": f"x.{method}", "seed": seed, **settings}
+    values = {"num_examples": 400, "accuracy": accuracy, "accuracy_stderr": 0.02, "accuracy_mode": "likelihood"}
+    return RunRecord(
+        status="finished",
+        config=copy.deepcopy(CONFIG) | {"seed": seed, "method": method_config} | (config or {}),
+        identity="x",
+        seed=seed,
+        model={"name": "model", "num_hidden_layers": 30, "num_parameters": 100_000_000},
+        pruning={"method": method, "num_hidden_layers": layers, "num_parameters": 60_000_000},
+        finetune={"steps": 10, "tokens": 1, "train_seconds": 12.0, "peak_memory_bytes": 2**30, "loss": 1.0},
+        metrics=values if metrics is None else metrics,
+        efficiency={"compression_seconds": 3.0, "compression_peak_memory_bytes": 2**31},
+        environment={"device": "cpu", "num_threads": 2},
+    )
+
+
+def test_methods_come_in_the_papers_order_and_the_unknown_last():
+    names = ["zebra", "gradpruner", "random", "laco", "dense", "igia_only"]
+    [table] = comparisons([record(name) for name in names])
+    assert [row[0] for row in table.rows] == [
+        "Dense", "LaCo", "Random", "GradPruner w/o merging", "GradPruner", "zebra",
+    ]  # fmt: skip
+    paper = ["dense", "llm_pruner", "laco", "minitron", "sat", "apt", "small_dense", "gradpruner"]
+    assert [name for name in METHODS if name in paper] == paper
+
+
+def test_every_method_has_a_name():
+    from experiments.run import CONF
+
+    assert {path.stem for path in (CONF / "method").glob("*.yaml")} <= set(METHODS)
+
+
+def test_seeds_are_one_row_with_mean_and_deviation():
+    [table] = comparisons([record("random", seed, accuracy) for seed, accuracy in ((0, 0.2), (1, 0.4), (2, 0.6))])
+    [row] = table.rows
+    assert row[table.headers.index("accuracy")] == "0.400 ±0.200 (n=3)"
+    assert "standard deviation over seeds" in table.notes[0]
+
+
+def test_one_seed_shows_its_standard_error():
+    [table] = comparisons([record("random"), record("random")])  # the same run, found twice
+    assert table.rows[0][table.headers.index("accuracy")] == "0.500 ±0.020" and len(table.rows) == 1
+
+
+def test_rows_of_one_method_say_in_what_they_differ():
+    [table] = comparisons([record("laco", rule="code", interval=2), record("laco", rule="paper", interval=2)])
+    assert [row[0] for row in table.rows] == ["LaCo, rule=code", "LaCo, rule=paper"]
+
+
+def test_another_setting_is_another_table():
+    other = {"finetune": {"mode": "full"}}
+    tables = comparisons([record("dense"), record("gradpruner"), record("gradpruner", config=other)])
+    assert sorted(len(table.rows) for table in tables) == [1, 2]
+    assert {table.title for table in tables} == {"model on arc_easy, lora", "model on arc_easy, full"}
+
+
+def test_failed_runs_are_not_shown():
+    assert comparisons([RunRecord("failed", {}, "x", 0)]) == []
+
+
+def test_encoders_have_columns_of_their_own():
+    def text(encoder):
+        values = {"similarity": 0.5, "similarity_stderr": 0.1, "num_examples": 3}
+        return values | {"bertscore_encoder": encoder, "bertscore_layer": 5}
+
+    [table] = comparisons([record("dense", metrics=text("a")), record("gradpruner", metrics=text("b"))])
+    assert table.headers[3:5] == ["similarity (a, layer 5)", "similarity (b, layer 5)"]
+    assert [row[3:5] for row in table.rows] == [["0.500 ±0.100", "-"], ["-", "0.500 ±0.100"]]
+
+
+def test_seeds_of_different_encoders_are_not_averaged():
+    def text(encoder):
+        values = {"similarity": 0.5, "similarity_stderr": 0.1, "num_examples": 3}
+        return values | {"bertscore_encoder": encoder, "bertscore_layer": 5}
+
+    [table] = comparisons([record("dense", 0, metrics=text("a")), record("dense", 1, metrics=text("b"))])
+    assert table.rows[0][3:5] == ["0.500 ±0.100", "0.500 ±0.100"]
+
+
+def test_markdown():
+    [table] = comparisons([record("dense")])
+    lines = table.markdown().splitlines()
+    assert lines[0] == "## model on arc_easy, lora" and lines[2].startswith("| method | layers | params | accuracy |")
+    assert lines[4].startswith("| Dense | 18 | 60.0 M | 0.500 ±0.020 |")
+    assert len({line.count("|") for line in lines[2:5]}) == 1
