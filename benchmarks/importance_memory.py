@@ -12,11 +12,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 from unittest import mock
 
@@ -27,7 +25,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from gradpruner import importance
-from gradpruner.efficiency import PeakMemory
+from gradpruner.efficiency import Cost
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.importance import ImportanceSpec, record_early_gradients
 from gradpruner.models import ModelSpec
@@ -64,24 +62,16 @@ class Measurement:
         return self.peak_bytes - self.before_bytes
 
 
-class _Probe(PeakMemory):
-    """Peak memory that also notes the memory it starts from and the time it is open."""
+class _Probe(Cost):
+    """Peak memory and time, that also notes the memory it starts from."""
 
     before_bytes: int
-    seconds: float
 
     def __enter__(self) -> Self:
         super().__enter__()
         cuda = default_device().type == "cuda"
         self.before_bytes = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
-        self._start = time.perf_counter()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.seconds = time.perf_counter() - self._start
-        super().__exit__(kind, error, trace)
 
 
 def random_batches() -> list[Batch]:

@@ -4,48 +4,32 @@ Every stage is cached by the content that determines it, so a sweep measures onc
 for every table, and a run that was killed goes on where it was. No method is known here by name.
 """
 
-import dataclasses
 import json
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradpruner import (
-    architectures,
-    encoding,
-    finetune,
-    gradients,
-    hidden_states,
-    igia,
-    importance,
-    merge,
-    plan,
-    stability,
-    surgery,
-    trainer,
-)
+from gradpruner import finetune
 from gradpruner.architectures import check_finite_weights, count_parameters, empty_model
-from gradpruner.cache import StageCache, code_version, content_hash
+from gradpruner.cache import StageCache, content_hash
 from gradpruner.efficiency import Cost, total_cost
 from gradpruner.encoding import Batch, Encoder, TrainingRow, encode_training_rows, training_batches
-from gradpruner.evaluate import accuracy, base, bertscore_f1, likelihood, metrics, rouge_l
 from gradpruner.evaluate.base import PREDICTIONS_FILE, Evaluation, Question, predict_all
 from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.finetune import TrainingSpec, load_finetuned
 from gradpruner.method import Compressed, Method
 from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan
-from gradpruner.tasks import Example, Task, fingerprint
+from gradpruner.stage_keys import StageKeys
+from gradpruner.tasks import Example, Task
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +101,7 @@ class Pipeline:
     @cached_property
     def test_examples(self) -> list[Example]:
         """Rendered test examples."""
-        return self._test_task.load("test", self.seed)
+        return self.tested_task.load("test", self.seed)
 
     @cached_property
     def base_model(self) -> ModelSpec:
@@ -127,12 +111,12 @@ class Pipeline:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """Config of the model that the method starts from."""
-        return self.base_model.load_config(self._assets_dir)
+        return self.base_model.load_config(self.assets_dir)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
-        return self.base_model.load_tokenizer(self._assets_dir)
+        return self.base_model.load_tokenizer(self.assets_dir)
 
     @cached_property
     def rows(self) -> list[TrainingRow]:
@@ -142,12 +126,12 @@ class Pipeline:
     @cached_property
     def resolved_evaluation(self) -> Evaluation:
         """The evaluation with everything that depends on the task and this machine made definite."""
-        return self.evaluation.resolve(self._test_task, self.test_examples)
+        return self.evaluation.resolve(self.tested_task, self.test_examples)
 
     @cached_property
     def questions(self) -> list[Question]:
         """Tokenized test examples."""
-        return self.resolved_evaluation.questions(self.test_examples, self._encoder(self._test_task))
+        return self.resolved_evaluation.questions(self.test_examples, self._encoder(self.tested_task))
 
     @cached_property
     def resolved_method(self) -> Method:
@@ -157,7 +141,7 @@ class Pipeline:
     @cached_property
     def dense_config(self) -> PreTrainedConfig:
         """Config of the dense model."""
-        return self.config if self.base_model == self.model else self.model.load_config(self._assets_dir)
+        return self.config if self.base_model == self.model else self.model.load_config(self.assets_dir)
 
     @cached_property
     def num_dense_parameters(self) -> int:
@@ -193,7 +177,7 @@ class Pipeline:
 
     def _check_positions(self) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)
-        longest = max(self.task.max_length, self._test_task.max_length)
+        longest = max(self.task.max_length, self.tested_task.max_length)
         if limit is not None and longest > limit:
             raise ValueError(
                 f"dataset.max_length must be at most the {limit} positions that {self.base_model.name} was made for, "
@@ -206,7 +190,8 @@ class Pipeline:
         return self.task.name + (f"-to-{self.test_task.name}" if self.test_task else "")
 
     @property
-    def _test_task(self) -> Task:
+    def tested_task(self) -> Task:
+        """Where the test data is from."""
         return self.test_task or self.task
 
     def _encoder(self, task: Task) -> Encoder:
@@ -219,11 +204,11 @@ class Pipeline:
         self.check()
         self.resolved_evaluation.prepare()
         states = _Models(self)
-        pruned = self._cached("prune", self._prune_key, states.write_plan)
-        before = self._evaluated(self._prune_key, states.compressed) if self.evaluate_before else None
-        trained = self._cached("finetune", self._finetune_key, states.write_finetuned, resumable=True)
-        after = self._evaluated(self._finetune_key, states.finetuned)
-        predicted = self._predicted(self._finetune_key, states.finetuned)
+        pruned = self._cached("prune", self._keys.prune, states.write_plan)
+        before = self._evaluated(self._keys.prune, states.compressed) if self.evaluate_before else None
+        trained = self._cached("finetune", self._keys.finetune, states.write_finetuned, resumable=True)
+        after = self._evaluated(self._keys.finetune, states.finetuned)
+        predicted = self._predicted(self._keys.finetune, states.finetuned)
         folders = {"measure": self._measured(), "finetune": trained, "predict": predicted, "evaluate": after}
         return Outcome(
             plan=PruningPlan.load(pruned / PLAN_FILE),
@@ -242,10 +227,10 @@ class Pipeline:
 
     def stages(self) -> dict[str, bool]:
         """Which stages are in the cache already."""
-        keys = {"measure": self._measure_key, "prune": self._prune_key, "finetune": self._finetune_key}
+        keys = {"measure": self._keys.measure, "prune": self._keys.prune, "finetune": self._keys.finetune}
         found = {stage: self._cache.find(stage, key) is not None for stage, key in keys.items()}
-        found["predict"] = self._cache.find("predict", self._predict_key(self._finetune_key)) is not None
-        found["evaluate"] = self._cache.find("evaluate", self._evaluate_key(self._finetune_key)) is not None
+        found["predict"] = self._cache.find("predict", self._keys.predict(self._keys.finetune)) is not None
+        found["evaluate"] = self._cache.find("evaluate", self._keys.evaluate(self._keys.finetune)) is not None
         return found
 
     def _cached(self, stage: str, key: dict[str, Any], compute: Any, resumable: bool = False) -> Path:
@@ -263,12 +248,12 @@ class Pipeline:
         """Folder of what the method measured."""
 
         def compute(directory: Path) -> None:
-            model = self.base_model.load(self._assets_dir)
+            model = self.base_model.load(self.assets_dir)
             with Cost() as cost:
                 self.resolved_method.measure(model, self._calibration_batches(), directory)
             cost.save(directory / COST_FILE)
 
-        return self._cached("measure", self._measure_key, compute)
+        return self._cached("measure", self._keys.measure, compute)
 
     def _calibration_batches(self) -> Iterable[Batch]:
         calibration = self.resolved_method.calibration()
@@ -283,9 +268,9 @@ class Pipeline:
         """Folder with what the weights that `load` gives answer to the test examples."""
 
         def compute(directory: Path) -> None:
-            predict_all(load, self.resolved_evaluation, self._encoder(self._test_task), self.questions, directory)
+            predict_all(load, self.resolved_evaluation, self._encoder(self.tested_task), self.questions, directory)
 
-        return self._cached("predict", self._predict_key(weights_key), compute, resumable=True)
+        return self._cached("predict", self._keys.predict(weights_key), compute, resumable=True)
 
     def _evaluated(self, weights_key: dict[str, Any], load: Callable[[], PreTrainedModel]) -> Path:
         """Folder with the predictions, what each scored, and metrics."""
@@ -297,9 +282,7 @@ class Pipeline:
             write_jsonl(directory / PREDICTIONS_FILE, rows)
             write_json(directory / METRICS_FILE, measured)
 
-        return self._cached("evaluate", self._evaluate_key(weights_key), compute)
-
-    # ---- what each stage depends on ----
+        return self._cached("evaluate", self._keys.evaluate(weights_key), compute)
 
     @cached_property
     def _finished(self) -> dict[str, Path]:
@@ -310,70 +293,13 @@ class Pipeline:
         return StageCache(self.cache_dir / "stages")
 
     @property
-    def _assets_dir(self) -> Path:
+    def assets_dir(self) -> Path:
+        """Folder of converted and random models."""
         return self.cache_dir / "assets"
 
     @cached_property
-    def _base_key(self) -> dict[str, Any]:
-        return {
-            "model": self.base_model.fingerprint(self._assets_dir),
-            "dtype": str(self.base_model.torch_dtype),  # not `auto`: a CPU and a GPU may share a cache
-            "attn_implementation": self.base_model.attn_implementation,
-        }
-
-    @cached_property
-    def _rows_key(self) -> str:
-        return content_hash([[row.input_ids, row.num_answer_tokens] for row in self.rows])
-
-    @cached_property
-    def _measure_key(self) -> dict[str, Any]:
-        method = self.resolved_method
-        needs_data = method.calibration() is not None
-        sources = (importance, gradients, igia, encoding, trainer, surgery, hidden_states)
-        return {
-            **self._base_key,
-            "method": method.measured_as.name,
-            "settings": method.measurement_settings(),
-            "rows": self._rows_key if needs_data else None,
-            "code": code_version(*_modules(method.measured_as), *sources),
-        }
-
-    @cached_property
-    def _prune_key(self) -> dict[str, Any]:
-        return {
-            "measure": content_hash(self._measure_key),
-            "method": self.method.name,
-            "settings": self.resolved_method.prune_settings(),
-            "code": code_version(*_modules(type(self.method)), architectures, merge, plan, stability, surgery),
-        }
-
-    @cached_property
-    def _finetune_key(self) -> dict[str, Any]:
-        return {
-            "prune": content_hash(self._prune_key),
-            "training": dataclasses.asdict(self.training),
-            "rows": self._rows_key,
-            "seed": self.seed,
-            "code": code_version(finetune, encoding, trainer),
-        }
-
-    def _predict_key(self, weights_key: dict[str, Any]) -> dict[str, Any]:
-        evaluation, sources = self.resolved_evaluation, (base, likelihood, encoding)
-        return {
-            "weights": content_hash(weights_key),
-            "examples": fingerprint(self.test_examples),
-            "max_length": self._test_task.max_length,
-            "chat_template": self.model.chat_template,
-            "evaluation": {"name": evaluation.name, **evaluation.prediction_settings()},
-            "code": code_version(sys.modules[type(evaluation).__module__], *sources),
-        }
-
-    def _evaluate_key(self, weights_key: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "predictions": content_hash(self._predict_key(weights_key)),
-            "evaluation": self.resolved_evaluation.measurement_settings(),
-            "code": code_version(metrics, accuracy, rouge_l, bertscore_f1),
-        }
+    def _keys(self) -> StageKeys:
+        return StageKeys(self)
 
 
 class _Models:
@@ -413,7 +339,7 @@ class _Models:
     def finetuned(self) -> PreTrainedModel:
         pipeline = self._pipeline
         # Always from disk, even right after training: a run and its continuation then take the same way.
-        trained = pipeline._cached("finetune", pipeline._finetune_key, self.write_finetuned, resumable=True)
+        trained = pipeline._cached("finetune", pipeline._keys.finetune, self.write_finetuned, resumable=True)
         model = load_finetuned(self._compress().model, pipeline.training, trained)
         self._compressed = None
         return pipeline.resolved_method.finish(model)
@@ -422,18 +348,12 @@ class _Models:
         if self._compressed is None:
             pipeline = self._pipeline
             measured = pipeline._measured()
-            model = pipeline.base_model.load(pipeline._assets_dir)
+            model = pipeline.base_model.load(pipeline.assets_dir)
             check_finite_weights(model)
             with Cost() as cost:
                 self._compressed = pipeline.resolved_method.prune(model, measured)
             self._prune_cost = cost
         return self._compressed
-
-
-def _modules(method: type[Method]) -> list[ModuleType]:
-    """The modules that define a method: its own and those of its bases."""
-    names = dict.fromkeys(base.__module__ for base in method.__mro__ if issubclass(base, Method))
-    return [sys.modules[name] for name in names]
 
 
 def _seconds(entry: Path) -> float:

@@ -284,7 +284,7 @@ def test_counts_that_do_not_fit_the_model(make, method, match, monkeypatch):
 @pytest.mark.parametrize("method", [GRADPRUNER, Dense()])
 def test_damaged_weights_are_named_by_layer(make, tmp_path, method):
     pipeline = make(method)
-    model = pipeline.model.load(pipeline._assets_dir)
+    model = pipeline.model.load(pipeline.assets_dir)
     with torch.no_grad():
         model.model.layers[4].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "damaged")
@@ -300,7 +300,7 @@ def test_fraction_of_the_planned_steps(make):
 
 
 def test_num_dense_parameters_needs_no_weights(make, monkeypatch):
-    expected = sum(p.numel() for p in make().model.load(make()._assets_dir).parameters())
+    expected = sum(p.numel() for p in make().model.load(make().assets_dir).parameters())
     monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
     with torch.device("cpu"):
         assert make().num_dense_parameters == expected

@@ -1,0 +1,110 @@
+"""What each stage of a run depends on: the keys by which the cache knows it.
+
+A key holds everything that its stage's result depends on, code included, and nothing else: what is left out of it may
+vary within a sweep without the stage being computed again.
+"""
+
+import dataclasses
+import sys
+from functools import cached_property
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from gradpruner import (
+    architectures,
+    encoding,
+    finetune,
+    gradients,
+    hidden_states,
+    igia,
+    importance,
+    merge,
+    plan,
+    stability,
+    surgery,
+    trainer,
+)
+from gradpruner.cache import code_version, content_hash
+from gradpruner.evaluate import accuracy, base, bertscore_f1, likelihood, metrics, rouge_l
+from gradpruner.method import Method
+from gradpruner.tasks import fingerprint
+
+if TYPE_CHECKING:
+    from gradpruner.pipeline import Pipeline
+
+Key = dict[str, Any]  # JSON-ready
+
+
+class StageKeys:
+    """The keys of one pipeline's stages."""
+
+    def __init__(self, pipeline: "Pipeline") -> None:
+        self._pipeline = pipeline
+
+    @cached_property
+    def measure(self) -> Key:
+        """Model, calibration rows and the settings that the method names; neither counts nor rules."""
+        pipeline, method = self._pipeline, self._pipeline.resolved_method
+        model, needs_data = pipeline.base_model, method.calibration() is not None
+        sources = (importance, gradients, igia, encoding, trainer, surgery, hidden_states)
+        return {
+            "model": model.fingerprint(pipeline.assets_dir),
+            "dtype": str(model.torch_dtype),  # not `auto`: a CPU and a GPU may share a cache
+            "attn_implementation": model.attn_implementation,
+            "method": method.measured_as.name,
+            "settings": method.measurement_settings(),
+            "rows": self._rows if needs_data else None,
+            "code": code_version(*_modules(method.measured_as), *sources),
+        }
+
+    @cached_property
+    def prune(self) -> Key:
+        """What was measured, and all settings of the method."""
+        method = self._pipeline.resolved_method
+        return {
+            "measure": content_hash(self.measure),
+            "method": method.name,
+            "settings": method.prune_settings(),
+            "code": code_version(*_modules(type(method)), architectures, merge, plan, stability, surgery),
+        }
+
+    @cached_property
+    def finetune(self) -> Key:
+        """What was pruned, the training rows, and how to train."""
+        return {
+            "prune": content_hash(self.prune),
+            "training": dataclasses.asdict(self._pipeline.training),
+            "rows": self._rows,
+            "seed": self._pipeline.seed,
+            "code": code_version(finetune, encoding, trainer),
+        }
+
+    def predict(self, weights: Key) -> Key:
+        """The weights (by the key of the stage that made them), the test examples, and how to answer."""
+        pipeline, evaluation = self._pipeline, self._pipeline.resolved_evaluation
+        return {
+            "weights": content_hash(weights),
+            "examples": fingerprint(pipeline.test_examples),
+            "max_length": pipeline.tested_task.max_length,
+            "chat_template": pipeline.model.chat_template,
+            "evaluation": {"name": evaluation.name, **evaluation.prediction_settings()},
+            "code": code_version(sys.modules[type(evaluation).__module__], base, likelihood, encoding),
+        }
+
+    def evaluate(self, weights: Key) -> Key:
+        """What was answered, and how to measure it."""
+        return {
+            "predictions": content_hash(self.predict(weights)),
+            "evaluation": self._pipeline.resolved_evaluation.measurement_settings(),
+            "code": code_version(metrics, accuracy, rouge_l, bertscore_f1),
+        }
+
+    @cached_property
+    def _rows(self) -> str:
+        return content_hash([[row.input_ids, row.num_answer_tokens] for row in self._pipeline.rows])
+
+
+def _modules(method: type[Method]) -> list[ModuleType]:
+    """The modules that define a method: its own and those of its bases."""
+    names = dict.fromkeys(base.__module__ for base in method.__mro__ if issubclass(base, Method))
+    return [sys.modules[name] for name in names]
