@@ -45,8 +45,8 @@ class Question:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the longest completion."""
-        return len(self.prompt) + max(len(completion) for completion in self.completions)
+        """Tokens of the prompt and all completions."""
+        return len(self.prompt) + sum(len(completion) for completion in self.completions)
 
 
 @dataclass(frozen=True)

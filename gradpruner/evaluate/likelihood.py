@@ -1,22 +1,27 @@
-"""Log-likelihood of every option, with the prompt computed once for all options of a question.
+"""Log-likelihood of every option, with the prompt read once for all options of a question.
 
-The prompts of a batch are read in one pass; its key-value cache is then repeated for the options, whose few tokens are
-read in a second pass. A question with four options so costs its prompt once instead of four times, and results do not
-depend on what else is in the batch.
+A question is one row: its prompt, then all its options one after another, each at the positions and with the view that
+it would have right after the prompt. That reads no prompt twice, pads no option to the length of another, and computes
+logits only where there is something to score. Results do not depend on what else is in the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gradpruner.encoding import Encoder, position_ids
+from gradpruner.encoding import Encoder
 from gradpruner.evaluate.base import Evaluation, Question, encode_questions, pad
 from gradpruner.evaluate.metrics import likelihood_metrics
 from gradpruner.tasks import Example
+
+MASKED_ATTENTION = ("sdpa", "eager")  # attentions of transformers that take a mask of any pattern
+TOKENS_AT_ONCE = 1024  # with padding: enough for full speed of matrix products, and logits stay small
 
 
 @dataclass(frozen=True)
@@ -50,48 +55,135 @@ class Likelihood(Evaluation):
         return likelihood_metrics(predictions), list(predictions)
 
 
-@torch.inference_mode()
 def score_completions(model: PreTrainedModel, batch: Sequence[Question]) -> list[list[float]]:
-    """Summed log-likelihood, in nats, of every completion of every question."""
-    prompts, prompt_mask = pad([question.prompt for question in batch], model.device, left=True)  # (B, P)
-    first = model(
-        input_ids=prompts,
-        attention_mask=prompt_mask,
-        position_ids=position_ids(prompt_mask),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    options = [option for question in batch for option in question.completions]
-    owner = torch.tensor(
-        [row for row, question in enumerate(batch) for _ in question.completions], device=model.device
-    )  # (N,)
-    tokens, token_mask = pad(options, model.device, left=False)  # (N, O)
-    log_likelihoods = torch.zeros(tokens.shape, dtype=torch.float64, device=model.device)  # (N, O)
-    log_likelihoods[:, :1] = _log_likelihood(first.logits[owner], tokens[:, :1])
-    if tokens.shape[1] > 1:
-        cache = first.past_key_values
-        cache.batch_select_indices(owner)
-        inputs, input_mask = tokens[:, :-1], token_mask[:, :-1]  # (N, O - 1)
-        start = prompt_mask.sum(dim=1)[owner, None]  # (N, 1): position of an option's first token
+    """Summed log-likelihood, in nats, of every completion of every question.
+
+    Rows of like length are read together, so that hardly any padding is read.
+    """
+    is_shared = _can_share(model, batch)
+    rows = [
+        Row(question.prompt, completions)
+        for question in batch
+        for completions in ([question.completions] if is_shared else [[own] for own in question.completions])
+    ]
+    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].input_ids), index))
+    scores: dict[int, list[float]] = {}
+    while order:
+        count = max(1, TOKENS_AT_ONCE // len(rows[order[0]].input_ids))
+        together, order = order[:count], order[count:]
+        scores.update(zip(together, _score_rows(model, [rows[index] for index in together], is_shared), strict=True))
+    every = iter([score for index in range(len(rows)) for score in scores[index]])
+    return [[next(every) for _ in question.completions] for question in batch]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and completions of it, read as one sequence; the last token of a completion is only predicted."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+
+    @cached_property
+    def input_ids(self) -> list[int]:
+        """The prompt, then each completion without its last token."""
+        return [*self.prompt, *(token for own in self.completions for token in own[:-1])]
+
+    @property
+    def branches(self) -> list[int]:
+        """What each token belongs to: 0 the prompt, 1, 2, ... the completions."""
+        return [0] * len(self.prompt) + [number for number, own in enumerate(self.completions, 1) for _ in own[:-1]]
+
+    @property
+    def positions(self) -> list[int]:
+        """Positions of the tokens: those of a completion follow the prompt's."""
+        after = len(self.prompt)
+        return [*range(after), *(after + index for own in self.completions for index in range(len(own[:-1])))]
+
+    @property
+    def is_scored(self) -> list[int]:
+        """1 for the tokens that predict one of a completion: the prompt's last and all after it."""
+        return [0] * (len(self.prompt) - 1) + [1] * (len(self.input_ids) - len(self.prompt) + 1)
+
+
+@torch.inference_mode()
+def _score_rows(model: PreTrainedModel, rows: Sequence[Row], is_shared: bool) -> list[list[float]]:
+    """Summed log-likelihoods of the completions in each row.
+
+    Args:
+        model: what reads them.
+        rows: one forward pass.
+        is_shared: whether a row may have more than one completion; see `_can_share`.
+    """
+    input_ids, mask = pad([row.input_ids for row in rows], model.device, left=True)  # (B, T)
+    if is_shared:
+        branch, _ = pad([row.branches for row in rows], model.device, left=True, pad_token_id=-1)
+        mask = _branch_mask(branch, model.dtype)
+    is_scored = pad([row.is_scored for row in rows], model.device, left=True)[0].bool()
+    with _only(model.get_output_embeddings(), is_scored):
         logits = model(
-            input_ids=inputs,
-            attention_mask=torch.cat([prompt_mask[owner], input_mask], dim=1),
-            position_ids=start + torch.arange(inputs.shape[1], device=model.device),
-            past_key_values=cache,
-        ).logits  # (N, O - 1, V)
-        log_likelihoods[:, 1:] = _log_likelihood(logits, tokens[:, 1:])
-    sums = iter((log_likelihoods * token_mask).sum(dim=1).tolist())
-    return [[next(sums) for _ in question.completions] for question in batch]
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=pad([row.positions for row in rows], model.device, left=True)[0],
+            use_cache=False,
+        ).logits[0]  # (S, V): those of all rows
+    parts = torch.split(logits, is_scored.sum(dim=1).tolist())
+    return [_completion_scores(part, row.completions) for part, row in zip(parts, rows, strict=True)]
 
 
-def _log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-likelihood of every token, (N, O) float64; row by row, so that no second (N, O, V) tensor is made."""
-    return torch.stack(
-        [
-            torch.log_softmax(row.float(), dim=-1).gather(-1, ids[:, None]).squeeze(-1).double()
-            for row, ids in zip(logits, tokens, strict=True)
-        ]
-    )
+@contextmanager
+def _only(head: nn.Module, is_wanted: Tensor) -> Iterator[None]:
+    """Has the output layer compute only what is wanted of its (B, T) inputs, as (1, S, V).
+
+    `logits_to_keep` can only take the same columns of every row.
+    """
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][is_wanted][None],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _can_share(model: PreTrainedModel, batch: Sequence[Question]) -> bool:
+    """Whether the completions of a question can stand in one row, each blind to the others.
+
+    That takes an attention with masks of any pattern, and no sliding window shorter than prompt and completion:
+    transformers adds no window to a mask that it is given.
+    """
+    if model.config._attn_implementation not in MASKED_ATTENTION:
+        return False
+    window = getattr(model.config, "sliding_window", None)
+    longest = max(len(question.prompt) + len(own) for question in batch for own in question.completions)
+    return window is None or longest <= window
+
+
+def _branch_mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask to add to attention scores, (B, 1, T, T): a token sees what precedes it in the prompt and its branch.
+
+    Args:
+        branch: (B, T): 0 is the prompt, 1, 2, ... the completions after it, -1 padding, which only padding sees.
+        dtype: of the model.
+    """
+    query, key = branch[:, :, None], branch[:, None, :]
+    visible = ((key == 0) | (key == query)).tril()  # (B, T, T)
+    return torch.zeros(visible.shape, dtype=dtype, device=branch.device).masked_fill_(~visible, torch.finfo(dtype).min)[
+        :, None
+    ]
+
+
+def _completion_scores(logits: Tensor, completions: Sequence[Sequence[int]]) -> list[float]:
+    """Log-likelihoods of the completions in a row.
+
+    Args:
+        logits: (S, V): after the prompt's last token, then after all but the last token of each completion in turn.
+        completions: their tokens.
+    """
+    where, start = [], 1
+    for own in completions:
+        where += [0, *range(start, start + len(own) - 1)][: len(own)]
+        start += len(own[:-1])
+    tokens = [token for own in completions for token in own]
+    log_likelihoods = torch.log_softmax(logits.float(), dim=-1)[where, tokens].double()
+    return [part.sum().item() for part in torch.split(log_likelihoods, [len(own) for own in completions])]
 
 
 def _prediction(question: Question, scores: list[float]) -> dict[str, Any]:

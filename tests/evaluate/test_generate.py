@@ -134,6 +134,8 @@ def test_an_unmerged_adapter_generates_too(tiny_spec, tmp_path, tiny_tokenizer, 
     rows = read_jsonl(predict_all(model.eval, evaluation, encoder, questions, tmp_path))
     tokens, _ = by_hand(model, tiny_tokenizer, EXAMPLES[1].prompt)
     assert rows[1]["generated"] == tiny_tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    nll, _ = nll_by_hand(model, tiny_tokenizer, EXAMPLES[1].prompt, EXAMPLES[1].answer)
+    assert rows[1]["answer_nll"] == pytest.approx(nll, abs=1e-3)
 
 
 def test_prompts_leave_room_for_an_answer(model_and_tokenizer, answer, caplog):

@@ -30,9 +30,24 @@ EXAMPLES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral"])
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8}
+MODELS = {
+    "llama": ("llama", {}, "auto"),
+    "llama, eager": ("llama", {}, "eager"),
+    "mistral": ("mistral", {}, "auto"),
+    "mistral, short window": ("mistral", {"sliding_window": 8}, "auto"),
+    "qwen3": ("qwen3", {"head_dim": 8}, "auto"),
+    "gemma2, eager, capped logits": ("gemma2", {**GEMMA, "final_logit_softcapping": 5.0}, "auto"),
+    "gemma3, short window": ("gemma3_text", {**GEMMA, "sliding_window": 8, "sliding_window_pattern": 3}, "auto"),
+    "gemma3": ("gemma3_text", GEMMA, "auto"),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model_and_tokenizer(request, tmp_path_factory):
-    spec, folder = ModelSpec(f"random:{request.param}", config=CONFIG), tmp_path_factory.mktemp("assets")
+    model_type, config, attention = MODELS[request.param]
+    spec = ModelSpec(f"random:{model_type}", config=CONFIG | config, attn_implementation=attention)
+    folder = tmp_path_factory.mktemp("assets")
     return spec.load(folder), spec.load_tokenizer(folder)
 
 
