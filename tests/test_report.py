@@ -40,3 +40,8 @@ def test_nothing_to_report(tmp_path):
         read_records(tmp_path)
     done = report(f"runs_dir={tmp_path}")
     assert done.returncode == 1 and "Error: There is no finished run" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_its_own():
+    done = report("--help")
+    assert done.returncode == 0 and "Usage: python -m experiments.report" in done.stdout and "runs_dir" in done.stdout

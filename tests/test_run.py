@@ -79,8 +79,17 @@ def test_no_reference(folders, tmp_path):
     assert not (tmp_path / "runs/random-llama/arc_easy/lora/dense").exists()
 
 
+def test_a_reference_whose_yaml_inherits(folders, tmp_path):
+    run("reference=igia_only", *folders)
+    [run_dir] = (tmp_path / "runs/random-llama/arc_easy/lora/igia_only").iterdir()
+    record = RunRecord.load(run_dir)
+    assert record.pruning["method"] == "igia_only" and record.config["method"]["merge_count"] == 0
+
+
 def test_unknown_reference(folders):
-    with pytest.raises(ValueError, match=r"reference must name a method, got 'dens'\. Known: dense, gradpruner"):
+    with pytest.raises(
+        ValueError, match=r"reference must name a method, got 'dens'\. Known: angular, dense, gradpruner"
+    ):
         run("reference=dens", *folders)
 
 
@@ -236,7 +245,10 @@ def test_errors_are_one_readable_line(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("method=gradprunr", r"there is no method 'gradprunr'\. Did you mean gradpruner\? Options of method: dense, "),
+        (
+            "method=gradprunr",
+            r"there is no method 'gradprunr'\. Did you mean gradpruner\? Options of method: angular, ",
+        ),
         ("dataset=arc_eazy", r"Did you mean arc_easy\?"),
         ("model=llama3_1_8B", r"Did you mean llama3_1_8b\?"),
         ("finetune=xyz", r"there is no finetune 'xyz'\. Options of finetune: full, lora"),
