@@ -29,7 +29,7 @@ from rich.table import Table
 from gradpruner.encoding import Encoder
 from gradpruner.evaluate.base import predict_all
 from gradpruner.evaluate.likelihood import Likelihood
-from gradpruner.files import write_json, write_jsonl
+from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.models import ModelSpec
 from gradpruner.runtime import environment, quiet_libraries
 from gradpruner.tasks import Example
@@ -144,8 +144,7 @@ def score(job: dict[str, object]) -> Result:
     model, tokenizer = MODEL.load(ASSETS_DIR), MODEL.load_tokenizer(ASSETS_DIR)
     encoder = Encoder(tokenizer, MAX_LENGTH)
     examples = []
-    for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_jsonl(Path(job["rows"])):
         choices = tuple(DELIMITER + choice for choice in row["choices"])
         examples.append(Example(row["id"], row["prompt"], choices[row["label"]], choices, row["label"], DELIMITER))
     seconds = {}
@@ -157,7 +156,7 @@ def score(job: dict[str, object]) -> Result:
             questions = evaluation.questions(examples, encoder)
             file = predict_all(lambda: model, evaluation, encoder, questions, Path(folder))
             seconds[str(batch_size)] = time.perf_counter() - start
-            predictions = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            predictions = read_jsonl(file)
     metrics, _ = evaluation.measure(predictions, examples)
     scores = [prediction["log_likelihoods"] for prediction in predictions]
     return Result(seconds, scores, metrics["accuracy"], metrics["accuracy_norm"])
