@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from gradpruner.files import write_json
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # 2: details
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,6 @@ class PruningPlan:
                 f"Cannot read plan version {data.get('version')!r}, this release writes {PLAN_VERSION}. "
                 "Make the plan again with this release."
             )
-        data = {"details": {}, **data}  # plans of before have none
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in data]
         if missing:
             raise ValueError(f"The plan lacks {', '.join(missing)}: it is damaged. Make it again.")
