@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from gradpruner.architectures import check_finite_weights
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
-from gradpruner.method import Calibration, Compressed, DepthMethod
+from gradpruner.method import Calibration, Compressed, DepthMethod, Method
 from gradpruner.plan import PruningPlan, lowest_layers
 from gradpruner.surgery import apply_plan
 
@@ -109,14 +109,14 @@ class CalibratedLayerDropping(LayerDropping):
         return {"num_rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
 
 
-def check_positive(method: DepthMethod, *names: str) -> None:
+def check_positive(method: Method, *names: str) -> None:
     """Raises ValueError if one of these settings is below 1."""
     for name in names:
         if getattr(method, name) < 1:
             raise ValueError(f"{name} must be 1 or more, got {getattr(method, name)}. Raise method.{name}.")
 
 
-def checked(batches: Iterable[Batch], method: DepthMethod) -> list[Batch]:
+def checked(batches: Iterable[Batch], method: Method) -> list[Batch]:
     """The batches as a list.
 
     Raises:

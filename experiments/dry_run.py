@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gradpruner.architectures import shrink_config
 from gradpruner.counting import (
     TABLE_11,
     ModelCounts,
@@ -35,11 +34,8 @@ Cell = Callable[[float], str]
 def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = None) -> None:
     """Prints sizes, work, data, and estimated memory and time of the dense and the pruned model, and what is cached."""
     dtype = pipeline.base_model.torch_dtype
-    num_layers = pipeline.config.num_hidden_layers
-    num_kept = num_layers - (getattr(pipeline.resolved_method, "num_pruned_layers", 0) or 0)
     dense = count_model(pipeline.dense_config)
-    # Which layers leave is not known yet; they are alike in shape, so any will do for counting.
-    pruned = count_model(pipeline.config).keep(range(num_kept))
+    pruned = count_model(pipeline.config, pipeline.shape)
     offline = isinstance(pipeline.model, OfflineModelSpec)
     table = Table(title=f"dry run: {pipeline.resolved_method.name} on {pipeline.model.name}, {pipeline.task.name}")
     for column in ("", "dense", "pruned", "ratio"):
@@ -71,7 +67,7 @@ def _add_sizes(table: Table, dense: ModelCounts, pruned: ModelCounts, dtype: tor
     both("decoder layers", _whole, lambda counts: len(counts.layers))
     both("parameters", _whole, lambda counts: counts.num_parameters)
     both("  without input embedding", _whole, lambda counts: counts.num_parameters_without_embedding)
-    both("  linear, of one layer", _whole, lambda counts: counts.layers[0].num_linear_parameters)
+    both("  linear, of all layers", _whole, lambda counts: sum(layer.num_linear_parameters for layer in counts.layers))
     both(f"checkpoint ({name})", _gib, lambda counts: counts.checkpoint_bytes(dtype))
     both(f"MACs, {forward}", _operations, lambda counts: counts.macs(1, LENGTH))
     both("  decoder linears only (Table 11)", _operations, lambda counts: counts.macs(1, LENGTH, TABLE_11))
@@ -110,7 +106,7 @@ def _add_estimates(
     longest = max(len(row.input_ids) for row in rows)
     positions = 1 + max(row.num_answer_tokens for row in rows)
     config = pipeline.config
-    configs = (pipeline.dense_config, shrink_config(config, tuple(range(len(pruned.layers)))))
+    models = ((pipeline.dense_config, None), (config, pipeline.shape))
     for recompute in (False, True):
         chosen = " *" if recompute == training.gradient_checkpointing else ""
         memory = [
@@ -125,8 +121,9 @@ def _add_estimates(
                 accumulate=training.accumulation > 1,
                 attn_implementation=pipeline.model.attn_implementation,
                 overhead=allocator_overhead(),
+                shape=shape,
             )
-            for model in configs
+            for model, shape in models
         ]
         label = "with gradient checkpointing" if recompute else "estimated peak memory of training"
         _add(table, f"{'  ' if recompute else ''}{label}{chosen}", _gib, *(estimate.total for estimate in memory))

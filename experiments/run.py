@@ -34,6 +34,7 @@ from gradpruner.pipeline import PLAN_FILE, Outcome, Pipeline
 from gradpruner.record import RunRecord
 from gradpruner.reporting.figures import plot_importance, plot_loss
 from gradpruner.runtime import environment, quiet_libraries
+from gradpruner.shape import config_shape
 from gradpruner.tasks import Task
 from gradpruner.tasks.template import guess
 from gradpruner.trainer import DivergedError
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # What results do not depend on; everything else is part of a run's identity.
 NOT_IDENTITY = ("tracker", "reference", "dry_run", "save_checkpoint", "results_dir", "output_dir", "cache_dir")
+# Where the settings of a second dataset are, by where its name is.
+SETTINGS_OF = {"dataset.test": "dataset.test_settings", "method.recover_on": "method.recover_settings"}
 
 schema.register()
 
@@ -94,6 +97,7 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
 def build_pipeline(cfg: DictConfig) -> Pipeline:
     """Builds every node of the config; cheap, so that a typo costs a second."""
     task, test_task = build_tasks(cfg)
+    recover_on, recover_settings = (cfg.method.get(key) for key in ("recover_on", "recover_settings"))
     return Pipeline(
         model=schema.build(cfg.model, "model"),
         task=task,
@@ -104,6 +108,7 @@ def build_pipeline(cfg: DictConfig) -> Pipeline:
         seed=cfg.seed,
         cache_dir=Path(cfg.cache_dir),
         evaluate_before=cfg.evaluate_before,
+        recovery_task=_other_task(cfg, "method.recover_on", recover_on, recover_settings),
     )
 
 
@@ -117,18 +122,25 @@ def build_tasks(cfg: DictConfig) -> tuple[Task, Task | None]:
     with open_dict(node):
         name, settings = node.pop("test", None), node.pop("test_settings", None)
     task: Task = schema.build(node, "dataset")
+    return task, _other_task(cfg, "dataset.test", name, settings)
+
+
+def _other_task(cfg: DictConfig, key: str, name: str | None, settings: DictConfig | None) -> Task | None:
+    """The dataset that `key` names, with the settings next to it.
+
+    Raises:
+        ConfigError: if there is no such dataset, or there are settings for one and no name.
+    """
     if name is None:
         if settings:
             raise schema.ConfigError(
-                f"dataset.test_settings belongs to dataset.test, got {settings} and dataset.test=null. "
-                "Name the dataset to test on."
+                f"{SETTINGS_OF[key]} belongs to {key}, got {settings} and {key}=null. Name the dataset."
             )
-        return task, None
+        return None
     options = _options("dataset")
     if name not in options:
         raise schema.ConfigError(
-            f"dataset.test must name a dataset, got {name!r}{guess(str(name), options)}. "
-            f"Known: {', '.join(options)}, or null."
+            f"{key} must name a dataset, got {name!r}{guess(str(name), options)}. Known: {', '.join(options)}, or null."
         )
     other = OmegaConf.merge(_load_option("dataset", name), settings or {})
     assert isinstance(other, DictConfig)
@@ -136,7 +148,8 @@ def build_tasks(cfg: DictConfig) -> tuple[Task, Task | None]:
     root = cfg.copy()
     with open_dict(root):
         root.dataset = other  # so that what it takes from the root, such as show_options, resolves
-    return task, schema.build(root.dataset, "dataset")
+    task: Task = schema.build(root.dataset, "dataset")
+    return task
 
 
 def _check_writable(*folders: Path) -> None:
@@ -151,10 +164,10 @@ def _check_writable(*folders: Path) -> None:
 
 
 def _check_prunes(pipeline: Pipeline) -> None:
-    """Raises ValueError if a method that prunes layers is asked to prune none."""
-    if getattr(pipeline.resolved_method, "num_pruned_layers", None) == 0:
+    """Raises ValueError if a method that prunes is asked to prune nothing."""
+    if hasattr(pipeline.method, "sparsity") and pipeline.shape == config_shape(pipeline.config):
         raise ValueError(
-            f"{pipeline.method.name} would prune none of the {pipeline.config.num_hidden_layers} decoder layers. "
+            f"{pipeline.method.name} would prune nothing of the {pipeline.config.num_hidden_layers} decoder layers. "
             "Raise sparsity, or use method=dense."
         )
 
@@ -237,6 +250,7 @@ def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome) -> 
             "name": pipeline.model.name,
             "num_hidden_layers": num_dense_layers,
             "num_parameters": dense,
+            "shape": config_shape(pipeline.dense_config).to_dict(),
         },
         pruning={
             "method": plan.method,
@@ -245,9 +259,11 @@ def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome) -> 
             "layer_importance": list(plan.layer_importance),
             "num_hidden_layers": len(plan.kept_layers),
             "num_parameters": pruned,
+            "shape": report.pop("shape"),
             "report": report,
+            "recovery": _without_history(outcome.recovery),
         },
-        finetune={name: value for name, value in outcome.training.items() if name != "history"},
+        finetune=_without_history(outcome.training),
         metrics=outcome.metrics,
         metrics_before=outcome.metrics_before,
         efficiency={
@@ -255,10 +271,15 @@ def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome) -> 
             "parameter_ratio": pruned / dense,
             "compression_seconds": outcome.compression["seconds"],
             "compression_peak_memory_bytes": outcome.compression["peak_memory_bytes"],
+            "recovery_seconds": outcome.recovery["train_seconds"] if outcome.recovery else 0.0,
             "stage_seconds": outcome.seconds,
         },
         environment=environment(),
     )
+
+
+def _without_history(training: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (training or {}).items() if name != "history"}
 
 
 def _reference_config(cfg: DictConfig) -> DictConfig:

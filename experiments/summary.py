@@ -5,8 +5,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from gradpruner.checkpoint import SHAPE_FILE
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import describe_origins, metric_columns
+from gradpruner.shape import ModelShape, describe_shape
 
 
 def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: Console | None = None) -> None:
@@ -47,8 +49,18 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         absorbed = [(layer, absorber) for layer, absorber in pruning["absorbed_by"].items() if absorber is not None]
         merged = ", ".join(f"{layer} into {absorber}" for layer, absorber in absorbed)
         console.print(f"Pruned layers: {pruning['pruned_layers']}; merged: {merged or 'none'}")
+    if widths := _widths(records[-1]):
+        console.print(widths, soft_wrap=True)
     for warning in pruning["report"].get("warnings", []):
         console.print(f"[yellow]Warning:[/] {warning}")
     if (run_dir / "checkpoint").is_dir():
-        console.print(f"Checkpoint (plain transformers): {run_dir / 'checkpoint'}", soft_wrap=True)
+        loader = "baselines.load" if (run_dir / "checkpoint" / SHAPE_FILE).is_file() else "plain transformers"
+        console.print(f"Checkpoint ({loader}): {run_dir / 'checkpoint'}", soft_wrap=True)
     console.print(f"Run folder: {run_dir}", soft_wrap=True)
+
+
+def _widths(record: RunRecord) -> str:
+    """The sizes inside the layers where they are not those of the dense model."""
+    own, dense = (describe_shape(ModelShape.from_dict(each["shape"])) for each in (record.pruning, record.model))
+    changed = [f"{size} {own[size]} (of {dense[size]})" for size in own if own[size] != dense[size]]
+    return "Widths by layer: " + "; ".join(changed) if changed else ""

@@ -4,7 +4,8 @@
 
 The model is loaded in a fresh process in which gradpruner and peft cannot be imported. That process is this very file,
 started by path and isolated from folder and environment (`python -I`), so the top level imports the standard library
-alone.
+alone. A checkpoint with `shape.json`, whose layers differ in width, is one that plain transformers has to refuse; it is
+loaded with `baselines.load` in that process instead, and the table says so.
 """
 
 import argparse
@@ -25,6 +26,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Packages that the fresh process must do without.
 BLOCKED = ("gradpruner", "baselines", "experiments", "peft")
 FRESH_FLAG = "--in-fresh-process"
+SHAPE_FILE = "shape.json"
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,12 @@ def fresh_command() -> list[str]:
 
 def _fresh_main() -> None:
     """Reads the request, prints the checks."""
-    for module in BLOCKED:
-        sys.modules[module] = None  # type: ignore[assignment]  # makes every import of it fail
     request = json.load(sys.stdin)
+    if (Path(request["folder"]) / SHAPE_FILE).is_file():
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # isolated, it would not find baselines
+    else:
+        for module in BLOCKED:
+            sys.modules[module] = None  # type: ignore[assignment]  # makes every import of it fail
     with contextlib.redirect_stdout(sys.stderr):
         checks = [asdict(check) for check in _fresh_checks(**request)]
     print(json.dumps(checks))
@@ -195,11 +200,13 @@ def _fresh_checks(folder: str, probe: dict[str, Any] | None, text: str, num_new_
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    yield Check(
-        "plain transformers",
-        not any(sys.modules.get(module) for module in BLOCKED),
-        f"transformers {transformers.__version__}, torch {torch.__version__}, without gradpruner and peft",
-    )
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    is_stock = not (Path(folder) / SHAPE_FILE).is_file()
+    if is_stock:
+        without = not any(sys.modules.get(module) for module in BLOCKED)
+        yield Check("plain transformers", without, f"{versions}, without gradpruner and peft")
+    else:
+        yield _named("own loader", lambda: _refused_by_transformers(folder, versions))
     yield _named("finite", lambda: _finite(Path(folder)))
     token_ids: list[int] = []
     try:
@@ -209,9 +216,14 @@ def _fresh_checks(folder: str, probe: dict[str, Any] | None, text: str, num_new_
     except Exception as error:
         yield Check("tokenizer", False, _one_line(error))
     try:
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, output_loading_info=True
-        )
+        if is_stock:
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
+        else:
+            import baselines
+
+            model, loading = baselines.load(folder), {}  # refuses tensors that are missing or too many
     except Exception as error:
         yield Check("load", False, _one_line(error))
         return
@@ -222,6 +234,18 @@ def _fresh_checks(folder: str, probe: dict[str, Any] | None, text: str, num_new_
     if token_ids:
         with torch.no_grad():
             yield from _model_checks(model, token_ids, probe, num_new_tokens)
+
+
+def _refused_by_transformers(folder: str, versions: str) -> Check:
+    """Plain transformers must not load a model of other sizes without a word."""
+    import transformers
+
+    details = f"{versions}; layers differ in width, loaded with baselines.load"
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    except (RuntimeError, ValueError):
+        return Check("own loader", True, f"{details}; plain transformers refuses the weights")
+    return Check("own loader", False, f"{versions}; plain transformers loads it although {SHAPE_FILE} says otherwise")
 
 
 def _finite(folder: Path) -> Check:

@@ -1,20 +1,31 @@
-"""Save a compressed, fine-tuned model so that plain transformers, and whatever builds on it, loads it without us."""
+"""Save a compressed, fine-tuned model so that plain transformers, and whatever builds on it, loads it without us.
 
+Where layers differ in width no stock config describes the model. Then `shape.json` beside the weights does, config.json
+keeps the sizes of the dense model's layers, plain transformers refuses the weights, and `load_checkpoint` reads them.
+"""
+
+import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from gradpruner.files import write_json, write_text
 from gradpruner.model_card import model_card
 from gradpruner.plan import PruningPlan
 from gradpruner.probe import PROBE_FILE, make_probe
+from gradpruner.shape import ModelShape, config_shape, model_shape, resize_layers
+from gradpruner.tensor_files import find_tensors, locate_tensors
 
 ADAPTER_FOLDER = "adapter"
+SHAPE_FILE = "shape.json"
+SHAPE_VERSION = 1
 MAX_SHARD_SIZE = "5GB"  # transformers' default of 50 GB is too much for most file systems and hubs
 
 
@@ -49,7 +60,75 @@ def save_checkpoint(
     tokenizer.save_pretrained(partial)
     plan.save(partial / "plan.json")
     write_json(partial / PROBE_FILE, probe)
-    write_text(partial / "README.md", model_card(plan, base_name, settings, has_probe=True))
+    shape = model_shape(model)
+    is_stock = shape == config_shape(model.config)
+    if not is_stock:
+        write_json(partial / SHAPE_FILE, {"version": SHAPE_VERSION, **shape.to_dict()})
+    write_text(partial / "README.md", model_card(plan, base_name, settings, True, shape, is_stock))
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
+
+
+def load_checkpoint(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Loads what `save_checkpoint` wrote, whether its layers are alike or not.
+
+    Args:
+        folder: with config.json and safetensors.
+        dtype: of the weights; `auto` is as saved.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: if `shape.json` is damaged, or does not fit the weights.
+        OSError: if there is no checkpoint.
+    """
+    folder = Path(folder)
+    if not (folder / SHAPE_FILE).is_file():
+        stock: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        return stock.eval()
+    config = AutoConfig.from_pretrained(folder)
+    shape = _read_shape(folder, config.num_hidden_layers)
+    with no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        resize_layers(model, shape)
+    model.tie_weights()
+    _read_weights(model, folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return (model if dtype == "auto" else model.to(dtype)).eval()
+
+
+def _read_shape(folder: Path, num_layers: int) -> ModelShape:
+    try:
+        data = json.loads((folder / SHAPE_FILE).read_text(encoding="utf-8"))
+        problem = f"it is of version {data['version']}, this release reads {SHAPE_VERSION}"
+        if data["version"] == SHAPE_VERSION:
+            shape = ModelShape.from_dict(data)
+            if len(shape.layers) == num_layers:
+                return shape
+            problem = f"it names {len(shape.layers)} layers, config.json {num_layers}"
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise ValueError(f"Cannot read {folder / SHAPE_FILE}: {problem}. Save the checkpoint again with this release.")
+
+
+@torch.no_grad()
+def _read_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Fills all parameters from the files; tied ones have one name there."""
+    file_names = locate_tensors(folder)
+    stored = find_tensors(folder, file_names, file_names)
+    wanted = {name: tensor for name, tensor in model.named_parameters() if name in stored}
+    missing = sorted({name for name, _ in model.named_parameters()} - set(wanted))
+    unknown = sorted(set(stored) - set(wanted))
+    different = sorted(name for name, tensor in wanted.items() if stored[name].shape != tuple(tensor.shape))
+    for problem, names in (("lack", missing), ("also hold", unknown), ("have other shapes in", different)):
+        if names:
+            raise ValueError(
+                f"The weights in {folder} do not fit its {SHAPE_FILE}: they {problem} {names[0]}"
+                + (f" and {len(names) - 1} more. " if names[1:] else ". ")
+                + "Save the checkpoint again."
+            )
+    for name, tensor in wanted.items():
+        tensor.copy_(stored[name].read())

@@ -29,12 +29,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gradpruner.architectures import (
     count_parameters,
     decoder_layers,
-    empty_model,
     linear_sublayers,
     lora_targets,
-    shrink_config,
 )
 from gradpruner.runtime import default_device
+from gradpruner.shape import LayerShape, ModelShape, config_shape, empty_shaped_model, head_dim
 
 COMPLETE, TABLE_11 = "complete", "table_11"
 COUNTINGS = (COMPLETE, TABLE_11)
@@ -168,10 +167,19 @@ class ModelCounts:
         return batch_size * sum(layer.attention_macs * length * _seen(layer, length) for layer in self.layers)
 
 
-def count_model(config: PreTrainedConfig) -> ModelCounts:
-    """Counts the model of a config on the meta device."""
-    model = empty_model(config)
-    layers = tuple(_count_layer(layer, config, index) for index, layer in enumerate(decoder_layers(model)))
+def count_model(config: PreTrainedConfig, shape: ModelShape | None = None) -> ModelCounts:
+    """Counts on the meta device.
+
+    Args:
+        config: of the dense model.
+        shape: of the model to count, made from the dense one; None is the dense one itself.
+    """
+    shape = shape or config_shape(config)
+    model = empty_shaped_model(config, shape)
+    layers = tuple(
+        _count_layer(layer, model.config, sizes, index)
+        for index, (layer, sizes) in enumerate(zip(decoder_layers(model), shape.layers, strict=True))
+    )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     inside = sum(layer.num_parameters for layer in layers)
     return ModelCounts(
@@ -183,18 +191,17 @@ def count_model(config: PreTrainedConfig) -> ModelCounts:
     )
 
 
-def _count_layer(layer: nn.Module, config: PreTrainedConfig, index: int) -> LayerCounts:
+def _count_layer(layer: nn.Module, config: PreTrainedConfig, sizes: LayerShape, index: int) -> LayerCounts:
     linears = linear_sublayers(layer).values()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = head_dim(config)
     return LayerCounts(
         num_parameters=count_parameters(layer),
         num_linear_parameters=sum(count_parameters(linear) for linear in linears),
         linear_macs=sum(linear.weight.numel() for linear in linears),
         linear_width=sum(linear.in_features + linear.out_features for linear in linears),
         widest=max(linear.out_features for linear in linears),
-        attention_macs=2 * heads * head_dim,
-        kv_width=2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        attention_macs=2 * sizes.num_attention_heads * width,
+        kv_width=2 * sizes.num_key_value_heads * width,
         window=_window(config, index),
     )
 
@@ -254,14 +261,15 @@ def estimate_training_memory(
     keep_factors: bool = False,
     attn_implementation: str = "auto",
     overhead: float = 0.0,
+    shape: ModelShape | None = None,
 ) -> MemoryEstimate:
     """Peak memory of fine-tuning.
 
-    Activations are not guessed: one and two layers run forward on tensors without storage, and what autograd saves is
-    added up; depth is linear.
+    Activations are not guessed: one and two layers of each shape run forward on tensors without storage, and what
+    autograd saves is added up; depth is linear.
 
     Args:
-        config: of the model that is trained; `models.shrink_config` for a pruned one.
+        config: of the dense model.
         batch_size: rows of a micro batch.
         length: tokens of its rows, padding among them.
         logit_positions: positions of a row that get logits.
@@ -272,24 +280,34 @@ def estimate_training_memory(
         keep_factors: the importance run, which copies the adapters' gradients in float32.
         attn_implementation: as in `ModelSpec`; `eager` keeps attention matrices.
         overhead: what the allocator keeps besides, as a part of all activations; see `allocator_overhead`.
+        shape: of the model that is trained; None is the dense one.
     """
+    shape = shape or config_shape(config)
     if attn_implementation == "eager":
         config = copy.deepcopy(config)
         config._attn_implementation = "eager"
-    counts, num_layers = count_model(config), config.num_hidden_layers
+    counts, num_layers = count_model(config, shape), len(shape.layers)
     # peft keeps adapters in float32 even where the weights are not.
     adapters = 4 * counts.num_lora_parameters(lora_rank) if lora_rank else 0
     weights = counts.num_parameters * dtype.itemsize
     trained = adapters if lora_rank else weights
-    one, two = (saved_activation_bytes(config, n, batch_size, length, lora_rank, dtype) for n in (1, 2))
-    layer, outside = two - one, 2 * one - two
-    hidden = batch_size * length * config.hidden_size * dtype.itemsize
-    activations = outside + (num_layers * hidden + layer if recompute else num_layers * layer)
+    own: dict[LayerShape, int] = {}
+    for sizes in set(shape.layers):
+        one, two = (
+            saved_activation_bytes(
+                config, ModelShape(shape.hidden_size, (sizes,) * n), batch_size, length, lora_rank, dtype
+            )
+            for n in (1, 2)
+        )
+        own[sizes], outside = two - one, 2 * one - two
+    layers, layer = sum(own[sizes] for sizes in shape.layers), max(own.values())
+    hidden = batch_size * length * shape.hidden_size * dtype.itemsize
+    activations = outside + (num_layers * hidden + layer if recompute else layers)
     logits = _loss_bytes(batch_size * logit_positions * counts.vocab_size, dtype)
     inside = 3 * batch_size * length * max(part.widest for part in counts.layers) * dtype.itemsize
     transient = max(logits, inside)
     # Recomputed activations come and go all the same, and leave the same holes.
-    allocator = round(overhead * (outside + num_layers * layer + transient))
+    allocator = round(overhead * (outside + layers + transient))
     gradients = trained
     if not (accumulate or lora_rank):
         # Gradients come while activations go: a step peaks either before its backward pass or after it.
@@ -327,10 +345,15 @@ def _loss_bytes(num_logits: int, dtype: torch.dtype) -> int:
 
 
 def saved_activation_bytes(
-    config: PreTrainedConfig, num_layers: int, batch_size: int, length: int, lora_rank: int | None, dtype: torch.dtype
+    config: PreTrainedConfig,
+    shape: ModelShape,
+    batch_size: int,
+    length: int,
+    lora_rank: int | None,
+    dtype: torch.dtype,
 ) -> int:
-    """Bytes that autograd saves in a forward pass of the first `num_layers` layers, without logits; no arithmetic."""
-    model = _empty_training_model(shrink_config(config, tuple(range(num_layers))), lora_rank, dtype)
+    """Bytes that autograd saves in a forward pass of a model of that shape, without logits; no arithmetic."""
+    model = _empty_training_model(config, shape, lora_rank, dtype)
     mode, device = FakeTensorMode(allow_non_fake_inputs=True), default_device()
     values = {
         name: FakeTensor(mode, tensor.detach(), device).requires_grad_(tensor.requires_grad)
@@ -352,8 +375,10 @@ def saved_activation_bytes(
     return sum(storage.nbytes() for storage in saved.values())
 
 
-def _empty_training_model(config: PreTrainedConfig, lora_rank: int | None, dtype: torch.dtype) -> PreTrainedModel:
-    model = empty_model(config).to(dtype).train()
+def _empty_training_model(
+    config: PreTrainedConfig, shape: ModelShape, lora_rank: int | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    model = empty_shaped_model(config, shape).to(dtype).train()
     if lora_rank is None:
         return model
     lora = LoraConfig(r=lora_rank, target_modules=lora_targets(model), task_type="CAUSAL_LM")

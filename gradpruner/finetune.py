@@ -26,13 +26,17 @@ from gradpruner.efficiency import PeakMemory
 from gradpruner.encoding import TrainingRow, collate
 from gradpruner.files import write_json
 from gradpruner.igia import check_choice
+from gradpruner.plan import PruningPlan
 from gradpruner.runtime import default_device, set_seed
-from gradpruner.trainer import CompletionTrainer, DivergedError
+from gradpruner.surgery import apply_plan
+from gradpruner.trainer import CompletionTrainer, DivergedError, Loss
 
 logger = logging.getLogger(__name__)
 
 MODES = ("full", "lora")
 RESULT_FILE = "training.json"
+PLAN_FILE = "plan.json"
+REPORT_FILE = "report.json"
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -53,6 +57,7 @@ class TrainingSpec:
         max_steps: optimizer steps, instead of `epochs`.
         warmup_fraction: part of the steps in which the rate rises.
         lr_scheduler: name of a transformers scheduler.
+        min_lr_ratio: part of the peak rate at which a cosine schedule ends.
         weight_decay: of AdamW.
         max_grad_norm: clip the gradient to this norm; 0 does not clip.
         lora_rank: rank of the adapters.
@@ -72,6 +77,7 @@ class TrainingSpec:
     max_steps: int | None = None
     warmup_fraction: float = 0.03
     lr_scheduler: str = "cosine"
+    min_lr_ratio: float = 0.0
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     lora_rank: int = 8
@@ -92,6 +98,11 @@ class TrainingSpec:
             raise ValueError(f"max_steps must be 1 or more, or null to go by epochs, got {self.max_steps}.")
         if not 0.0 <= self.warmup_fraction < 1.0:
             raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}. The paper's is 0.03.")
+        if not 0.0 <= self.min_lr_ratio <= 1.0 or (self.min_lr_ratio and self.lr_scheduler != "cosine"):
+            raise ValueError(
+                f"min_lr_ratio is where a cosine schedule ends, in [0, 1], got {self.min_lr_ratio} with "
+                f"lr_scheduler={self.lr_scheduler}. Set finetune.min_lr_ratio=0 or finetune.lr_scheduler=cosine."
+            )
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size must be a multiple of micro_batch_size, got {self.batch_size} and "
@@ -111,6 +122,41 @@ class TrainingSpec:
         return math.ceil(self.epochs * math.ceil(micro_batches / self.accumulation))
 
 
+class PruningCallback(TrainerCallback):
+    """A callback that prunes the model while it trains.
+
+    What it has done is in `plan`, which is saved beside the weights and carried out again to load them.
+
+    Attributes:
+        plan: all that was done so far to the model that the fine-tune started from.
+        report: JSON-ready account, with `num_parameters` and `shape` of the model as it is.
+        loss: of a batch, or None for the likelihood of the answers.
+    """
+
+    plan: PruningPlan
+    report: dict[str, Any]
+    loss: Loss | None = None
+
+    def prepare(self, model: PreTrainedModel, checkpoint: Path | None) -> None:
+        """Called before adapters are put on and the Trainer is made.
+
+        Args:
+            model: as the fine-tune starts from it.
+            checkpoint: folder of an interrupted run that goes on, with its `plan`; the model then becomes narrower by
+                that when this returns.
+        """
+        raise NotImplementedError
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Saves plan and report with every checkpoint."""
+        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def save(self, directory: Path) -> None:
+        """Writes plan and report."""
+        self.plan.save(directory / PLAN_FILE)
+        write_json(directory / REPORT_FILE, self.report)
+
+
 def finetune(
     model: PreTrainedModel,
     rows: Sequence[TrainingRow],
@@ -119,6 +165,8 @@ def finetune(
     directory: Path,
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
+    loss: Loss | None = None,
+    description: str = "fine-tune",
 ) -> dict[str, Any]:
     """Fine-tunes `model` and writes the trained weights and an account of the run to `directory`.
 
@@ -130,7 +178,9 @@ def finetune(
         spec: how to train.
         directory: where to write; if it holds the checkpoints of an interrupted run of the same spec, that goes on.
         seed: seeds the adapter, the order of rows and dropout.
-        callbacks: extra callbacks of the method.
+        callbacks: extra callbacks of the method; what a `PruningCallback` did to the model is written, too.
+        loss: instead of the likelihood of the answers.
+        description: for the progress bar.
 
     Returns:
         `steps`, `tokens` (without padding), `train_seconds`, `peak_memory_bytes`, `loss` (mean over the last tenth of
@@ -141,21 +191,27 @@ def finetune(
     """
     set_seed(seed)
     checkpoints = directory / CHECKPOINTS_FOLDER
-    if spec.mode == "lora":
-        model = get_peft_model(model, _lora_config(model, spec))
-    elif not all(parameter.requires_grad for parameter in model.parameters()):
-        model.requires_grad_(True)
     resume_from, seconds_before = _last_whole_checkpoint(checkpoints)
+    pruning = [callback for callback in callbacks if isinstance(callback, PruningCallback)]
+    for callback in pruning:
+        callback.prepare(model, None if resume_from is None else Path(resume_from))
+        loss = loss or callback.loss
     if resume_from is not None:
         logger.info("Resuming fine-tuning from %s", resume_from)
+        _prune_again(model, Path(resume_from))
+    if spec.mode == "lora":
+        model = get_peft_model(model, _lora_config(model, spec, resume_from))
+    elif not all(parameter.requires_grad for parameter in model.parameters()):
+        model.requires_grad_(True)
     clock = _Clock(seconds_before)
     trainer = _FinetuneTrainer(
         model,
         _training_arguments(spec, checkpoints, seed),
-        description=f"fine-tune ({spec.mode})",
+        description=f"{description} ({spec.mode})",
+        loss=loss,
         train_dataset=_dataset(rows),
         data_collator=lambda items: collate([_row(item) for item in items], pad_token_id),
-        callbacks=[clock, *callbacks],
+        callbacks=[*callbacks, clock],  # the clock is last: it marks a checkpoint as whole
     )
     try:
         with PeakMemory() as memory:
@@ -165,6 +221,8 @@ def finetune(
         where = f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet."
         raise DivergedError(f"{error} {where}") from None
     _save(model, spec, directory)
+    for callback in pruning:
+        callback.save(directory)
     history = [
         {key: entry[key] for key in HISTORY_KEYS if key in entry}
         for entry in trainer.state.log_history
@@ -190,6 +248,7 @@ def load_finetuned(model: PreTrainedModel, spec: TrainingSpec, directory: Path) 
     Returns:
         The model in evaluation mode; with `mode=lora` and `merge_adapter=false` a PeftModel around it.
     """
+    _prune_again(model, directory)
     if spec.mode == "full":
         load_model(model, directory / WEIGHTS_FILE)
         return model.eval()
@@ -276,8 +335,18 @@ def _last_whole_checkpoint(checkpoints: Path) -> tuple[str | None, float]:
     return str(marks[-1].parent), float(json.loads(marks[-1].read_text())["train_seconds"])
 
 
-def _lora_config(model: PreTrainedModel, spec: TrainingSpec) -> LoraConfig:
+def _prune_again(model: PreTrainedModel, folder: Path) -> None:
+    """Carries out what a `PruningCallback` had done to the model when it wrote to the folder."""
+    if (folder / PLAN_FILE).is_file():
+        apply_plan(model, PruningPlan.load(folder / PLAN_FILE))
+
+
+def _lora_config(model: PreTrainedModel, spec: TrainingSpec, resume_from: str | None) -> LoraConfig:
+    """Adapters on all linear sublayers; a `PruningCallback` may have changed ranks of those that training resumes."""
+    patterns = ("rank_pattern", "alpha_pattern")
+    saved = None if resume_from is None else LoraConfig.from_pretrained(resume_from)
     return LoraConfig(
+        **{name: getattr(saved, name) for name in patterns if saved is not None},
         r=spec.lora_rank,
         lora_alpha=spec.lora_alpha,
         lora_dropout=spec.lora_dropout,
@@ -315,7 +384,8 @@ def _training_arguments(spec: TrainingSpec, checkpoints: Path, seed: int) -> Tra
         per_device_train_batch_size=spec.micro_batch_size,
         gradient_accumulation_steps=spec.accumulation,
         learning_rate=spec.learning_rate,
-        lr_scheduler_type=spec.lr_scheduler,
+        lr_scheduler_type="cosine_with_min_lr" if spec.min_lr_ratio else spec.lr_scheduler,
+        lr_scheduler_kwargs={"min_lr_rate": spec.min_lr_ratio} if spec.min_lr_ratio else {},
         warmup_steps=spec.warmup_fraction,  # a float below 1 is a fraction of the steps
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,

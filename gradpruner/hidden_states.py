@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gradpruner.architectures import decoder_layers
 from gradpruner.encoding import IGNORED, Batch, position_ids
 from gradpruner.trainer import trim_to_answers
 
+CHUNK_LOGITS = 2**24  # logits that exist at a time: 64 MiB in float32
 OnLayer = Callable[[int, Tensor, Tensor], None]  # (layer, its input, its output), the latter two (B, T, d)
 
 
@@ -44,6 +47,11 @@ def watch_layers(model: PreTrainedModel, on_layer: OnLayer) -> Iterator[None]:
 
 @torch.no_grad()
 def last_hidden_state(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """States after the final norm, (B, T, d), without logits and without a graph."""
+    return decode(model, batch)
+
+
+def decode(model: PreTrainedModel, batch: Batch) -> Tensor:
     """States after the final norm, (B, T, d), without logits."""
     mask = batch["attention_mask"].to(model.device)
     output = model.get_decoder()(
@@ -54,6 +62,43 @@ def last_hidden_state(model: PreTrainedModel, batch: Batch) -> Tensor:
     )
     states: Tensor = output.last_hidden_state
     return states
+
+
+def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits of states after the final norm, (..., d) to (..., vocabulary), capped where the architecture does so."""
+    logits: Tensor = model.get_output_embeddings()(states)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def sum_over_tokens(function: Callable[..., Tensor], vocab_size: int, *states: Tensor) -> Tensor:
+    """The sum of a function of states over chunks of tokens, with logits for one chunk at a time, backwards, too.
+
+    Args:
+        function: takes the tensors of a chunk and gives a scalar; called again in the backward pass.
+        vocab_size: logits of a token.
+        *states: one row a token.
+    """
+    size = max(1, CHUNK_LOGITS // vocab_size)
+    chunks = zip(*(torch.split(each, size) for each in states), strict=True)
+    return torch.stack([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def text_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of all real tokens of a batch but the first of each row.
+
+    Returns:
+        Sum over tokens, a scalar; and how many tokens these are in each row, (B,).
+    """
+    on_device = {name: values.to(model.device) for name, values in batch.items()}
+    mask = on_device["attention_mask"].bool()
+    real = mask[:, :-1] & mask[:, 1:]
+    states, targets = decode(model, on_device)[:, :-1][real], on_device["input_ids"][:, 1:][real]
+
+    def loss(chunk: Tensor, tokens: Tensor) -> Tensor:
+        return functional.cross_entropy(head_logits(model, chunk).float(), tokens, reduction="sum")
+
+    return sum_over_tokens(loss, model.config.vocab_size, states, targets), real.sum(dim=1)
 
 
 def answer_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:

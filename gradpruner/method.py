@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from gradpruner.architectures import check_model, decoder_layers
+from gradpruner.distill import Distillation
 from gradpruner.encoding import Batch
+from gradpruner.finetune import TrainingSpec
 from gradpruner.gradients import EarlyGradients
 from gradpruner.igia import (
     SCORES,
@@ -32,6 +34,7 @@ from gradpruner.importance import ImportanceSpec, record_early_gradients
 from gradpruner.merge import check_rule
 from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan, check_counts, make_plan
+from gradpruner.shape import ModelShape, config_shape
 from gradpruner.stability import stability_report
 from gradpruner.surgery import apply_plan
 
@@ -80,10 +83,32 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """Training on other data between pruning and the fine-tune.
+
+    Attributes:
+        training: how to train.
+        distillation: learn from the dense model's predictions; None: from the data's answers.
+    """
+
+    training: TrainingSpec
+    distillation: Distillation | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on a combination that cannot work."""
+        if self.distillation is not None and self.training.mode != "full":
+            raise ValueError(
+                f"Distillation trains all weights, got mode={self.training.mode}. Leave it out of "
+                "method.recover_training."
+            )
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods. Building one is cheap and checks its values; work starts in the hooks."""
 
     name: ClassVar[str]
+    sources: ClassVar[tuple[str, ...]] = ()  # modules of its own package that it works with
 
     def base_model(self, model: ModelSpec) -> ModelSpec:
         """The model that the method starts from, given the dense one: that one, but for `small_dense`."""
@@ -100,6 +125,24 @@ class Method:
             ValueError: if the settings do not fit.
         """
         return self
+
+    def shape(self, config: PreTrainedConfig) -> ModelShape:
+        """The shape of the compressed model, known before a weight is loaded.
+
+        Args:
+            config: of the model that the method starts from.
+
+        Raises:
+            ValueError: if the method does not fit the architecture, or cannot make it as small as it should.
+        """
+        return config_shape(config)
+
+    def check_training(self, training: TrainingSpec) -> None:
+        """Raises ValueError if the method does not work with this fine-tune."""
+
+    def recovery(self) -> Recovery | None:
+        """Training on other data between pruning and the fine-tune, or None."""
+        return None
 
     def variant(self) -> str:
         """What sets this run apart from others of the method, for the name of its folder."""
@@ -142,6 +185,7 @@ class Method:
         """
         check_model(model)
         method = self.resolve(len(decoder_layers(model)))
+        method.shape(model.config)
         with tempfile.TemporaryDirectory() as scratch:
             method.measure(model, batches, Path(scratch))
             compressed = method.prune(model, Path(scratch))
@@ -190,6 +234,12 @@ class DepthMethod(Method):
             num_pruned = round(self.sparsity * num_hidden_layers)
         check_counts(num_hidden_layers, num_pruned)
         return dataclasses.replace(self, sparsity=None, num_pruned_layers=num_pruned)
+
+    def shape(self, config: PreTrainedConfig) -> ModelShape:
+        """Fewer layers of the same shape; which ones leave does not matter for that."""
+        assert self.num_pruned_layers is not None
+        dense = config_shape(config)
+        return dataclasses.replace(dense, layers=dense.layers[self.num_pruned_layers :])
 
     def variant(self) -> str:
         """How much is pruned."""
@@ -262,16 +312,19 @@ class GradPruner(DepthMethod):
         num_merged = self.merge_count if self.merged_layers is None else len(self.merged_layers)
         assert resolved.num_pruned_layers is not None
         check_counts(num_hidden_layers, resolved.num_pruned_layers, num_merged)
-        steps = self.steps
-        if steps is None:
-            assert self.fraction is not None
-            if training_steps is None:
-                raise ValueError(
-                    f"fraction={self.fraction} needs the number of planned training steps, which is not known here. "
-                    "Call resolve(num_hidden_layers, training_steps) first, or give steps."
-                )
-            steps = max(2, round(self.fraction * training_steps))
-        return dataclasses.replace(resolved, steps=steps, fraction=None)
+        return resolved._with_steps(training_steps)
+
+    def _with_steps(self, training_steps: int | None) -> Self:
+        """Turns `fraction` into steps."""
+        if self.steps is not None:
+            return self
+        assert self.fraction is not None
+        if training_steps is None:
+            raise ValueError(
+                f"fraction={self.fraction} needs the number of planned training steps, which is not known here. "
+                "Call resolve(num_hidden_layers, training_steps) first, or give steps."
+            )
+        return dataclasses.replace(self, steps=max(2, round(self.fraction * training_steps)), fraction=None)
 
     def variant(self) -> str:
         """How much is pruned and merged."""

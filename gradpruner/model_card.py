@@ -5,10 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradpruner.plan import PruningPlan
+from gradpruner.shape import ModelShape, describe_shape
 
 
 def model_card(
-    plan: PruningPlan, base_name: str, settings: Mapping[str, Any] | None = None, has_probe: bool = False
+    plan: PruningPlan,
+    base_name: str,
+    settings: Mapping[str, Any] | None = None,
+    has_probe: bool = False,
+    shape: ModelShape | None = None,
+    is_stock: bool = True,
 ) -> str:
     """Text of the card.
 
@@ -17,6 +23,8 @@ def model_card(
         base_name: name of the dense model.
         settings: JSON-ready settings that made the checkpoint, printed whole.
         has_probe: `probe.json` lies beside the card.
+        shape: of the model, for plans that make layers narrower.
+        is_stock: plain transformers loads the checkpoint; else `shape.json` lies beside the card.
     """
     merged = ", ".join(f"{layer} into {absorber}" for absorber, layers in plan.merges.items() for layer in layers)
     rule = f" ({plan.merge_rule}, density {plan.density})" if merged else ""
@@ -27,15 +35,23 @@ def model_card(
             "`python -m experiments.verify FOLDER` of the project checks the checkpoint against it."
         )
     config = f"\n## Settings\n\n```json\n{json.dumps(settings, indent=2)}\n```\n" if settings else ""
+    sizes = describe_shape(shape) if shape is not None and plan.width is not None else {}
+    widths = "".join(f"| {size} | {text} |\n" for size, text in sizes.items())
+    loading = "A stock checkpoint for `AutoModelForCausalLM.from_pretrained`."
+    if not is_stock:
+        loading = (
+            "Its layers differ in width, as `shape.json` says, so plain transformers cannot build it. Load it with\n"
+            "`baselines.load(FOLDER)` of the project."
+        )
     return f"""# {base_name} with {len(plan.kept_layers)} of {plan.num_hidden_layers} layers
 
-Made with `{plan.method}` of the gradpruner project. A stock checkpoint for `AutoModelForCausalLM.from_pretrained`.
+Made with `{plan.method}` of the gradpruner project. {loading}
 
 | | layers (0-based, of the dense model) |
 | --- | --- |
 | kept | {", ".join(map(str, plan.kept_layers))} |
 | pruned | {", ".join(map(str, plan.pruned_layers)) or "none"} |
 | merged | {(merged or "none") + rule} |
-
+{widths}
 {files}
 {config}"""

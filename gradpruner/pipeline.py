@@ -1,9 +1,10 @@
-"""One run as data flows: examples -> measure -> prune -> fine-tune -> evaluate -> record.
+"""One run as data flows: examples -> measure -> prune (-> recover) -> fine-tune -> evaluate -> record.
 
 Every stage is cached by the content that determines it, so a sweep measures once, the dense model is fine-tuned once
 for every table, and a run that was killed goes on where it was. No method is known here by name.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -20,22 +21,23 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from gradpruner import finetune
 from gradpruner.architectures import check_finite_weights, count_parameters, empty_model
 from gradpruner.cache import StageCache, content_hash
+from gradpruner.distill import DistillationLoss
 from gradpruner.efficiency import Cost, total_cost
 from gradpruner.encoding import Batch, Encoder, TrainingRow, encode_training_rows, training_batches
 from gradpruner.evaluate.base import PREDICTIONS_FILE, Evaluation, Question, predict_all
 from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.finetune import TrainingSpec, load_finetuned
-from gradpruner.method import Compressed, Method
+from gradpruner.method import Compressed, Method, Recovery
 from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan
+from gradpruner.shape import ModelShape, model_shape
 from gradpruner.stage_keys import StageKeys
 from gradpruner.tasks import Example, Task
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
-PLAN_FILE = "plan.json"
-REPORT_FILE = "report.json"
+PLAN_FILE, REPORT_FILE = finetune.PLAN_FILE, finetune.REPORT_FILE
 SECONDS_FILE = "seconds.json"
 COST_FILE = "cost.json"
 
@@ -46,13 +48,14 @@ class Outcome:
 
     Attributes:
         plan: what was pruned and merged.
-        report: what the method saw, with `num_parameters` of the compressed model.
+        report: what the method saw, with `num_parameters` and `shape` of the compressed model.
         training: account of the fine-tune, see `finetune.finetune`.
         metrics: of the fine-tuned model.
         metrics_before: of the compressed model before fine-tuning, or empty.
         predictions: file with what the model answered to each test example, and what that scored.
         seconds: wall time per stage when it was computed.
         compression: `seconds` and `peak_memory_bytes` of measuring and pruning, without loading the model.
+        recovery: account of the training on other data between pruning and the fine-tune, or None.
     """
 
     plan: PruningPlan
@@ -63,6 +66,7 @@ class Outcome:
     predictions: Path
     seconds: dict[str, float]
     compression: dict[str, float]
+    recovery: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Pipeline:
         cache_dir: folder for stages and converted models.
         evaluate_before: also evaluate before fine-tuning.
         test_task: another dataset to test on (Table 12).
+        recovery_task: data for the method's training between pruning and the fine-tune.
     """
 
     model: ModelSpec
@@ -90,6 +95,7 @@ class Pipeline:
     cache_dir: Path
     evaluate_before: bool = True
     test_task: Task | None = None
+    recovery_task: Task | None = None
 
     # ---- what can be known, and refused, before any weight is loaded ----
 
@@ -122,6 +128,28 @@ class Pipeline:
     def rows(self) -> list[TrainingRow]:
         """Tokenized training rows."""
         return encode_training_rows(self.train_examples, self._encoder(self.task))
+
+    @cached_property
+    def recovery(self) -> Recovery | None:
+        """What the method wants to train on other data, if there is such data."""
+        return self.resolved_method.recovery() if self.recovery_task is not None else None
+
+    @cached_property
+    def recovery_rows(self) -> list[TrainingRow]:
+        """Tokenized rows for that; empty if there is none."""
+        if self.recovery_task is None or self.recovery is None:
+            return []
+        task, distillation = self.recovery_task, self.recovery.distillation
+        rows = encode_training_rows(task.load("train", self.seed), self._encoder(task))
+        if distillation is None or distillation.tokens == "answer":
+            return rows
+        # The first token of a row is predicted from nothing.
+        return [dataclasses.replace(row, num_answer_tokens=len(row.input_ids) - 1) for row in rows]
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Shape of the compressed model."""
+        return self.resolved_method.shape(self.config)
 
     @cached_property
     def resolved_evaluation(self) -> Evaluation:
@@ -164,10 +192,12 @@ class Pipeline:
                 "Start it with plain python; spread a sweep over processes with hydra/launcher=joblib."
             )
         self._check_positions()
-        _ = self.resolved_method, self.questions
+        self.method.check_training(self.training)
+        _ = self.resolved_method, self.shape, self.questions, self.recovery_rows
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         # Weights in float32; full fine-tuning keeps two checkpoints with two optimizer moments besides.
-        copies = 8 if self.training.mode == "full" else 1
+        trains_all = "full" in (self.training.mode, self.recovery and self.recovery.training.mode)
+        copies = 8 if trains_all else 1
         needed, free = 4 * self.num_dense_parameters * copies, shutil.disk_usage(self.cache_dir).free
         if disk and needed > free:
             raise ValueError(
@@ -177,7 +207,8 @@ class Pipeline:
 
     def _check_positions(self) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)
-        longest = max(self.task.max_length, self.tested_task.max_length)
+        tasks = [task for task in (self.task, self.test_task, self.recovery_task) if task is not None]
+        longest = max(task.max_length for task in tasks)
         if limit is not None and longest > limit:
             raise ValueError(
                 f"dataset.max_length must be at most the {limit} positions that {self.base_model.name} was made for, "
@@ -205,20 +236,23 @@ class Pipeline:
         self.resolved_evaluation.prepare()
         states = _Models(self)
         pruned = self._cached("prune", self._keys.prune, states.write_plan)
-        before = self._evaluated(self._keys.prune, states.compressed) if self.evaluate_before else None
+        recovered = self._recovered(states) if self.recovery else None
+        before = self._evaluated(self._keys.untuned, states.untuned) if self.evaluate_before else None
         trained = self._cached("finetune", self._keys.finetune, states.write_finetuned, resumable=True)
         after = self._evaluated(self._keys.finetune, states.finetuned)
         predicted = self._predicted(self._keys.finetune, states.finetuned)
         folders = {"measure": self._measured(), "finetune": trained, "predict": predicted, "evaluate": after}
+        described = trained if (trained / PLAN_FILE).is_file() else pruned  # some methods prune while they train
         return Outcome(
-            plan=PruningPlan.load(pruned / PLAN_FILE),
-            report=json.loads((pruned / REPORT_FILE).read_text()),
+            plan=PruningPlan.load(described / PLAN_FILE),
+            report=json.loads((described / REPORT_FILE).read_text()),
             training=finetune.read_result(trained),
             metrics=json.loads((after / METRICS_FILE).read_text()),
             metrics_before=json.loads((before / METRICS_FILE).read_text()) if before else {},
             predictions=after / PREDICTIONS_FILE,
             seconds={stage: _seconds(folder) for stage, folder in folders.items()},
             compression=total_cost(self._measured() / COST_FILE, pruned / COST_FILE),
+            recovery=finetune.read_result(recovered) if recovered else None,
         )
 
     def load_result(self) -> PreTrainedModel:
@@ -228,6 +262,8 @@ class Pipeline:
     def stages(self) -> dict[str, bool]:
         """Which stages are in the cache already."""
         keys = {"measure": self._keys.measure, "prune": self._keys.prune, "finetune": self._keys.finetune}
+        if self.recovery:
+            keys["recover"] = self._keys.recover
         found = {stage: self._cache.find(stage, key) is not None for stage, key in keys.items()}
         found["predict"] = self._cache.find("predict", self._keys.predict(self._keys.finetune)) is not None
         found["evaluate"] = self._cache.find("evaluate", self._keys.evaluate(self._keys.finetune)) is not None
@@ -254,6 +290,10 @@ class Pipeline:
             cost.save(directory / COST_FILE)
 
         return self._cached("measure", self._keys.measure, compute)
+
+    def _recovered(self, states: "_Models") -> Path:
+        """Folder with the weights after the training between pruning and the fine-tune."""
+        return self._cached("recover", self._keys.recover, states.write_recovered, resumable=True)
 
     def _calibration_batches(self) -> Iterable[Batch]:
         calibration = self.resolved_method.calibration()
@@ -309,23 +349,51 @@ class _Models:
         self._pipeline = pipeline
         self._compressed: Compressed | None = None
         self._prune_cost: Cost | None = None
+        self._is_recovered = False
 
-    def compressed(self) -> PreTrainedModel:
-        return self._compress().model
+    def untuned(self) -> PreTrainedModel:
+        """The model that the fine-tune starts from."""
+        compressed = self._compress()
+        if self._pipeline.recovery is None or self._is_recovered:
+            return compressed.model
+        recovered = self._pipeline._recovered(self)
+        model = load_finetuned(self._compress().model, self._pipeline.recovery.training, recovered)
+        self._compressed, self._is_recovered = dataclasses.replace(compressed, model=model), True
+        return model
 
     def write_plan(self, directory: Path) -> None:
         compressed = self._compress()
         compressed.log_warnings()
         compressed.plan.save(directory / PLAN_FILE)
-        report = {**compressed.report, "num_parameters": count_parameters(compressed.model)}
+        size = {"num_parameters": count_parameters(compressed.model), "shape": model_shape(compressed.model).to_dict()}
+        report = {**compressed.report, **size}
         write_json(directory / REPORT_FILE, report)
         assert self._prune_cost is not None
         self._prune_cost.save(directory / COST_FILE)
 
+    def write_recovered(self, directory: Path) -> None:
+        pipeline, recovery, compressed = self._pipeline, self._pipeline.recovery, self._compress()
+        assert recovery is not None
+        self._forget()
+        loss = None
+        if recovery.distillation is not None:
+            teacher = pipeline.base_model.load(pipeline.assets_dir)
+            loss = DistillationLoss(teacher, recovery.distillation, compressed.plan)
+        finetune.finetune(
+            compressed.model,
+            pipeline.recovery_rows,
+            pipeline.tokenizer.pad_token_id,
+            recovery.training,
+            directory,
+            pipeline.seed,
+            loss=loss,
+            description="recover" if loss is None else "distil",
+        )
+
     def write_finetuned(self, directory: Path) -> None:
         pipeline = self._pipeline
-        model = self._compress().model
-        self._compressed = None  # training changes it in place
+        model = self.untuned()
+        self._forget()
         finetune.finetune(
             model,
             pipeline.rows,
@@ -340,9 +408,13 @@ class _Models:
         pipeline = self._pipeline
         # Always from disk, even right after training: a run and its continuation then take the same way.
         trained = pipeline._cached("finetune", pipeline._keys.finetune, self.write_finetuned, resumable=True)
-        model = load_finetuned(self._compress().model, pipeline.training, trained)
-        self._compressed = None
+        model = load_finetuned(self.untuned(), pipeline.training, trained)
+        self._forget()
         return pipeline.resolved_method.finish(model)
+
+    def _forget(self) -> None:
+        """Training changes the model in place."""
+        self._compressed, self._is_recovered = None, False
 
     def _compress(self) -> Compressed:
         if self._compressed is None:

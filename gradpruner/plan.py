@@ -4,6 +4,7 @@ Pure Python, so that a plan can be made, checked, saved and read without a model
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,74 @@ from typing import Any, Self
 
 from gradpruner.files import write_json
 
-PLAN_VERSION = 2  # 2: details
+PLAN_VERSION = 3  # 2: details; 3: width
+
+
+@dataclass(frozen=True)
+class WidthPlan:
+    """Which units stay in the layers that stay; numbers are 0-based positions in the dense model, ascending.
+
+    Attributes:
+        heads: query heads of each kept layer. A KV head stays if a query head that reads it does.
+        channels: MLP channels of each kept layer.
+        hidden: channels of the residual stream, or None for all.
+    """
+
+    heads: tuple[tuple[int, ...], ...]
+    channels: tuple[tuple[int, ...], ...]
+    hidden: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on a plan that cannot be carried out."""
+        hidden = [] if self.hidden is None else [("hidden", self.hidden)]
+        kinds = [(kind, units) for kind in ("heads", "channels") for units in getattr(self, kind)]
+        for kind, units in (*kinds, *hidden):
+            if not units or units[0] < 0 or any(one >= other for one, other in itertools.pairwise(units)):
+                raise ValueError(
+                    f"{kind} that stay must be ascending, distinct and at least one, got {_shortened(units)}. "
+                    "The plan is damaged."
+                )
+        if len(self.heads) != len(self.channels):
+            raise ValueError(
+                f"A plan must name heads and channels of the same layers, got {len(self.heads)} and "
+                f"{len(self.channels)} layers. The plan is damaged."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, with runs of units as text: `0-2 5` is 0, 1, 2 and 5."""
+        return {
+            "heads": [_runs(units) for units in self.heads],
+            "channels": [_runs(units) for units in self.channels],
+            "hidden": None if self.hidden is None else _runs(self.hidden),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` wrote."""
+        heads, channels = (tuple(map(_units, data[kind])) for kind in ("heads", "channels"))
+        return cls(heads, channels, None if data["hidden"] is None else _units(data["hidden"]))
+
+
+def _runs(units: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for unit in units:
+        if runs and unit == runs[-1][1] + 1:
+            runs[-1][1] = unit
+        else:
+            runs.append([unit, unit])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _units(runs: str) -> tuple[int, ...]:
+    units: list[int] = []
+    for run in runs.split():
+        first, _, last = run.partition("-")
+        units.extend(range(int(first), int(last or first) + 1))
+    return tuple(units)
+
+
+def _shortened(units: Sequence[int]) -> str:
+    return str(list(units[:8])) + (f" and {len(units) - 8} more" if len(units) > 8 else "")
 
 
 @dataclass(frozen=True)
@@ -29,6 +97,7 @@ class PruningPlan:
         layer_importance: one score a layer, as the method saw it; empty for methods without scores.
         method: name of the method that made the plan.
         details: what else the method saw, JSON-ready: similarities tried, distances, losses.
+        width: which units stay in the layers that stay; None: all.
     """
 
     num_hidden_layers: int
@@ -39,6 +108,7 @@ class PruningPlan:
     layer_importance: tuple[float, ...] = ()
     method: str = ""
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    width: WidthPlan | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError on a plan that cannot be carried out."""
@@ -57,6 +127,11 @@ class PruningPlan:
             raise ValueError(
                 f"layer_importance must have one score for each of {self.num_hidden_layers} layers, "
                 f"got {len(self.layer_importance)}. The plan is damaged or belongs to another model."
+            )
+        if self.width is not None and len(self.width.heads) != len(self.kept_layers):
+            raise ValueError(
+                f"A plan must say what stays of each of its {len(self.kept_layers)} kept layers, got "
+                f"{len(self.width.heads)}. The plan is damaged."
             )
         for layer, absorber in self.absorbed_by.items():
             if layer not in pruned or absorber != preceding_kept_layer(layer, pruned):
@@ -95,6 +170,7 @@ class PruningPlan:
             "absorbed_by": {str(layer): absorber for layer, absorber in sorted(self.absorbed_by.items())},
             "dropped_unmerged": list(self.dropped_unmerged),
             "layer_importance": list(self.layer_importance),
+            "width": self.width and self.width.to_dict(),
         }
 
     @classmethod
@@ -112,6 +188,7 @@ class PruningPlan:
         fields["pruned_layers"] = tuple(fields["pruned_layers"])
         fields["layer_importance"] = tuple(fields["layer_importance"])
         fields["absorbed_by"] = {int(layer): absorber for layer, absorber in fields["absorbed_by"].items()}
+        fields["width"] = fields["width"] and WidthPlan.from_dict(fields["width"])
         return cls(**fields)
 
     def save(self, path: Path) -> None:

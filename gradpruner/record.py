@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from gradpruner.files import write_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # 3: shapes, recovery
 RECORD_FILE = "record.json"
 
 
@@ -21,9 +21,9 @@ class RunRecord:
         config: the resolved config.
         identity: hash of the part of the config that results depend on.
         seed: the run's seed.
-        model: `name`, `num_hidden_layers`, `num_parameters` of the dense model.
-        pruning: `pruned_layers`, `absorbed_by`, `layer_importance`, `num_hidden_layers` and `num_parameters` after
-            pruning, and what the method reported.
+        model: `name`, `num_hidden_layers`, `num_parameters`, `shape` of the dense model.
+        pruning: `pruned_layers`, `absorbed_by`, `layer_importance`; `num_hidden_layers`, `num_parameters` and `shape`
+            after pruning; what the method reported, and the account of training between pruning and the fine-tune.
         finetune: `steps`, `tokens`, `train_seconds`, `peak_memory_bytes`, `loss`.
         metrics: of the fine-tuned model, see `evaluate.metrics`.
         metrics_before: of the compressed model before fine-tuning; empty when not asked for.

@@ -6,12 +6,16 @@ vary within a sweep without the stage being computed again.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gradpruner import (
     architectures,
+    budget,
+    counting,
+    distill,
     encoding,
     finetune,
     gradients,
@@ -20,11 +24,14 @@ from gradpruner import (
     importance,
     merge,
     plan,
+    shape,
     stability,
     surgery,
     trainer,
+    width_surgery,
 )
 from gradpruner.cache import code_version, content_hash
+from gradpruner.encoding import TrainingRow
 from gradpruner.evaluate import accuracy, base, bertscore_f1, likelihood, metrics, rouge_l
 from gradpruner.method import Method
 from gradpruner.tasks import fingerprint
@@ -46,7 +53,7 @@ class StageKeys:
         """Model, calibration rows and the settings that the method names; neither counts nor rules."""
         pipeline, method = self._pipeline, self._pipeline.resolved_method
         model, needs_data = pipeline.base_model, method.calibration() is not None
-        sources = (importance, gradients, igia, encoding, trainer, surgery, hidden_states)
+        sources = (importance, gradients, igia, encoding, trainer, surgery, hidden_states, budget, counting, shape)
         return {
             "model": model.fingerprint(pipeline.assets_dir),
             "dtype": str(model.torch_dtype),  # not `auto`: a CPU and a GPU may share a cache
@@ -65,14 +72,35 @@ class StageKeys:
             "measure": content_hash(self.measure),
             "method": method.name,
             "settings": method.prune_settings(),
-            "code": code_version(*_modules(type(method)), architectures, merge, plan, stability, surgery),
+            "code": code_version(
+                *_modules(type(method)),
+                *(architectures, budget, counting, merge, plan, shape, stability, surgery, width_surgery),
+            ),
         }
 
     @cached_property
-    def finetune(self) -> Key:
-        """What was pruned, the training rows, and how to train."""
+    def recover(self) -> Key:
+        """What was pruned, and how to train it on which other rows."""
+        pipeline, recovery = self._pipeline, self._pipeline.recovery
+        assert recovery is not None
         return {
             "prune": content_hash(self.prune),
+            "recovery": dataclasses.asdict(recovery),
+            "rows": _hashed(pipeline.recovery_rows),
+            "seed": pipeline.seed,
+            "code": code_version(finetune, encoding, trainer, distill, hidden_states),
+        }
+
+    @property
+    def untuned(self) -> Key:
+        """The model that the fine-tune starts from."""
+        return self.prune if self._pipeline.recovery is None else self.recover
+
+    @cached_property
+    def finetune(self) -> Key:
+        """What the fine-tune starts from, the training rows, and how to train."""
+        return {
+            "untuned": content_hash(self.untuned),
             "training": dataclasses.asdict(self._pipeline.training),
             "rows": self._rows,
             "seed": self._pipeline.seed,
@@ -101,10 +129,15 @@ class StageKeys:
 
     @cached_property
     def _rows(self) -> str:
-        return content_hash([[row.input_ids, row.num_answer_tokens] for row in self._pipeline.rows])
+        return _hashed(self._pipeline.rows)
+
+
+def _hashed(rows: Sequence[TrainingRow]) -> str:
+    return content_hash([[row.input_ids, row.num_answer_tokens] for row in rows])
 
 
 def _modules(method: type[Method]) -> list[ModuleType]:
-    """The modules that define a method: its own and those of its bases."""
+    """The modules that define a method: its own, those of its bases, and those that it names."""
     names = dict.fromkeys(base.__module__ for base in method.__mro__ if issubclass(base, Method))
+    names |= dict.fromkeys(method.sources)
     return [sys.modules[name] for name in names]

@@ -1,4 +1,4 @@
-"""Carry a pruning plan out on a model: merge, drop, renumber, fix the config.
+"""Carry a pruning plan out on a model: merge, drop, renumber, make narrower, fix the config.
 
 GradPruner (arXiv:2601.19503), Section 3.2. Norms and biases of the kept layer stay as they are.
 """
@@ -20,6 +20,7 @@ from gradpruner.architectures import (
 )
 from gradpruner.merge import merge_layers
 from gradpruner.plan import PruningPlan
+from gradpruner.width_surgery import narrow
 
 IgiaLookup = Callable[[int, str], Tensor]  # (layer, sublayer name) -> IGIA-Matrix, (out, in)
 
@@ -54,6 +55,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, igia: IgiaLookup | Non
         _merge_into(layers, absorber, merged, plan, igia)
     if plan.pruned_layers:
         drop_layers(model, plan.kept_layers)
+    if plan.width is not None:
+        narrow(model, plan.width)
     return model
 
 

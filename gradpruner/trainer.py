@@ -1,9 +1,10 @@
 """What every training run here shares, on top of the Hugging Face Trainer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -16,6 +17,9 @@ from transformers import (
 )
 
 from gradpruner.encoding import IGNORED, Batch, position_ids
+
+# The loss of a batch, summed over tokens, and how many these are: as many as have labels behind the first column.
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 
 class DivergedError(RuntimeError):
@@ -50,10 +54,13 @@ def trim_to_answers(batch: Batch) -> dict[str, Any]:
 class CompletionTrainer(Trainer):
     """Trainer with completion-only logits, a stop at the first non-finite loss, and a quiet progress bar."""
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, *, description: str, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, *, description: str, loss: Loss | None = None, **kwargs: Any
+    ) -> None:
         _ = args.n_gpu  # computes it, so that it can be set
         args._n_gpu = 1  # with several GPUs in one process the Trainer would split batches behind our back
         super().__init__(model, args, **kwargs)
+        self._loss = loss
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_ProgressBar(description))
@@ -61,8 +68,12 @@ class CompletionTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss, on the columns that have any."""
-        result = super().compute_loss(model, trim_to_answers(inputs), return_outputs, num_items_in_batch)
+        """The model's own loss, on the columns that have any; or another one."""
+        if self._loss is None:
+            result = super().compute_loss(model, trim_to_answers(inputs), return_outputs, num_items_in_batch)
+        else:
+            total, num_tokens = self._loss(model, inputs)
+            result = total / (num_tokens if num_items_in_batch is None else num_items_in_batch)
         loss = result[0] if return_outputs else result
         if not torch.isfinite(loss):
             raise DivergedError(

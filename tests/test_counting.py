@@ -16,6 +16,7 @@ from gradpruner.counting import TABLE_11, count_model, estimate_training_memory,
 from gradpruner.models import ModelSpec
 from gradpruner.offline_configs import OfflineModelSpec, for_dry_run, shipped_config, shipped_ids
 from gradpruner.plan import PruningPlan
+from gradpruner.shape import config_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_8B, MISTRAL = "meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.3"
@@ -147,7 +148,7 @@ def test_a_plan_is_counted_as_the_model_it_makes():
 
 def test_lora_parameters_are_those_of_peft():
     config = sliding()
-    tuned = counting._empty_training_model(config, 4, torch.float32)
+    tuned = counting._empty_training_model(config, config_shape(config), 4, torch.float32)
     trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     assert count_model(config).num_lora_parameters(4) == trained
 
@@ -179,19 +180,19 @@ def test_saved_activations_are_those_of_a_real_forward_pass(tiny_llama):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(tokens, attention_mask=mask, position_ids=tokens, use_cache=False, logits_to_keep=1)
     real = sum(storage.nbytes() for storage in saved.values())
-    assert saved_activation_bytes(model.config, 2, 3, 16, None, torch.float32) == real
+    assert saved_activation_bytes(model.config, config_shape(model.config), 3, 16, None, torch.float32) == real
 
 
 @pytest.mark.parametrize("lora_rank", [None, 8])
 def test_exact_parts_of_the_memory_estimate(lora_rank):
     config = shipped_config(LLAMA_1B)
     estimate = estimate_training_memory(config, 2, 32, 5, torch.bfloat16, lora_rank=lora_rank, accumulate=True)
-    model = counting._empty_training_model(config, lora_rank, torch.bfloat16)
+    model = counting._empty_training_model(config, config_shape(config), lora_rank, torch.bfloat16)
     adapter_dtype_bytes = 4 if lora_rank else 2
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * adapter_dtype_bytes
     assert estimate.weights == 2 * 1_235_814_400 + (trained if lora_rank else 0)
     assert (estimate.gradients, estimate.moments, estimate.factors) == (trained, 2 * trained, 0)
-    direct = saved_activation_bytes(config, 16, 2, 32, lora_rank, torch.bfloat16)
+    direct = saved_activation_bytes(config, config_shape(config), 2, 32, lora_rank, torch.bfloat16)
     assert estimate.activations == direct  # depth is linear
     assert estimate.transient == 2 * 5 * 128_256 * 14  # logits twice, log-probabilities, gradient
     assert estimate.total == sum(vars(estimate).values())

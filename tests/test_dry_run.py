@@ -55,7 +55,7 @@ def test_a_tiny_model(tmp_path):
     assert row(output, "parameters") == [f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}"]
     dense, pruned = 32 + 6 * layer, 32 + 4 * layer
     assert row(output, "without input embedding") == [f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}"]
-    assert row(output, "linear, of one layer")[0] == f"{layer - 64:,}"
+    assert row(output, "linear, of all layers")[0] == f"{(layer - 64) * 6:,}"
     assert row(output, "train rows")[0] == "16" and row(output, "test rows")[0] == "8"
     assert row(output, "fine-tuning steps")[:2] == ["2", "2"]
     assert row(output, "rows seen before pruning")[1] == "6"

@@ -48,7 +48,7 @@ def test_a_run_writes_its_folder(folders, tmp_path, capsys):
         *("loss.png", "importance.png", "checkpoint"),
     }
     data = json.loads((run_dir / "record.json").read_text())
-    assert data["status"] == "finished" and data["schema_version"] == 2 and data["seed"] == 0
+    assert data["status"] == "finished" and data["schema_version"] == 3 and data["seed"] == 0
     for part, keys in KEYS.items():
         assert keys <= set(data[part]), part
     assert {"config", "efficiency", "environment"} <= set(data)

@@ -1,0 +1,103 @@
+"""What the methods share that make layers narrower: a budget, scores of units, and which units stay.
+
+Scores come from the downstream training split, as those of all pruning baselines (Section 4.2).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gradpruner.budget import check_match, check_sparsity
+from gradpruner.finetune import TrainingSpec
+from gradpruner.method import Method
+from gradpruner.shape import ModelShape, check_width_supported
+
+SCORES_FILE = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class WidthPruning(Method):
+    """Base of the methods that make layers narrower.
+
+    Attributes:
+        sparsity: fraction to prune; of what, `match` says.
+        match: `layers`: leave as many parameters as GradPruner does, which takes out that fraction of layers; `total`:
+            that fraction of all parameters; `native`: the method's own setting decides.
+    """
+
+    sparsity: float = 0.4
+    match: str = "layers"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        check_sparsity(self.sparsity)
+        check_match(self.match)
+
+    def shape(self, config: PreTrainedConfig) -> ModelShape:
+        """Narrower layers; see `Method.shape`."""
+        check_width_supported(config, self.name)
+        return self.narrower_shape(config)
+
+    def narrower_shape(self, config: PreTrainedConfig) -> ModelShape:
+        """The shape that meets the budget, for an architecture that is known."""
+        raise NotImplementedError
+
+    def variant(self) -> str:
+        """How much is pruned, and measured how."""
+        return f"sparsity{self.sparsity}" + ("" if self.match == "layers" else f"-{self.match}")
+
+
+def save_scores(scores: Mapping[str, Tensor], directory: Path, method: str) -> None:
+    """Writes one score a unit, by name.
+
+    Raises:
+        ValueError: if scores are not finite; -inf is allowed, for units that leave whatever the rest scores.
+    """
+    for name, values in scores.items():
+        if bool((values.isnan() | (values == torch.inf)).any()):
+            raise ValueError(
+                f"Scores of {name} are NaN or infinite with method={method}. Check the weights, or use a wider dtype "
+                "(model.dtype=float32)."
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: values.double().cpu().contiguous() for name, values in scores.items()}, directory / SCORES_FILE)
+
+
+def load_scores(directory: Path) -> dict[str, Tensor]:
+    """Reads what `save_scores` wrote, float64."""
+    scores: dict[str, Tensor] = load_file(directory / SCORES_FILE)
+    return scores
+
+
+def highest(scores: Sequence[float] | Tensor, count: int) -> tuple[int, ...]:
+    """The `count` units that stay, ascending: the highest; of equal ones the first leaves first."""
+    values = torch.as_tensor(scores, dtype=torch.float64)
+    order = torch.sort(values, stable=True).indices  # lowest first, of equal ones the first
+    return tuple(sorted(order[len(values) - count :].tolist()))
+
+
+def heads_of(groups: Sequence[int], rep: int) -> tuple[int, ...]:
+    """The query heads of KV groups, `rep` of them in each."""
+    return tuple(group * rep + head for group in groups for head in range(rep))
+
+
+def training_spec(settings: Mapping[str, Any] | None, method: str) -> TrainingSpec:
+    """How to train between pruning and the fine-tune.
+
+    Raises:
+        ValueError: if a setting is not one of `finetune.TrainingSpec`.
+    """
+    known = [field.name for field in fields(TrainingSpec)]
+    unknown = sorted(set(settings or {}) - set(known))
+    if unknown:
+        raise ValueError(
+            f"method.recover_training takes the settings of finetune, got {', '.join(unknown)} with method={method}. "
+            f"Known: {', '.join(known)}."
+        )
+    return TrainingSpec(**(settings or {}))

@@ -1,0 +1,137 @@
+"""Distillation: a compressed model learns to predict what the dense one predicts.
+
+MINITRON (Muralidharan et al., arXiv:2407.14679): L = T^2 KL(p_teacher || p_student) over the whole vocabulary, mean
+over tokens, no cross-entropy. Optionally plus alpha L_states, alpha = L / L_states taken as a number, so that the two
+weigh the same. Logits exist for a few tokens at a time, the teacher's and the student's alike, and are computed again
+in the backward pass: those of a whole batch would be most of the memory of a step.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from gradpruner.encoding import IGNORED, Batch
+from gradpruner.hidden_states import decode, head_logits, sum_over_tokens, watch_layers
+from gradpruner.igia import check_choice
+from gradpruner.plan import PruningPlan
+
+TOKENS = ("all", "answer")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How to learn from the dense model.
+
+    Attributes:
+        temperature: T, divides the logits of both.
+        tokens: `all` real tokens but the first of a row, or those of the `answer`.
+        states: also compare hidden states after the layers that stay.
+    """
+
+    temperature: float = 1.0
+    tokens: str = "all"
+    states: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        check_choice("distillation tokens", self.tokens, TOKENS)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}. MINITRON's is 1.")
+
+
+def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over tokens.
+
+    Args:
+        teacher_logits: (tokens, vocabulary).
+        student_logits: (tokens, vocabulary).
+        temperature: T.
+
+    Returns:
+        float32 scalar.
+    """
+    teacher, student = (
+        (logits.float() / temperature).log_softmax(-1) for logits in (teacher_logits, student_logits)
+    )  # (tokens, V)
+    return temperature**2 * functional.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+def add_states_loss(logit_loss: Tensor, states_loss: Tensor) -> Tensor:
+    """L + alpha L_states with alpha = L / L_states, a number."""
+    alpha = logit_loss.detach() / states_loss.detach().clamp_min(torch.finfo(states_loss.dtype).tiny)
+    return logit_loss + alpha * states_loss
+
+
+class DistillationLoss:
+    """The loss of a batch, as `finetune.finetune` takes it.
+
+    Args:
+        teacher: the dense model, frozen.
+        settings: what to compare.
+        plan: how the student was made: which of the teacher's states its own stand for.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, settings: Distillation, plan: PruningPlan) -> None:
+        self._teacher = teacher.requires_grad_(False).eval()
+        self._settings, self._plan = settings, plan
+
+    def __call__(self, student: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """Loss summed over tokens, and how many tokens these are."""
+        assert isinstance(student, PreTrainedModel)
+        chosen = batch["labels"][:, 1:] != IGNORED  # (B, T - 1): the next token is one to predict
+        real = batch["attention_mask"].bool()
+        with torch.no_grad(), _states(self._teacher, self._settings.states) as teacher_states:
+            teacher_last = decode(self._teacher, batch)[:, :-1][chosen]  # (tokens, d)
+        with _states(student, self._settings.states) as student_states:
+            student_last = decode(student, batch)[:, :-1][chosen]
+        total = sum_over_tokens(
+            lambda *states: self._chunk(student, *states), student.config.vocab_size, student_last, teacher_last
+        )
+        num_tokens = int(chosen.sum())
+        if self._settings.states:
+            per_token = states_loss(student_states, teacher_states, self._plan, real)
+            total = add_states_loss(total / num_tokens, per_token) * num_tokens
+        return total, num_tokens
+
+    def _chunk(self, student: PreTrainedModel, student_last: Tensor, teacher_last: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = head_logits(self._teacher, teacher_last)
+        return kl_divergence(teacher_logits, head_logits(student, student_last), self._settings.temperature)
+
+
+def states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], plan: PruningPlan, real: Tensor) -> Tensor:
+    """Mean squared difference of hidden states over layers, real tokens and channels.
+
+    The output of a kept layer stands for what enters the next kept layer of the dense model (the last one's for the
+    dense model's last output); of a narrower residual stream, the channels that stay are compared.
+
+    Args:
+        student: output of every layer, each (B, T, d).
+        teacher: the dense model's, each (B, T, d of the dense model).
+        plan: how the student was made.
+        real: where there is no padding, (B, T) bool.
+    """
+    stands_for = [*(layer - 1 for layer in plan.kept_layers[1:]), plan.num_hidden_layers - 1]
+    hidden = None if plan.width is None or plan.width.hidden is None else list(plan.width.hidden)
+    losses = []
+    for own, layer in zip(student, stands_for, strict=True):
+        target = teacher[layer] if hidden is None else teacher[layer][..., hidden]
+        losses.append(functional.mse_loss(own[real].float(), target[real].float()))
+    return torch.stack(losses).mean()
+
+
+@contextmanager
+def _states(model: PreTrainedModel, wanted: bool) -> Iterator[list[Tensor]]:
+    """The outputs of the layers of a forward pass."""
+    outputs: list[Tensor] = []
+    if not wanted:
+        yield outputs
+        return
+    note: Callable[[int, Tensor, Tensor], None] = lambda layer, before, after: outputs.append(after)  # noqa: E731
+    with watch_layers(model, note):
+        yield outputs

@@ -1,0 +1,181 @@
+"""The shape of a decoder: how wide its residual stream is, and how many heads and MLP channels each layer has.
+
+Units that can leave a layer are whole KV groups (a KV head with the query heads that read it), query heads, and MLP
+channels; single channels of a head cannot, because rotary embedding pairs them. A shape with layers that are all alike
+is a stock config. One with layers that differ is that of no stock model: it is built by resizing a stock one.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gradpruner.architectures import decoder_layers, empty_model, linear_sublayers, shrink_config
+
+# Their layers are q, k, v, o, gate, up and down projections, RMSNorms, and at most norms of single heads; nothing is
+# scaled by a rule that depends on a width.
+WIDTH_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Widths of one decoder layer; every KV head has `num_attention_heads / num_key_value_heads` query heads."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Widths of a decoder.
+
+    Attributes:
+        hidden_size: channels of the residual stream.
+        layers: its decoder layers, first to last.
+    """
+
+    hidden_size: int
+    layers: tuple[LayerShape, ...]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers are alike, so that a stock config describes the model."""
+        return len(set(self.layers)) == 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form: a list of each size, one entry a layer."""
+        sizes = {size: [getattr(layer, size) for layer in self.layers] for size in LAYER_SIZES}
+        return {"hidden_size": self.hidden_size, **sizes}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` wrote."""
+        rows = zip(*(data[size] for size in LAYER_SIZES), strict=True)
+        return cls(data["hidden_size"], tuple(LayerShape(*row) for row in rows))
+
+
+def describe_shape(shape: ModelShape) -> dict[str, str]:
+    """Sizes by name, for readers; `9 in 4, 6 in 24` where four layers have 9 and the next 24 have 6."""
+    sizes = {size: [getattr(layer, size) for layer in shape.layers] for size in LAYER_SIZES}
+    runs = {size: [(count, len(list(same))) for count, same in itertools.groupby(all_)] for size, all_ in sizes.items()}
+    texts = {
+        size: str(own[0][0]) if len(own) == 1 else ", ".join(f"{count} in {length}" for count, length in own)
+        for size, own in runs.items()
+    }
+    return {"hidden_size": str(shape.hidden_size), **texts}
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Channels of one head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def config_shape(config: PreTrainedConfig) -> ModelShape:
+    """The shape of the stock model of a config."""
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layer = LayerShape(config.num_attention_heads, num_kv_heads, config.intermediate_size)
+    return ModelShape(config.hidden_size, (layer,) * config.num_hidden_layers)
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """The shape that the modules of a model have; that of its config where layers cannot be narrower."""
+    if model.config.model_type not in WIDTH_MODEL_TYPES:
+        return config_shape(model.config)
+    layers, width = [], head_dim(model.config)
+    for layer in decoder_layers(model):
+        linear = linear_sublayers(layer)
+        heads, kv_heads = (linear[f"self_attn.{name}_proj"].out_features // width for name in "qk")
+        layers.append(LayerShape(heads, kv_heads, linear["mlp.down_proj"].in_features))
+    return ModelShape(model.get_input_embeddings().embedding_dim, tuple(layers))
+
+
+def check_width_supported(config: PreTrainedConfig, method: str) -> None:
+    """Refuses a model whose layers cannot be made narrower, from its config alone.
+
+    Raises:
+        ValueError: if the architecture is not one of `WIDTH_MODEL_TYPES`.
+    """
+    if config.model_type not in WIDTH_MODEL_TYPES:
+        raise ValueError(
+            f"method={method} makes layers narrower, which is known for {', '.join(WIDTH_MODEL_TYPES)}, got model type "
+            f"{config.model_type!r}. Choose such a model, or a method that takes out whole layers."
+        )
+
+
+def shaped_config(config: PreTrainedConfig, shape: ModelShape) -> PreTrainedConfig:
+    """A copy of the config with as many layers and, where the shape is uniform, its widths.
+
+    Layers that differ keep the sizes of `config`: a model has to be resized to them.
+    """
+    changed = shrink_config(config, tuple(range(len(shape.layers))))
+    set_widths(changed, shape)
+    return changed
+
+
+def set_widths(config: PreTrainedConfig, shape: ModelShape) -> None:
+    """Writes the widths of a shape into a config; those of layers only if they are all alike."""
+    if shape.layers == config_shape(config).layers and shape.hidden_size == config.hidden_size:
+        return
+    config.head_dim = head_dim(config)  # first: else it would follow from the other two
+    config.hidden_size = shape.hidden_size
+    if shape.is_uniform:
+        for size in LAYER_SIZES:
+            setattr(config, size, getattr(shape.layers[0], size))
+
+
+def empty_shaped_model(config: PreTrainedConfig, shape: ModelShape) -> PreTrainedModel:
+    """The model of that shape without storage (meta device), for counting."""
+    model = empty_model(shaped_config(config, shape))
+    if not shape.is_uniform:
+        resize_layers(model, shape)
+    return model
+
+
+@torch.no_grad()
+def resize_layers(model: PreTrainedModel, shape: ModelShape) -> None:
+    """Gives layers that are not of the shape new, uninitialized linear weights of its sizes, in place."""
+    width, hidden = head_dim(model.config), shape.hidden_size
+    for layer, sizes, own in zip(decoder_layers(model), shape.layers, model_shape(model).layers, strict=True):
+        if sizes == own:
+            continue
+        query, kv = sizes.num_attention_heads * width, sizes.num_key_value_heads * width
+        outputs_inputs = {
+            "self_attn.q_proj": (query, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, query),
+            "mlp.gate_proj": (sizes.intermediate_size, hidden),
+            "mlp.up_proj": (sizes.intermediate_size, hidden),
+            "mlp.down_proj": (hidden, sizes.intermediate_size),
+        }
+        for name, linear in linear_sublayers(layer).items():
+            outputs, inputs = outputs_inputs[name]
+            bias = None if linear.bias is None else linear.bias.new_empty(outputs)
+            set_linear(linear, linear.weight.new_empty(outputs, inputs), bias)
+        note_sizes(layer, sizes)
+
+
+def set_linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Gives a linear sublayer a weight and bias of other sizes, trained or not as before."""
+    linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    linear.out_features, linear.in_features = weight.shape
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+
+
+def note_sizes(layer: nn.Module, sizes: LayerShape) -> None:
+    """Tells a layer's modules what they keep of its sizes besides the weights."""
+    set_attribute(layer, "self_attn.num_key_value_groups", sizes.num_attention_heads // sizes.num_key_value_heads)
+    set_attribute(layer, "mlp.intermediate_size", sizes.intermediate_size)
+
+
+def set_attribute(module: nn.Module, path: str, value: object) -> None:
+    """Sets an attribute of a submodule that is no tensor; mypy takes all attributes of modules for tensors."""
+    owner, _, name = path.rpartition(".")
+    setattr(module.get_submodule(owner), name, value)
