@@ -58,6 +58,7 @@ bench: setup  ## time and memory against a reference measured in the same run
 	$(BIN)/python -m benchmarks.gram_scores
 	$(BIN)/python -m benchmarks.importance_memory
 	$(BIN)/python -m benchmarks.streaming_prune
+	$(BIN)/python -m benchmarks.llm_pruner_memory
 
 .PHONY: bench-lm-eval
 bench-lm-eval: setup  ## option scoring against lm-evaluation-harness: same numbers, and time (own venv, minutes)

@@ -118,7 +118,7 @@ def _narrow_hidden(model: PreTrainedModel, hidden: Tensor) -> None:
 
 def head_channels(heads: Sequence[int], width: int) -> Tensor:
     """The channels of some heads of `width` channels each, in their order."""
-    return (torch.tensor(heads)[:, None] * width + torch.arange(width)).flatten()
+    return (torch.tensor(heads, dtype=torch.int64)[:, None] * width + torch.arange(width)).flatten()
 
 
 def _slice(linear: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> None:
