@@ -51,6 +51,8 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         console.print(f"Pruned layers: {pruning['pruned_layers']}; merged: {merged or 'none'}")
     if widths := _widths(records[-1]):
         console.print(widths, soft_wrap=True)
+    for note in pruning["report"].get("notes", []):
+        console.print(note, soft_wrap=True)
     for warning in pruning["report"].get("warnings", []):
         console.print(f"[yellow]Warning:[/] {warning}")
     if (run_dir / "checkpoint").is_dir():

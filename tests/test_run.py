@@ -88,7 +88,7 @@ def test_a_reference_whose_yaml_inherits(folders, tmp_path):
 
 def test_unknown_reference(folders):
     with pytest.raises(
-        ValueError, match=r"reference must name a method, got 'dens'\. Known: angular, dense, gradpruner"
+        ValueError, match=r"reference must name a method, got 'dens'\. Known: angular, apt, apt_fast, dense, gradpruner"
     ):
         run("reference=dens", *folders)
 
@@ -264,7 +264,7 @@ def test_known_options_and_other_arguments_pass():
 
 
 def test_pruning_none_is_refused(folders):
-    with pytest.raises(ValueError, match=r"gradpruner would prune none of the 6 decoder layers\. Raise sparsity"):
+    with pytest.raises(ValueError, match=r"gradpruner would prune nothing of the 6 decoder layers\. Raise sparsity"):
         run("sparsity=0.05", "merge_count=0", *folders)
 
 

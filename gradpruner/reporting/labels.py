@@ -18,7 +18,7 @@ METHODS = {
     "llm_pruner": "LLM-Pruner",
     "laco": "LaCo",
     "minitron": "MINITRON",
-    "sat": "SAT",
+    "sat": "SAT (ends dense)",
     "apt": "APT",
     "apt_fast": "APT, fast",
     "small_dense": "FT(smaller model)",

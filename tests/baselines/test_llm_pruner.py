@@ -256,10 +256,23 @@ def test_a_dead_unit_scores_nothing_and_leaves_first(model_type, make_batches):
     torch.testing.assert_close(logits(model, batch), before)
 
 
-@pytest.mark.parametrize("settings", [{"sparsity": 0.0}, {"match": "native", "ratio": 0.0}])
-def test_a_ratio_of_nothing_changes_no_bit(settings, make_batches):
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_masked_is_sliced(model_type, make_batches):
     [batch] = make_batches(1)
-    model, before = make_model(), logits(make_model(), batch)
+    sliced, masked = make_model(model_type), make_model(model_type)
+    width = LlmPruner(**NATIVE).compress(sliced, [batch]).plan.width
+    for layer, heads, kept in zip(masked.model.layers, width.heads, width.channels, strict=True):
+        gone = [channel for channel in range(48) if channel // 8 not in heads]
+        layer.self_attn.o_proj.weight.data[:, gone] = 0
+        layer.mlp.down_proj.weight.data[:, [channel for channel in range(24) if channel not in kept]] = 0
+    torch.testing.assert_close(logits(sliced, batch), logits(masked, batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("settings", [{"sparsity": 0.0}, {"match": "native", "ratio": 0.0}])
+def test_a_ratio_of_nothing_changes_no_bit(settings, model_type, make_batches):
+    [batch] = make_batches(1)
+    model, before = make_model(model_type), logits(make_model(model_type), batch)
     assert LlmPruner(**settings).compress(model, [batch]).plan.width is None
     assert torch.equal(logits(model, batch), before)
 

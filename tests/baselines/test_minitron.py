@@ -196,18 +196,20 @@ def test_what_stays_is_what_scores_highest(make_batches, tmp_path):
     assert scores["hidden"][list(width.hidden)].min() >= scores["hidden"][gone].max()
 
 
-def test_masked_is_sliced(make_batches):
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_masked_is_sliced(model_type, make_batches):
     [batch] = make_batches(1)
-    sliced, masked = make_model(), make_model()
+    sliced, masked = make_model(model_type), make_model(model_type)
     width = Minitron(axes="ffn").compress(sliced, [batch]).plan.width
     for layer, kept in zip(masked.model.layers, width.channels, strict=True):
         layer.mlp.down_proj.weight.data[:, [channel for channel in range(64) if channel not in kept]] = 0
     torch.testing.assert_close(logits(sliced, batch), logits(masked, batch))
 
 
-def test_channels_without_activations_leave_first(make_batches):
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_channels_without_activations_leave_first(model_type, make_batches):
     [batch] = make_batches(1)
-    model = make_model()
+    model = make_model(model_type)
     for layer in model.model.layers:
         layer.mlp.up_proj.weight.data[::2] = 0  # every second channel
     before = logits(model, batch)
@@ -216,10 +218,11 @@ def test_channels_without_activations_leave_first(make_batches):
     torch.testing.assert_close(logits(model, batch), before)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("axes", ["width", "ffn", "depth"])
-def test_a_sparsity_of_nothing_changes_no_bit(axes, make_batches):
+def test_a_sparsity_of_nothing_changes_no_bit(axes, model_type, make_batches):
     [batch] = make_batches(1)
-    model, before = make_model(), logits(make_model(), batch)
+    model, before = make_model(model_type), logits(make_model(model_type), batch)
     plan = Minitron(axes=axes, sparsity=0.0).compress(model, [batch]).plan
     assert plan.width is None and plan.pruned_layers == ()
     assert torch.equal(logits(model, batch), before)
