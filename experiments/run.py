@@ -28,6 +28,7 @@ from experiments.tracker import Tracker
 from gradpruner import offline_configs
 from gradpruner.cache import content_hash
 from gradpruner.checkpoint import save_checkpoint
+from gradpruner.efficiency import process_memory_bytes
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.files import write_text
 from gradpruner.pipeline import PLAN_FILE, Outcome, Pipeline
@@ -43,7 +44,9 @@ logger = logging.getLogger(__name__)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # What results do not depend on; everything else is part of a run's identity.
-NOT_IDENTITY = ("tracker", "reference", "dry_run", "save_checkpoint", "results_dir", "output_dir", "cache_dir")
+NOT_IDENTITY = (
+    *("tracker", "reference", "dry_run", "save_checkpoint", "measure_speed", "results_dir", "output_dir", "cache_dir"),
+)
 # Where the settings of a second dataset are, by where its name is.
 SETTINGS_OF = {"dataset.test": "dataset.test_settings", "method.recover_on": "method.recover_settings"}
 
@@ -108,6 +111,7 @@ def build_pipeline(cfg: DictConfig) -> Pipeline:
         seed=cfg.seed,
         cache_dir=Path(cfg.cache_dir),
         evaluate_before=cfg.evaluate_before,
+        measure_speed=cfg.measure_speed,
         recovery_task=_other_task(cfg, "method.recover_on", recover_on, recover_settings),
     )
 
@@ -221,6 +225,7 @@ def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord
 
 def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, key: str, tracker: Tracker) -> RunRecord:
     logger.info("%s on %s: %s", pipeline.method.name, pipeline.task.name, run_dir)
+    own_memory = process_memory_bytes()
     outcome = pipeline.run()
     outcome.plan.save(run_dir / PLAN_FILE)
     shutil.copyfile(outcome.predictions, run_dir / PREDICTIONS_FILE)
@@ -231,13 +236,13 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, key: str, trac
         folder = run_dir / "checkpoint"
         model, name = pipeline.load_result(), pipeline.base_model.name
         save_checkpoint(model, pipeline.tokenizer, outcome.plan, folder, name, _resolved(cfg))
-    record = _record(cfg, pipeline, key, outcome)
+    record = _record(cfg, pipeline, key, outcome, own_memory)
     record.save(run_dir)  # before the tracker: it may fail
     tracker.log(record, outcome.training["history"], run_dir)
     return record
 
 
-def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome) -> RunRecord:
+def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome, own_memory: int) -> RunRecord:
     plan, report = outcome.plan, dict(outcome.report)
     dense, pruned = pipeline.num_dense_parameters, report.pop("num_parameters")
     num_dense_layers = pipeline.dense_config.num_hidden_layers
@@ -271,6 +276,8 @@ def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome) -> 
             "parameter_ratio": pruned / dense,
             "compression_seconds": outcome.compression["seconds"],
             "compression_peak_memory_bytes": outcome.compression["peak_memory_bytes"],
+            "speed": outcome.speed or {},
+            "process_memory_bytes": own_memory,
             "recovery_seconds": outcome.recovery["train_seconds"] if outcome.recovery else 0.0,
             "stage_seconds": outcome.seconds,
         },

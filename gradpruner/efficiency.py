@@ -87,6 +87,12 @@ def total_cost(*files: Path) -> dict[str, float]:
     }
 
 
+def process_memory_bytes() -> int:
+    """What the process has before it does anything: libraries on a CPU, nothing on a GPU."""
+    _release_memory()
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
+
+
 def _release_memory() -> None:
     """Gives freed memory back to the system; glibc would keep most of it."""
     gc.collect()

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradpruner import finetune
+from gradpruner import finetune, speed
 from gradpruner.architectures import check_finite_weights, count_parameters, empty_model
 from gradpruner.cache import StageCache, content_hash
 from gradpruner.distill import DistillationLoss
@@ -30,7 +30,7 @@ from gradpruner.finetune import TrainingSpec, load_finetuned
 from gradpruner.method import Compressed, Method, Recovery
 from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan
-from gradpruner.shape import ModelShape, model_shape
+from gradpruner.shape import ModelShape, config_shape, model_shape
 from gradpruner.stage_keys import StageKeys
 from gradpruner.tasks import Example, Task
 
@@ -40,6 +40,7 @@ METRICS_FILE = "metrics.json"
 PLAN_FILE, REPORT_FILE = finetune.PLAN_FILE, finetune.REPORT_FILE
 SECONDS_FILE = "seconds.json"
 COST_FILE = "cost.json"
+SPEED_FILE = "speed.json"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Outcome:
         seconds: wall time per stage when it was computed.
         compression: `seconds` and `peak_memory_bytes` of measuring and pruning, without loading the model.
         recovery: account of the training on other data between pruning and the fine-tune, or None.
+        speed: phases of inference of the dense model and this one, their ratios and the workload; None if not asked.
     """
 
     plan: PruningPlan
@@ -67,6 +69,7 @@ class Outcome:
     seconds: dict[str, float]
     compression: dict[str, float]
     recovery: dict[str, Any] | None = None
+    speed: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Pipeline:
         evaluate_before: also evaluate before fine-tuning.
         test_task: another dataset to test on (Table 12).
         recovery_task: data for the method's training between pruning and the fine-tune.
+        measure_speed: time inference, beside the dense model.
     """
 
     model: ModelSpec
@@ -96,6 +100,7 @@ class Pipeline:
     evaluate_before: bool = True
     test_task: Task | None = None
     recovery_task: Task | None = None
+    measure_speed: bool = False
 
     # ---- what can be known, and refused, before any weight is loaded ----
 
@@ -241,6 +246,7 @@ class Pipeline:
         trained = self._cached("finetune", self._keys.finetune, states.write_finetuned, resumable=True)
         after = self._evaluated(self._keys.finetune, states.finetuned)
         predicted = self._predicted(self._keys.finetune, states.finetuned)
+        report = json.loads((pruned / REPORT_FILE).read_text())
         folders = {"measure": self._measured(), "finetune": trained, "predict": predicted, "evaluate": after}
         described = trained if (trained / PLAN_FILE).is_file() else pruned  # some methods prune while they train
         return Outcome(
@@ -253,6 +259,7 @@ class Pipeline:
             seconds={stage: _seconds(folder) for stage, folder in folders.items()},
             compression=total_cost(self._measured() / COST_FILE, pruned / COST_FILE),
             recovery=finetune.read_result(recovered) if recovered else None,
+            speed=self._speed(ModelShape.from_dict(report["shape"])) if self.measure_speed else None,
         )
 
     def load_result(self) -> PreTrainedModel:
@@ -294,6 +301,30 @@ class Pipeline:
     def _recovered(self, states: "_Models") -> Path:
         """Folder with the weights after the training between pruning and the fine-tune."""
         return self._cached("recover", self._keys.recover, states.write_recovered, resumable=True)
+
+    def _speed(self, shape: ModelShape) -> dict[str, Any]:
+        """Inference of the dense model and of that shape, timed in turns on this machine; all runs alike share it."""
+        model = self.base_model
+        workload = speed.Workload(
+            dtype=str(model.torch_dtype).removeprefix("torch."), attn_implementation=model.attn_implementation
+        )
+        models = {"dense": (self.dense_config, config_shape(self.dense_config)), "own": (self.config, shape)}
+        is_dense = models["own"][1] == models["dense"][1]  # its own twin: not timed twice
+
+        def compute(directory: Path) -> None:
+            found = speed.measure({"dense": models["dense"]} if is_dense else models, workload, ("infer",))
+            dense, own = found["dense"], found["dense" if is_dense else "own"]
+            summary = {
+                "workload": dataclasses.asdict(workload),
+                "dense": {name: phase.to_dict() for name, phase in dense.items()},
+                "own": {name: phase.to_dict() for name, phase in own.items()},
+                "ratios": speed.ratios(own, dense),
+            }
+            write_json(directory / SPEED_FILE, summary)
+
+        folder = self._cached("speed", self._keys.speed(models, workload), compute)
+        summary: dict[str, Any] = json.loads((folder / SPEED_FILE).read_text())
+        return summary
 
     def _calibration_batches(self) -> Iterable[Batch]:
         calibration = self.resolved_method.calibration()

@@ -27,7 +27,8 @@ class RunRecord:
         finetune: `steps`, `tokens`, `train_seconds`, `peak_memory_bytes`, `loss`.
         metrics: of the fine-tuned model, see `evaluate.metrics`.
         metrics_before: of the compressed model before fine-tuning; empty when not asked for.
-        efficiency: ratios to the dense model, and seconds per stage.
+        efficiency: ratios to the dense model, seconds per stage, time and memory of compression; memory of the process
+            before the run; `speed`: prefill and decoding of the dense model and this one, timed in turns.
         environment: versions, hardware, commit.
         error: what stopped a failed run.
     """

@@ -109,9 +109,9 @@ def check_width_supported(config: PreTrainedConfig, method: str) -> None:
 
 
 def shaped_config(config: PreTrainedConfig, shape: ModelShape) -> PreTrainedConfig:
-    """A copy of the config with as many layers and, where the shape is uniform, its widths.
+    """A copy of the config with as many layers and, where a stock config can say them, the widths.
 
-    Layers that differ keep the sizes of `config`: a model has to be resized to them.
+    Otherwise layers keep the sizes of `config`: a model has to be resized to the shape.
     """
     changed = shrink_config(config, tuple(range(len(shape.layers))))
     set_widths(changed, shape)
@@ -119,12 +119,15 @@ def shaped_config(config: PreTrainedConfig, shape: ModelShape) -> PreTrainedConf
 
 
 def set_widths(config: PreTrainedConfig, shape: ModelShape) -> None:
-    """Writes the widths of a shape into a config; those of layers only if they are all alike."""
+    """Writes the widths of a shape into a config; those of layers only if they are all alike.
+
+    And if the residual stream is a multiple of the heads, without which transformers would not read a Llama config.
+    """
     if shape.layers == config_shape(config).layers and shape.hidden_size == config.hidden_size:
         return
     config.head_dim = head_dim(config)  # first: else it would follow from the other two
     config.hidden_size = shape.hidden_size
-    if shape.is_uniform:
+    if shape.is_uniform and shape.hidden_size % shape.layers[0].num_attention_heads == 0:
         for size in LAYER_SIZES:
             setattr(config, size, getattr(shape.layers[0], size))
 
@@ -132,7 +135,7 @@ def set_widths(config: PreTrainedConfig, shape: ModelShape) -> None:
 def empty_shaped_model(config: PreTrainedConfig, shape: ModelShape) -> PreTrainedModel:
     """The model of that shape without storage (meta device), for counting."""
     model = empty_model(shaped_config(config, shape))
-    if not shape.is_uniform:
+    if config_shape(model.config) != shape:
         resize_layers(model, shape)
     return model
 

@@ -6,7 +6,7 @@ vary within a sweep without the stage being computed again.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from gradpruner import (
     merge,
     plan,
     shape,
+    speed,
     stability,
     surgery,
     trainer,
@@ -34,6 +35,7 @@ from gradpruner.cache import code_version, content_hash
 from gradpruner.encoding import TrainingRow
 from gradpruner.evaluate import accuracy, base, bertscore_f1, likelihood, metrics, rouge_l
 from gradpruner.method import Method
+from gradpruner.runtime import environment
 from gradpruner.tasks import fingerprint
 
 if TYPE_CHECKING:
@@ -125,6 +127,16 @@ class StageKeys:
             "predictions": content_hash(self.predict(weights)),
             "evaluation": self._pipeline.resolved_evaluation.measurement_settings(),
             "code": code_version(metrics, accuracy, rouge_l, bertscore_f1),
+        }
+
+    def speed(self, models: Mapping[str, speed.Model], workload: speed.Workload) -> Key:
+        """Shapes, what is timed, and the machine; no weights."""
+        machine = environment()
+        return {
+            "models": {name: [config.to_dict(), shape.to_dict()] for name, (config, shape) in models.items()},
+            "workload": dataclasses.asdict(workload),
+            "machine": {name: machine[name] for name in ("device", "platform", "num_threads", "packages")},
+            "code": code_version(speed, shape),
         }
 
     @cached_property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradpruner.architectures import decoder_layers, linear_sublayers
-from gradpruner.plan import WidthPlan
+from gradpruner.plan import PruningPlan, WidthPlan
 from gradpruner.shape import (
     LayerShape,
     ModelShape,
@@ -78,6 +78,21 @@ def narrowed_shape(shape: ModelShape, width: WidthPlan) -> ModelShape:
             )
         layers.append(LayerShape(len(heads), sum(count > 0 for count in readers), len(kept)))
     return ModelShape(shape.hidden_size if width.hidden is None else len(width.hidden), tuple(layers))
+
+
+def planned_shape(dense: ModelShape, plan: PruningPlan) -> ModelShape:
+    """The shape that a whole plan makes of the dense one.
+
+    Raises:
+        ValueError: if the plan is for another depth, or as `narrow` does.
+    """
+    if plan.num_hidden_layers != len(dense.layers):
+        raise ValueError(
+            f"The plan is for {plan.num_hidden_layers} decoder layers, the model has {len(dense.layers)}. "
+            "Apply it to the dense model that it was made for."
+        )
+    kept = ModelShape(dense.hidden_size, tuple(dense.layers[layer] for layer in plan.kept_layers))
+    return kept if plan.width is None else narrowed_shape(kept, plan.width)
 
 
 def _narrow_layer(

@@ -11,8 +11,8 @@ from gradpruner.reporting.labels import METHODS, Column, describe_origins, metri
 
 # What may differ between the rows of one table; everything else in a config makes another table.
 NOT_SETTING = (
-    *("method", "sparsity", "merge_count", "seed", "reference", "evaluate_before", "tracker", "dry_run"),
-    *("save_checkpoint", "results_dir", "output_dir", "cache_dir"),
+    *("method", "sparsity", "merge_count", "seed", "reference", "evaluate_before", "measure_speed", "tracker"),
+    *("dry_run", "save_checkpoint", "results_dir", "output_dir", "cache_dir"),
 )
 
 
@@ -45,9 +45,13 @@ def comparisons(records: Sequence[RunRecord]) -> list[Table]:
     settings: dict[str, list[RunRecord]] = {}
     for record in records:
         if record.status == "finished":
-            setting = {key: value for key, value in record.config.items() if key not in NOT_SETTING}
-            settings.setdefault(json.dumps(setting, sort_keys=True), []).append(record)
+            settings.setdefault(json.dumps(setting(record), sort_keys=True), []).append(record)
     return [_comparison(settings[key]) for key in sorted(settings)]
+
+
+def setting(record: RunRecord) -> dict[str, Any]:
+    """What a run shares with those that it may be compared with: model, data, fine-tuning, evaluation."""
+    return {key: value for key, value in record.config.items() if key not in NOT_SETTING}
 
 
 def _comparison(records: list[RunRecord]) -> Table:

@@ -1,0 +1,104 @@
+"""APT, adaptive pruning and tuning: prune while LoRA trains, and grow the adapters that matter (Zhao et al., 2024).
+
+The fine-tune starts from the dense model. After a warm-up, KV groups, MLP channels and channels of the residual stream
+leave in several cuts on a cubic schedule, by running scores (`apt_scores`) of what training itself shows. Between two
+cuts, masks of the units that are to leave next move to 0 step by step (`apt_hooks`); at a cut they are set to it,
+weights and adapters are sliced, and the more salient half of the adapters gets higher ranks (`apt_adapters`). The model
+before the first cut teaches the pruned one for a while (`apt_distill`). arXiv:2401.12200.
+
+Deviations from the code (ROIM1998/APT), besides those of `apt_scores` and `apt_distill`: schedules are parts of the
+training steps, in the proportions of its LLaMA script; adapters are on all linear sublayers, as with every method here,
+where the script's are on q and v; weights are sliced at every cut, where the code does so after distillation; masks
+move in every step from the warm-up on, where the code's do in the last 200 before a cut; RMSNorm under masks is that of
+the sliced model; the final model is that of the last step, not of the best evaluation.
+
+In a short run 1 % of the steps hardly tunes the model, which then is no good teacher: raise `prune_start`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import TrainerCallback
+
+from baselines.apt_pruning import AptPruning
+from baselines.apt_scores import Schedule
+from baselines.apt_training import AptTraining
+from baselines.layer_dropping import check_positive
+from gradpruner.finetune import TrainingSpec
+
+
+@dataclass(frozen=True)
+class Apt(AptPruning):
+    """Prunes while it trains, so only through `finetune` (or the runner); `compress` alone changes nothing.
+
+    Attributes:
+        prune_start: part of the training steps before masks move.
+        prune_end: part of the training steps by which the last cut is made.
+        num_cuts: cuts between the two.
+        mask_step: how far a mask moves in a training step.
+        growth: adapter parameters at the last cut, as a multiple of those at the start.
+        max_rank: no adapter grows beyond.
+        distil: learn from the model before the first cut.
+        distil_end: part of the training steps up to which it does.
+        layer_weight: of the loss that compares states.
+        logit_weight: of the loss that compares predictions.
+        temperature: divides the logits of both.
+        seed: of new ranks, and of the layers that are compared.
+    """
+
+    name: ClassVar[str] = "apt"
+    sources: ClassVar[tuple[str, ...]] = (
+        "baselines.apt_adapters",
+        "baselines.apt_distill",
+        "baselines.apt_hooks",
+        "baselines.apt_scores",
+        "baselines.apt_training",
+        "gradpruner.distill",
+    )
+
+    prune_start: float = 0.01
+    prune_end: float = 0.333
+    num_cuts: int = 16
+    mask_step: float = 0.01
+    growth: float = 4.0
+    max_rank: int = 64
+    distil: bool = True
+    distil_end: float = 0.667
+    layer_weight: float = 0.9
+    logit_weight: float = 1.0
+    temperature: float = 0.667
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        super().__post_init__()
+        check_positive(self, "num_cuts", "max_rank", "growth")
+        if not 0.0 <= self.prune_start <= self.prune_end <= self.distil_end <= 1.0:
+            raise ValueError(
+                "prune_start, prune_end and distil_end are parts of the training steps, in [0, 1] and in this order, "
+                f"got {self.prune_start}, {self.prune_end} and {self.distil_end}. APT's are 0.01, 0.333 and 0.667."
+            )
+        for name in ("mask_step", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
+
+    def check_training(self, training: TrainingSpec) -> None:
+        """Raises ValueError unless it is LoRA, without recomputed activations."""
+        super().check_training(training)
+        if training.gradient_checkpointing:
+            raise ValueError(
+                "APT scores units by what passes through the model in training, where recomputing activations would "
+                "count twice, got gradient_checkpointing=true. Set finetune.gradient_checkpointing=false."
+            )
+
+    def variant(self) -> str:
+        """How much is pruned, and whether there is a teacher."""
+        return super().variant() + ("" if self.distil else "-alone")
+
+    def schedule(self, num_steps: int) -> Schedule:
+        """When what happens in a run of so many optimizer steps."""
+        return Schedule.of(num_steps, self.prune_start, self.prune_end, self.distil_end, self.num_cuts)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """The callback that does the work."""
+        return [AptTraining(self)]

@@ -1,0 +1,135 @@
+"""What APT does to LoRA adapters and their optimizer while they train: narrower with the model, and of higher rank."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from gradpruner.architectures import decoder_layers
+from gradpruner.plan import WidthPlan
+from gradpruner.shape import head_dim, model_shape, set_linear
+from gradpruner.width_surgery import READS_HIDDEN, WRITES_HIDDEN, head_channels, narrow
+
+ADAPTER = "default"  # peft's name for the only adapter
+Change = tuple[Tensor, Tensor, Callable[[Tensor], Tensor] | None]  # old, new, old moments to new ones
+
+
+def adapters(model: PeftModel) -> dict[str, lora.Linear]:
+    """LoRA layers by their name in the base model, in its order."""
+    modules = model.get_base_model().named_modules()
+    return {name: module for name, module in modules if isinstance(module, lora.Linear)}
+
+
+def factors(layer: lora.Linear) -> tuple[nn.Linear, nn.Linear]:
+    """A, whose weight is (rank, inputs), and B, (outputs, rank)."""
+    return layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+
+
+def num_adapter_parameters(layer: lora.Linear) -> int:
+    """Parameters of A and B."""
+    return sum(factor.weight.numel() for factor in factors(layer))
+
+
+@contextmanager
+def without_adapters(model: PeftModel) -> Iterator[PreTrainedModel]:
+    """The base model with plain linear sublayers while it is open; what happens to these lasts."""
+    base, own = model.get_base_model(), adapters(model)
+    try:
+        for name, layer in own.items():
+            base.set_submodule(name, layer.base_layer)
+        yield base
+    finally:
+        for name, layer in own.items():
+            base.set_submodule(name, layer)
+
+
+@torch.no_grad()
+def narrow_with_adapters(model: PeftModel, width: WidthPlan, optimizer: Optimizer) -> None:
+    """`width_surgery.narrow` for a model in training: slices frozen weights, adapters, and the optimizer's moments.
+
+    Args:
+        model: with LoRA on all linear sublayers of all decoder layers.
+        width: units of the model as it is that stay.
+        optimizer: of the adapters.
+    """
+    with without_adapters(model) as base:
+        shape = model_shape(base)
+        narrow(base, width)
+    channels, changes = head_dim(base.config), []
+    hidden = None if width.hidden is None else torch.tensor(width.hidden)
+    for layer, old, heads, kept in zip(decoder_layers(base), shape.layers, width.heads, width.channels, strict=True):
+        rep = old.num_attention_heads // old.num_key_value_heads
+        query = head_channels(heads, channels)
+        kv = head_channels(sorted({head // rep for head in heads}), channels)
+        mlp = torch.tensor(kept)
+        inside = dict(zip(READS_HIDDEN, (query, kv, kv, mlp, mlp), strict=True))
+        inside |= dict(zip(WRITES_HIDDEN, (query, mlp), strict=True))
+        for name, units in inside.items():
+            module: Any = layer.get_submodule(name)
+            rows, columns = (units, hidden) if name in READS_HIDDEN else (hidden, units)
+            a, b = factors(module)
+            changes += [take(a, columns, 1), take(b, rows, 0)]
+            module.in_features, module.out_features = a.in_features, b.out_features
+    change_parameters(optimizer, [change for change in changes if change is not None])
+
+
+@torch.no_grad()
+def grow(model: PeftModel, ranks: dict[str, int], optimizer: Optimizer, generator: torch.Generator) -> None:
+    """Gives adapters higher ranks; what the model computes stays the same, as alpha / rank does.
+
+    New rows of A are drawn as peft does, new columns of B are zero. Moments of what grows start anew.
+
+    Args:
+        model: with LoRA.
+        ranks: by name of the LoRA layer, as `adapters` has it.
+        optimizer: of the adapters.
+        generator: of the draws, on the CPU.
+    """
+    changes: list[Change] = []
+    config = model.peft_config[ADAPTER]
+    for name, layer in adapters(model).items():
+        rank, old = ranks[name], layer.r[ADAPTER]
+        if rank == old:
+            continue
+        a, b = factors(layer)
+        bound = 1 / math.sqrt(a.in_features)
+        rows = torch.empty(rank - old, a.in_features).uniform_(-bound, bound, generator=generator)
+        before = a.weight, b.weight
+        set_linear(a, torch.cat([a.weight, rows.to(a.weight)]), None)
+        set_linear(b, torch.cat([b.weight, b.weight.new_zeros(len(b.weight), rank - old)], dim=1), None)
+        changes += [(before[0], a.weight, None), (before[1], b.weight, None)]
+        alpha = layer.lora_alpha[ADAPTER] * rank / old
+        layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, alpha, alpha / rank
+        # From these peft makes the same adapters again.
+        config.rank_pattern[name], config.alpha_pattern[name] = rank, alpha
+    change_parameters(optimizer, changes)
+
+
+def take(linear: nn.Linear, kept: Tensor | None, dim: int) -> Change | None:
+    """Keeps only these rows (dim 0) or columns (dim 1) of a weight without bias; None is all."""
+    if kept is None:
+        return None
+    old, index = linear.weight, kept.to(linear.weight.device)
+    set_linear(linear, old.detach().index_select(dim, index), None)
+    return old, linear.weight, lambda moment: moment.index_select(dim, index)
+
+
+def change_parameters(optimizer: Optimizer, changes: list[Change]) -> None:
+    """Puts new parameters in the places of old ones, with the moments that follow from theirs, or with none."""
+    new = {id(change[0]): change[1] for change in changes}
+    for group in optimizer.param_groups:
+        group["params"] = [new.get(id(parameter), parameter) for parameter in group["params"]]
+    for old, parameter, convert in changes:
+        state = optimizer.state.pop(old, None)
+        if state and convert is not None:
+            # Besides moments there is a count of steps, a scalar.
+            optimizer.state[parameter] = {
+                key: convert(value) if value.shape == old.shape else value for key, value in state.items()
+            }

@@ -1,0 +1,148 @@
+"""APT's self-distillation: the model before pruning teaches the one that is being pruned.
+
+    L = mu L_distill + (1 - mu) L_answers,   L_distill = w_layer L_layer + w_logit T^2 KL(teacher || student)
+
+mu goes from 0 to 1 while the model is pruned. L_layer compares one layer of each quarter of the depth, drawn anew every
+step, with the same layer of the student after a map Tr; states are first divided by their root mean square, as in the
+code for sequence-to-sequence models, or LLaMA's few huge channels would be all of it. KL is summed over answer tokens
+and divided by the rows of the batch ("batchmean"). All of this is in float32: in bfloat16 it gives NaN.
+
+The teacher's frozen weights are the dense model's own tensors; only its adapters are copies. Pruning gives the student
+sliced copies of frozen weights, so from the first cut on memory holds both, until the teacher is not asked any more.
+"""
+
+import copy
+import itertools
+import random
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from gradpruner.cache import content_hash
+from gradpruner.distill import kl_divergence
+from gradpruner.encoding import IGNORED, Batch
+from gradpruner.hidden_states import decode, head_logits, sum_over_tokens, watch_layers
+
+QUARTERS = 4
+
+
+class StateMap(nn.Module):
+    """Tr(x) = x + s B A x: the identity at first, since B is zero.
+
+    Args:
+        width: channels of the residual stream.
+        rank: rows of A.
+        scaling: s.
+    """
+
+    def __init__(self, width: int, rank: int, scaling: float) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.b.weight)
+        self.scaling = scaling
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Maps states (tokens, width) in float32."""
+        mapped: Tensor = states + self.scaling * self.b(self.a(states))
+        return mapped
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with modules of its own around the same weights: what replaces weights of one leaves the other."""
+    return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
+
+
+def make_teacher(dense: PreTrainedModel, config: LoraConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The dense model with frozen adapters.
+
+    Args:
+        dense: adapters are put on it in place.
+        config: of the adapters, as they were before any rank grew.
+        state: their weights, as peft's `get_peft_model_state_dict` gives them.
+    """
+    with torch.random.fork_rng():  # the first weights of adapters are drawn
+        teacher = get_peft_model(dense, config)
+    set_peft_model_state_dict(teacher, dict(state))
+    base: PreTrainedModel = teacher.get_base_model()
+    return base.requires_grad_(False).eval()
+
+
+def drawn_layers(num_layers: int, seed: int, step: int) -> list[int]:
+    """One layer of each quarter of the depth; seeded by the step, so that a resumed run draws the same."""
+    draw = random.Random(content_hash([seed, step]))
+    bounds = [num_layers * quarter // QUARTERS for quarter in range(QUARTERS + 1)]
+    return [draw.randrange(first, end) for first, end in itertools.pairwise(bounds) if first < end]
+
+
+def layer_loss(student: Tensor, teacher: Tensor, state_map: StateMap) -> Tensor:
+    """Mean squared difference of normalized states, (tokens, d) each, float32."""
+    return functional.mse_loss(state_map(_normalized(student)), _normalized(teacher))
+
+
+def distillation_loss(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: Batch,
+    *,
+    mu: float,
+    layers: list[int],
+    hidden: Tensor,
+    state_map: StateMap,
+    layer_weight: float,
+    logit_weight: float,
+    temperature: float,
+) -> tuple[Tensor, int]:
+    """The loss of a batch, as `finetune.finetune` takes it.
+
+    Args:
+        student: being trained.
+        teacher: see `make_teacher`.
+        batch: `input_ids`, `attention_mask`, `labels`, each (B, T).
+        mu: share of the distillation.
+        layers: whose states to compare.
+        hidden: channels of the teacher's residual stream that the student has, (d',) int64.
+        state_map: Tr, of width d'.
+        layer_weight: of L_layer.
+        logit_weight: of the divergence.
+        temperature: T.
+
+    Returns:
+        Loss times answer tokens, and how many tokens these are.
+    """
+    labels, real = batch["labels"][:, 1:], batch["attention_mask"].bool()
+    chosen = labels != IGNORED  # (B, T - 1): the next token is one to predict
+    num_tokens = int(chosen.sum())
+    states: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+
+    def last_states(model: PreTrainedModel, whose: str) -> Tensor:
+        def note(layer: int, before: Tensor, after: Tensor) -> None:
+            if layer in layers:
+                states[whose].append(after[real])
+
+        with watch_layers(model, note):
+            return decode(model, batch)[:, :-1][chosen]  # (tokens, d)
+
+    def of_chunk(own: Tensor, other: Tensor, targets: Tensor) -> Tensor:
+        logits = head_logits(student, own)
+        with torch.no_grad():
+            teacher_logits = head_logits(teacher, other)
+        answers = functional.cross_entropy(logits.float(), targets, reduction="sum")
+        divergence = kl_divergence(teacher_logits, logits, temperature) / len(labels) * num_tokens
+        return (1 - mu) * answers + mu * logit_weight * divergence
+
+    with torch.no_grad():
+        teacher_last = last_states(teacher, "teacher")
+    student_last = last_states(student, "student")
+    total = sum_over_tokens(of_chunk, student.config.vocab_size, student_last, teacher_last, labels[chosen])
+    pairs = zip(states["student"], states["teacher"], strict=True)
+    compared = torch.stack([layer_loss(own, other[:, hidden], state_map) for own, other in pairs]).mean()
+    return total + mu * layer_weight * compared * num_tokens, num_tokens
+
+
+def _normalized(states: Tensor) -> Tensor:
+    states = states.float()
+    return states * (states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()

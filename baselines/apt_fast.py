@@ -1,0 +1,71 @@
+"""APT, fast: prune once by APT's scores, before fine-tuning; no distillation (Zhao et al., arXiv:2401.12200).
+
+The authors' variant for LLaMA. Scores are summed over small batches of the downstream task; see `apt_scores`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from baselines.apt_hooks import static_scores
+from baselines.apt_pruning import AptPruning, hidden_step
+from baselines.apt_scores import Units, densest_units, keep_one, unit_costs, width_plan
+from baselines.layer_dropping import check_positive, checked
+from baselines.width_pruning import load_scores, save_scores
+from gradpruner.architectures import check_finite_weights
+from gradpruner.encoding import Batch
+from gradpruner.method import Calibration, Compressed
+from gradpruner.plan import PruningPlan
+from gradpruner.shape import config_shape, head_dim
+from gradpruner.surgery import apply_plan
+
+
+@dataclass(frozen=True)
+class AptFast(AptPruning):
+    """Prunes KV groups, MLP channels and channels of the residual stream by salience and outliers, in one cut.
+
+    Attributes:
+        num_rows: training rows to look at.
+        batch_size: rows of a batch; part of the scores, which multiply sums over a batch.
+        seed: of the draw of rows.
+    """
+
+    name: ClassVar[str] = "apt_fast"
+    sources: ClassVar[tuple[str, ...]] = ("baselines.apt_scores", "baselines.apt_hooks")
+
+    num_rows: int = 256
+    batch_size: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        super().__post_init__()
+        check_positive(self, "num_rows", "batch_size")
+
+    def calibration(self) -> Calibration:
+        """Rows of the training split, each at most once."""
+        return Calibration(self.batch_size, self.num_rows, self.seed, once=True)
+
+    def measurement_settings(self) -> dict[str, Any]:
+        """The rows; scores serve every budget."""
+        return {"num_rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
+
+    def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
+        """Scores all units; raises ValueError if weights or scores are not finite, or there is no data."""
+        check_finite_weights(model)
+        scores = static_scores(model, checked(batches, self))
+        save_scores(scores.tensors(), directory, self.name)
+
+    def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
+        """Keeps the units with the highest scores for their size."""
+        config, dense = model.config, config_shape(model.config)
+        costs, budget = self.budget(config)
+        scores, step = Units.from_tensors(load_scores(directory)), hidden_step(config)
+        kept, _ = densest_units(keep_one(scores, step), unit_costs(dense, head_dim(config)), costs, budget, step)
+        rep = dense.layers[0].num_attention_heads // dense.layers[0].num_key_value_heads
+        width = width_plan(kept, rep, Units.full(dense, True))
+        plan = PruningPlan(num_hidden_layers=len(dense.layers), method=self.name, width=width)
+        return Compressed(apply_plan(model, plan), plan, {"kept_part": kept.parts()})

@@ -1,0 +1,102 @@
+"""What APT's two variants share: which parameters a budget counts, and how small the model gets."""
+
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedConfig
+
+from baselines.apt_scores import Costs
+from baselines.width_pruning import WidthPruning
+from gradpruner.budget import target_parameters
+from gradpruner.finetune import TrainingSpec
+from gradpruner.shape import LayerShape, ModelShape, config_shape
+
+
+@dataclass(frozen=True)
+class AptPruning(WidthPruning):
+    """Base of `apt` and `apt_fast`.
+
+    Attributes:
+        gamma: part of the parameters outside of embedding and output head that stays, for `match=native`.
+    """
+
+    gamma: float = 0.6
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        super().__post_init__()
+        if not 0.0 < self.gamma <= 1.0:
+            raise ValueError(
+                f"gamma is the part of the parameters that stays, in (0, 1], got {self.gamma}. For 60 % set "
+                "method.gamma=0.6."
+            )
+
+    def check_training(self, training: TrainingSpec) -> None:
+        """Raises ValueError unless it is LoRA: APT is made of adapters that tune what it prunes."""
+        if training.mode != "lora":
+            raise ValueError(
+                f"APT prunes and grows LoRA adapters, so it needs finetune=lora, got finetune={training.mode}. "
+                "Use finetune=lora, or another method such as llm_pruner."
+            )
+
+    def variant(self) -> str:
+        """How much is pruned, and measured how."""
+        return f"gamma{self.gamma}" if self.match == "native" else super().variant()
+
+    def budget(self, config: PreTrainedConfig) -> tuple[Costs, int]:
+        """What counts, and how much of it may stay.
+
+        Args:
+            config: of the dense model.
+
+        Raises:
+            ValueError: if not even one KV group and MLP channel a layer fits.
+        """
+        costs = Costs.of(config, embeddings=self.match != "native")
+        dense, step = config_shape(config), hidden_step(config)
+        if self.match == "native":
+            target = round(self.gamma * costs.of_shape(dense))
+        else:
+            target = target_parameters(config, self.sparsity, self.match)
+        smallest = costs.of_shape(_narrowed(dense, 0.0, step))
+        if smallest > target:
+            raise ValueError(
+                f"method={self.name} keeps a KV group and an MLP channel in every layer: {smallest:,} parameters, got "
+                f"a budget of {target:,}. Lower sparsity, or raise method.gamma where method.match=native."
+            )
+        return costs, target
+
+    def narrower_shape(self, config: PreTrainedConfig) -> ModelShape:
+        """What the dry run counts: the method's sizes follow from data, these are the same part of each kind of unit.
+
+        Its parameters are those of the budget, to within an MLP channel a layer. Nothing else relies on it.
+        """
+        costs, target = self.budget(config)
+        dense, step = config_shape(config), hidden_step(config)
+        if costs.of_shape(dense) <= target:
+            return dense
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if costs.of_shape(_narrowed(dense, middle, step)) <= target else (low, middle)
+        shape = _narrowed(dense, low, step)
+        layer, num_layers = shape.layers[0], len(shape.layers)
+        one_wider = num_layers * (costs.channel * shape.hidden_size + costs.channel_bias)
+        wider = layer.intermediate_size + (target - costs.of_shape(shape)) // one_wider
+        wider = min(wider, dense.layers[0].intermediate_size)
+        return replace(shape, layers=(replace(layer, intermediate_size=wider),) * num_layers)
+
+
+def hidden_step(config: PreTrainedConfig) -> int:
+    """The number of hidden channels stays a multiple of this: LlamaConfig wants one of its number of heads."""
+    heads: int = config.num_attention_heads
+    return heads if config.hidden_size % heads == 0 else 1
+
+
+def _narrowed(dense: ModelShape, part: float, step: int) -> ModelShape:
+    """A uniform shape with that part of all units, at least one of each; hidden channels as `apt_scores` keeps them."""
+    layer = dense.layers[0]
+    rep = layer.num_attention_heads // layer.num_key_value_heads
+    groups = max(1, round(part * layer.num_key_value_heads))
+    channels = max(1, round(part * layer.intermediate_size))
+    hidden = step * max(1, round(part * (dense.hidden_size // step)))
+    return ModelShape(hidden, (LayerShape(groups * rep, groups, channels),) * len(dense.layers))

@@ -1,0 +1,314 @@
+"""How fast a model is and how much memory it takes: training steps, prefill and decode, in processes of their own.
+
+Time and memory depend on a model's shape and not on what its weights say, so a process builds the shape with random
+weights. It is a fresh one because on a CPU memory is that of the whole process, and what earlier work has touched would
+count. Models are measured in turns, so that a machine that slows down slows all of them.
+
+    echo '{"role": ..., ...}' | python -m gradpruner.speed     # what `measure` starts; see `_main`
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from gradpruner.efficiency import PeakMemory, process_memory_bytes
+from gradpruner.encoding import TrainingRow
+from gradpruner.finetune import TrainingSpec, finetune
+from gradpruner.igia import check_choice
+from gradpruner.models import DTYPES
+from gradpruner.runtime import default_device, quiet_libraries
+from gradpruner.shape import ModelShape, config_shape, resize_layers, shaped_config
+
+ROLES = ("train", "infer")
+Model = tuple[PreTrainedConfig, ModelShape]  # config of the dense model, and the shape made from it
+SKIPPED_STEPS = 2  # the first steps of a training run are slower than the rest
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed.
+
+    Attributes:
+        mode: training of `full` weights or `lora` adapters.
+        lora_rank: rank of the adapters.
+        gradient_checkpointing: recompute activations.
+        train_rows: rows of a training step.
+        train_tokens: tokens of each.
+        answer_tokens: how many of them carry loss.
+        batch_size: rows of a prompt and of each decoding step.
+        prompt_tokens: tokens of the prompt.
+        new_tokens: decoding steps.
+        dtype: of the weights, one of `models.DTYPES`.
+        attn_implementation: as in `ModelSpec`.
+        repeats: timed repeats of every phase in every process.
+        rounds: processes a model and role.
+    """
+
+    mode: str = "lora"
+    lora_rank: int = 8
+    gradient_checkpointing: bool = False
+    train_rows: int = 8
+    train_tokens: int = 64
+    answer_tokens: int = 8
+    batch_size: int = 1
+    prompt_tokens: int = 128
+    new_tokens: int = 16
+    dtype: str = "float32"
+    attn_implementation: str = "auto"
+    repeats: int = 5
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"{field.name} must be 1 or more, got {value}. Raise it.")
+        if self.answer_tokens >= self.train_tokens:
+            raise ValueError(
+                f"answer_tokens must be fewer than the {self.train_tokens} train_tokens, got {self.answer_tokens}."
+            )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of one model.
+
+    Attributes:
+        seconds: of every timed repeat: a training step, a whole prompt, one decoding step.
+        tokens: that a repeat goes through.
+        peak_memory_bytes: highest memory above what the process had before the model was built.
+    """
+
+    seconds: tuple[float, ...]
+    tokens: int
+    peak_memory_bytes: int
+
+    @property
+    def median_seconds(self) -> float:
+        """Of the repeats."""
+        return statistics.median(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: median and quartiles, tokens a second, memory."""
+        low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
+        return {
+            "median_seconds": self.median_seconds,
+            "quartile_seconds": [low, high],
+            "tokens_per_second": self.tokens / self.median_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "repeats": len(self.seconds),
+        }
+
+
+def measure(
+    models: Mapping[str, Model], workload: Workload, roles: Sequence[str] = ROLES
+) -> dict[str, dict[str, Phase]]:
+    """Measures models in turns.
+
+    Args:
+        models: by name.
+        workload: what to time.
+        roles: `train` gives the phase of that name, `infer` gives `prefill` and `decode`.
+
+    Returns:
+        Phases by model and name. Memory is the highest of all rounds.
+
+    Raises:
+        RuntimeError: if a process fails, with what it wrote to stderr.
+    """
+    found: dict[str, dict[str, Phase]] = {name: {} for name in models}
+    turns = [(role, name) for _ in range(workload.rounds) for role in roles for name in models]
+    for role, name in tqdm(turns, desc="speed", unit="process"):
+        for phase, new in _in_fresh_process(role, *models[name], workload).items():
+            old = found[name].get(phase)
+            found[name][phase] = new if old is None else _pooled(old, new)
+    return found
+
+
+def ratios(own: Mapping[str, Phase], dense: Mapping[str, Phase]) -> dict[str, dict[str, float]]:
+    """Time and memory of a model as parts of the dense model's, by phase."""
+    return {
+        phase: {
+            "time": own[phase].median_seconds / dense[phase].median_seconds,
+            "memory": own[phase].peak_memory_bytes / dense[phase].peak_memory_bytes,
+        }
+        for phase in own
+    }
+
+
+def _pooled(one: Phase, other: Phase) -> Phase:
+    peak = max(one.peak_memory_bytes, other.peak_memory_bytes)
+    return Phase((*one.seconds, *other.seconds), one.tokens, peak)
+
+
+def _in_fresh_process(role: str, config: PreTrainedConfig, shape: ModelShape, workload: Workload) -> dict[str, Phase]:
+    request = {
+        "role": role,
+        "config": json.loads(config.to_json_string(use_diff=False)),
+        "shape": shape.to_dict(),
+        "workload": dataclasses.asdict(workload),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "gradpruner.speed"],
+        input=json.dumps(request),
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"Measuring ({role}) ended with status {done.returncode}:\n{done.stderr}")
+    phases = json.loads(done.stdout.splitlines()[-1])
+    return {
+        name: Phase(tuple(phase["seconds"]), phase["tokens"], phase["peak_bytes"]) for name, phase in phases.items()
+    }
+
+
+# ---- in the fresh process ----
+
+
+def _main() -> None:
+    """Reads a request, measures, prints the phases as JSON."""
+    request = json.load(sys.stdin)
+    quiet_libraries()
+    workload = Workload(**request["workload"])
+    values = request["config"]
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    shape = ModelShape.from_dict(request["shape"])
+    torch.manual_seed(0)
+    before = process_memory_bytes()
+    model = random_model(config, shape, workload)
+    measured = _train(model, workload) if request["role"] == "train" else _infer(model, workload)
+    for phase in measured.values():
+        phase["peak_bytes"] -= before
+    print(json.dumps(measured))
+
+
+def random_model(config: PreTrainedConfig, shape: ModelShape, workload: Workload) -> PreTrainedModel:
+    """A model of that shape with random weights, on the default device."""
+    attention = None if workload.attn_implementation == "auto" else workload.attn_implementation
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        shaped_config(config, shape), dtype=DTYPES[workload.dtype], attn_implementation=attention
+    )
+    if config_shape(model.config) != shape:
+        resize_layers(model, shape)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)  # what was in memory may be slow to compute with
+    return model.to(default_device()).eval()
+
+
+class _StepTimes(TrainerCallback):
+    """Wall time of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _synchronize()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def _train(model: PreTrainedModel, workload: Workload) -> dict[str, dict[str, Any]]:
+    """Steps of `finetune.finetune`, as a run makes them."""
+    spec = TrainingSpec(
+        mode=workload.mode,
+        lora_rank=workload.lora_rank,
+        gradient_checkpointing=workload.gradient_checkpointing,
+        batch_size=workload.train_rows,
+        micro_batch_size=workload.train_rows,
+        max_steps=SKIPPED_STEPS + workload.repeats,
+        save_steps=10**9,
+    )
+    ids = _random_ids(workload.train_rows, workload.train_tokens, model.config.vocab_size).tolist()
+    rows = [TrainingRow(tuple(row), workload.answer_tokens) for row in ids]
+    times = _StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        result = finetune(model, rows, 0, spec, Path(folder), callbacks=[times])
+    tokens = workload.train_rows * workload.train_tokens
+    seconds = times.seconds[SKIPPED_STEPS:]
+    return {"train": {"seconds": seconds, "tokens": tokens, "peak_bytes": result["peak_memory_bytes"]}}
+
+
+@torch.inference_mode()
+def _infer(model: PreTrainedModel, workload: Workload) -> dict[str, dict[str, Any]]:
+    """A prompt into an empty key-value cache, then greedy tokens one by one."""
+    prompt = _random_ids(workload.batch_size, workload.prompt_tokens, model.config.vocab_size).to(model.device)
+
+    def prefill() -> tuple[Tensor, Any]:
+        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1:].argmax(-1), output.past_key_values
+
+    prefill()  # warm-up
+    with PeakMemory() as memory:
+        seconds = [_timed(prefill) for _ in range(workload.repeats)]
+    peaks = {"prefill": memory.peak_bytes}
+    step_seconds: list[float] = []
+    with PeakMemory() as memory:
+        for repeat in range(1 + workload.repeats):
+            token, cache = prefill()  # so that every repeat sees the same lengths
+            for _ in range(workload.new_tokens if repeat else 1):  # first a warm-up
+
+                def decode(token: Tensor = token, cache: Any = cache) -> None:
+                    output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    token.copy_(output.logits[:, -1:].argmax(-1))
+
+                seconds_taken = _timed(decode)
+                if repeat:
+                    step_seconds.append(seconds_taken)
+    peaks["decode"] = memory.peak_bytes
+    return {
+        "prefill": {"seconds": seconds, "tokens": prompt.numel(), "peak_bytes": peaks["prefill"]},
+        "decode": {"seconds": step_seconds, "tokens": workload.batch_size, "peak_bytes": peaks["decode"]},
+    }
+
+
+def _random_ids(rows: int, length: int, vocab_size: int) -> Tensor:
+    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    work()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    _main()
