@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from experiments.report import read_records
 from experiments.run import CONF, run_job
 from gradpruner.files import write_json
+from gradpruner.plan import PruningPlan, WidthPlan
 
 
 def run(tmp_path, *overrides):
@@ -45,3 +46,31 @@ def test_nothing_to_report(tmp_path):
 def test_help_is_its_own():
     done = report("--help")
     assert done.returncode == 0 and "Usage: python -m experiments.report" in done.stdout and "runs_dir" in done.stdout
+
+
+def test_table_11_takes_any_model_and_plan(tmp_path):
+    done = report("table=11", "model=tiny_random", f"cache_dir={tmp_path}/cache")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "original" in done.stdout
+        and "pruned, 20% of layers" in done.stdout
+        and "paper" not in done.stdout.split("*")[0]
+    )
+    plan = PruningPlan(6, (1,), width=WidthPlan(((0, 1),) * 5, ((0, 3),) * 5), method="by_hand")
+    plan.save(tmp_path / "plan.json")
+    done = report("table=11", "model=tiny_random", f"cache_dir={tmp_path}/cache", f"plan={tmp_path}/plan.json")
+    assert done.returncode == 0 and "by_hand" in done.stdout, done.stderr
+
+
+def test_table_2_wants_a_dense_run(tmp_path):
+    run(tmp_path, "method=last")
+    done = report("table=2", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 1 and "Run method=dense with the same settings" in done.stderr
+    run(tmp_path, "method=dense")
+    done = report("table=2", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 0 and "time and memory (Table 2)" in done.stdout
+
+
+def test_other_tables_are_refused():
+    done = report("table=99")
+    assert done.returncode == 1 and "table must be one of 2, 11, or null for comparisons, got 99" in done.stderr

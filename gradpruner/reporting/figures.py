@@ -1,5 +1,6 @@
 """Figures of one run. Colours are told apart by colour-blind readers and by a grey print."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from matplotlib.patches import Patch
 from gradpruner.plan import PruningPlan
 
 KEPT, MERGED, PRUNED = "#0072B2", "#E69F00", "#CCCCCC"  # Okabe and Ito's palette
+LINE_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "marker": "o"},
+    {"color": "#E69F00", "marker": "s", "linestyle": "--"},
+    {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
+)
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
@@ -55,6 +62,28 @@ def plot_importance(plan: PruningPlan, report: dict[str, Any], path: Path) -> No
             ylim=(0, 1.05),
             xlim=(0.5, len(overlap) + 0.5),
         )
+    _save(figure, path)
+
+
+def plot_speed(points: Mapping[float, Mapping[str, Mapping[str, float]]], path: Path) -> None:
+    """Time and memory against sparsity, as parts of the dense model's.
+
+    Args:
+        points: by fraction of layers pruned: by phase: `time` and `memory`.
+        path: of the picture.
+    """
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    sparsities = sorted(points)
+    for axis, kind in zip(axes, ("time", "memory"), strict=True):
+        for style, phase in zip(LINE_STYLES, points[sparsities[0]], strict=False):
+            values = [points[sparsity][phase][kind] for sparsity in sparsities]
+            axis.plot([100 * sparsity for sparsity in sparsities], values, label=phase, markersize=4, **style)
+        axis.plot([0, 100 * sparsities[-1]], [1, 1 - sparsities[-1]], color="#888888", linewidth=1, label="layers left")
+        axis.set(xlabel="layers pruned (%)", title=kind, ylim=(0, 1.08))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("part of the dense model's")
+    axes[1].legend(loc="lower left", frameon=False)
     _save(figure, path)
 
 

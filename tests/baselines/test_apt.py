@@ -808,6 +808,9 @@ def test_training_that_does_not_fit_is_refused_before_weights_are_loaded(changes
     monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("loaded weights"))
     with pytest.raises(ValueError, match=match):
         make_pipeline(APT, training=dataclasses.replace(SPEC, **changes)).run()
+    if "mode" in changes:
+        with pytest.raises(ValueError, match=match):
+            make_pipeline(AptFast(), training=dataclasses.replace(SPEC, **changes)).run()
 
 
 def test_variants_tell_runs_apart():

@@ -1,0 +1,93 @@
+"""Table 2 over made-up records, Table 11 to every published digit, and the published values themselves."""
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+from reporting.test_tables import record
+
+from experiments.run import CONF
+from gradpruner.offline_configs import shipped_config
+from gradpruner.reporting.efficiency import counts_table, efficiency_tables
+from gradpruner.shape import LayerShape, ModelShape, config_shape
+
+PAPER = CONF.parent / "results" / "paper"
+MB = 10**6
+
+
+def published(name):
+    return yaml.safe_load((PAPER / f"{name}.yaml").read_text())
+
+
+def run(method, train_seconds, train_mb, compress=(0.0, 0), seed=0, **efficiency):
+    made = record(method, seed=seed)
+    finetune = made.finetune | {"train_seconds": train_seconds, "peak_memory_bytes": train_mb * MB}
+    costs = {"compression_seconds": compress[0], "compression_peak_memory_bytes": compress[1] * MB}
+    costs |= {"process_memory_bytes": 500 * MB, **efficiency}
+    return dataclasses.replace(made, finetune=finetune, efficiency=costs)
+
+
+def speed(prefill, decode, memory):
+    own = {name: {"peak_memory_bytes": memory * MB} for name in ("prefill", "decode")}
+    dense = {name: {"peak_memory_bytes": 100 * MB} for name in ("prefill", "decode")}
+    times = {"prefill": {"time": prefill, "memory": 0.0}, "decode": {"time": decode, "memory": 0.0}}
+    return {"speed": {"ratios": times, "own": own, "dense": dense}}
+
+
+def test_table_2_is_percent_of_dense():
+    runs = [
+        run("gradpruner", 50.0, 1100, (12.0, 900), **speed(0.61, 0.65, 69)),
+        run("llm_pruner", 60.0, 1000, (3.0, 3500), recovery_seconds=37.0),
+        run("dense", 100.0, 1500, **speed(1.0, 1.0, 100)),
+    ]
+    [table] = efficiency_tables(runs, published("table2"))
+    assert [row[0] for row in table.rows] == ["Dense", "LLM-Pruner", "GradPruner"]
+    assert table.rows[0][1::2] == ["100.0"] * 5
+    # Above the 500 MB of the process: (1100 - 500) / (1500 - 500), and LLM-Pruner's peak is that of its importance.
+    assert table.rows[2][1::2] == ["62.0", "60.0", "61.0", "65.0", "69.0"]
+    assert table.rows[2][2::2] == ["66.9", "64.4", "61.8", "-", "60.7"]
+    assert table.rows[1][1::2] == ["100.0", "300.0", "-", "-", "-"]
+    assert table.rows[1][2::2] == ["81.8", "266.4", "69.7", "-", "64.6"]
+
+
+def test_without_a_dense_run_there_is_no_table():
+    assert efficiency_tables([run("gradpruner", 50.0, 1100)], published("table2")) == []
+
+
+def test_seeds_have_rows_of_their_own():
+    [table] = efficiency_tables([run("dense", 1.0, 600), *(run("random", 1.0, 600, seed=n) for n in (0, 1))], {})
+    assert [row[0] for row in table.rows] == ["Dense", "Random", "Random (seed 1)"]
+
+
+def test_table_11_to_every_published_digit():
+    paper = published("table11")
+    config = shipped_config(paper["model"])
+    dense = config_shape(config)
+    shapes = {"original": dense, "pruned": dataclasses.replace(dense, layers=dense.layers[:19])}
+    rows = {row: paper[row] for row in shapes}
+    table = counts_table("t", config, shapes, torch.bfloat16, paper["length"], rows)
+    for row in table.rows:
+        assert row[2:8:2] == row[3:8:2] == paper[row[0]]
+    complete = dict(zip(table.headers[8:], table.rows[1][8:], strict=True))
+    assert complete["params"] == "5,194,805,248" and complete["GMACs"] == "600.22" and complete["of first"] == "0.647"
+
+
+def test_counts_of_any_shape():
+    config = shipped_config("meta-llama/Llama-3.2-1B")
+    dense = config_shape(config)
+    narrow = ModelShape(2048, (LayerShape(16, 4, 100), *dense.layers[1:]))
+    table = counts_table("t", config, {"a": dense, "b": narrow}, torch.float32)
+    assert "paper" not in table.headers and len(table.rows) == 2
+    assert all(len(row) == len(table.headers) for row in table.rows)
+
+
+def test_published_values_of_table_2():
+    paper = published("table2")
+    assert {mode: len(paper[mode]) for mode in ("full", "lora")} == {"full": 5, "lora": 6}
+    rows = [row for mode in ("full", "lora") for row in paper[mode].values()]
+    assert all(len(row) == len(paper["columns"]) == 4 for row in rows)
+    # "approximately 36% reductions in both training time and memory usage, along with 39% savings in inference"
+    train = [100 - value for mode in ("full", "lora") for value in paper[mode]["gradpruner"][:2]]
+    infer = [100 - value for mode in ("full", "lora") for value in paper[mode]["gradpruner"][2:]]
+    assert sum(train) / 4 == pytest.approx(36, abs=1) and sum(infer) / 4 == pytest.approx(39, abs=1)
