@@ -69,6 +69,8 @@ class KernelIgia(GradPruner):
             raise ValueError(
                 f"kernel_igia prunes channels, got num_pruned_layers={self.num_pruned_layers}. Give sparsity instead."
             )
+        if self.repair != "none":
+            raise ValueError(f"kernel_igia drops no layers, got repair={self.repair}. Set method.repair=none.")
         if self.merge_count or self.merged_layers:
             raise ValueError(
                 f"kernel_igia merges channels, all that leave, got merge_count={self.merge_count} and "

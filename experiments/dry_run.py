@@ -89,6 +89,10 @@ def _add_data(table: Table, pipeline: Pipeline, estimated: str) -> None:
     table.add_row(f"{estimated}tokens trained on", f"{trained:,}", f"{trained:,}")
     if calibration:
         table.add_row("rows seen before pruning", "", f"{calibration.count(len(pipeline.rows)):,}")
+    if pipeline.recovery:
+        recovery_rows = pipeline.recovery_rows
+        table.add_row("steps of recovery", "", f"{pipeline.recovery.training.num_steps(len(recovery_rows)):,}")
+        table.add_row("  rows, tokens", "", f"{len(recovery_rows):,}, {sum(len(r.input_ids) for r in recovery_rows):,}")
     table.add_row("test rows", f"{len(pipeline.test_examples):,}")
 
 

@@ -274,6 +274,7 @@ def _record(cfg: DictConfig, pipeline: Pipeline, key: str, outcome: Outcome, own
         efficiency={
             "layer_ratio": len(plan.kept_layers) / num_dense_layers,
             "parameter_ratio": pruned / dense,
+            "train_tokens_per_second": outcome.training["tokens"] / outcome.training["train_seconds"],
             "compression_seconds": outcome.compression["seconds"],
             "compression_peak_memory_bytes": outcome.compression["peak_memory_bytes"],
             "speed": outcome.speed or {},

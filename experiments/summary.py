@@ -51,6 +51,11 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         console.print(f"Pruned layers: {pruning['pruned_layers']}; merged: {merged or 'none'}")
     if widths := _widths(records[-1]):
         console.print(widths, soft_wrap=True)
+    if ratios := records[-1].efficiency.get("speed", {}).get("ratios"):
+        parts = [
+            f"{phase} {own['time']:.2f} of the time, {own['memory']:.2f} of the memory" for phase, own in ratios.items()
+        ]
+        console.print(f"Inference beside the dense model: {'; '.join(parts)}", soft_wrap=True)
     for note in pruning["report"].get("notes", []):
         console.print(note, soft_wrap=True)
     for warning in pruning["report"].get("warnings", []):

@@ -5,11 +5,12 @@ is apart from pruning because it is the expensive half and most settings of a sw
 `measurement_settings` does not name can vary without measuring again.
 """
 
+import copy
 import dataclasses
 import logging
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,11 +35,14 @@ from gradpruner.importance import ImportanceSpec, record_early_gradients
 from gradpruner.merge import check_rule
 from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan, check_counts, make_plan
+from gradpruner.repair import REPAIRS, check_repairable, repair
 from gradpruner.shape import ModelShape, config_shape
 from gradpruner.stability import stability_report
 from gradpruner.surgery import apply_plan
 
 logger = logging.getLogger(__name__)
+
+LEAST_SQUARES = "least_squares"
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,10 @@ class Method:
         """Training on other data between pruning and the fine-tune, or None."""
         return None
 
+    def repair_calibration(self) -> Calibration | None:
+        """The batches for `repair.repair` after pruning, or None for no repair."""
+        return None
+
     def variant(self) -> str:
         """What sets this run apart from others of the method, for the name of its folder."""
         return ""
@@ -186,11 +194,17 @@ class Method:
         check_model(model)
         method = self.resolve(len(decoder_layers(model)))
         method.shape(model.config)
+        repairs = method.repair_calibration() is not None
+        taken: Iterable[Batch] = list(batches) if repairs else batches
+        dense = copy.deepcopy(model) if repairs else None
         with tempfile.TemporaryDirectory() as scratch:
-            method.measure(model, batches, Path(scratch))
+            method.measure(model, taken, Path(scratch))
             compressed = method.prune(model, Path(scratch))
         compressed.log_warnings()
-        return compressed
+        if dense is None:
+            return compressed
+        fits = repair(compressed.model, dense, compressed.plan, taken)
+        return dataclasses.replace(compressed, plan=compressed.plan.with_details(repair=[asdict(fit) for fit in fits]))
 
     def callbacks(self) -> list[TrainerCallback]:
         """Trainer callbacks that act during fine-tuning."""
@@ -208,10 +222,15 @@ class DepthMethod(Method):
     Attributes:
         sparsity: fraction of decoder layers to prune; `round(sparsity * layers)` leave.
         num_pruned_layers: how many layers leave.
+        repair: what to do about the damage before fine-tuning, one of `repair.REPAIRS`; `least_squares` folds a linear
+            map for every run of pruned layers into the layer before it.
+        repair_rows: training rows for that, at most all.
     """
 
     sparsity: float | None = None
     num_pruned_layers: int | None = None
+    repair: str = "none"
+    repair_rows: int = 320
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work or contradict each other."""
@@ -225,6 +244,9 @@ class DepthMethod(Method):
                 f"sparsity is the fraction of decoder layers to prune, in [0, 1), got {self.sparsity}. "
                 "For 40 % write sparsity=0.4."
             )
+        check_choice("method.repair", self.repair, REPAIRS)
+        if self.repair_rows < 2:
+            raise ValueError(f"repair_rows must be 2 or more, got {self.repair_rows}. Raise method.repair_rows.")
 
     def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
         """Turns `sparsity` into a number of layers; see `Method.resolve`."""
@@ -238,12 +260,21 @@ class DepthMethod(Method):
     def shape(self, config: PreTrainedConfig) -> ModelShape:
         """Fewer layers of the same shape; which ones leave does not matter for that."""
         assert self.num_pruned_layers is not None
+        if self.repair_calibration() is not None:
+            check_repairable(config)
         dense = config_shape(config)
         return dataclasses.replace(dense, layers=dense.layers[self.num_pruned_layers :])
 
+    def repair_calibration(self) -> Calibration | None:
+        """Rows of the training split, each at most once."""
+        if self.repair == "none":
+            return None
+        return Calibration(8, self.repair_rows, getattr(self, "seed", 0), once=True)
+
     def variant(self) -> str:
-        """How much is pruned."""
-        return f"sparsity{self.sparsity}" if self.num_pruned_layers is None else f"layers{self.num_pruned_layers}"
+        """How much is pruned, and whether it is repaired."""
+        cut = f"sparsity{self.sparsity}" if self.num_pruned_layers is None else f"layers{self.num_pruned_layers}"
+        return cut if self.repair == "none" else f"{cut}-{self.repair}"
 
 
 @dataclass(frozen=True)
@@ -257,7 +288,8 @@ class GradPruner(DepthMethod):
         merge_count: how many of the pruned layers merge, the most important first.
         merged_layers: the pruned layers that merge, instead of `merge_count`.
         density: fraction of each merged weight that may enter the kept one (the paper's 80 % sparsity is 0.2).
-        merge_rule: one of `merge.MERGE_RULES`.
+        merge_rule: one of `merge.MERGE_RULES`; or `least_squares`, which merges nothing and repairs, as
+            `merge_rule=none` with `repair=least_squares` does.
         score: one of `igia.SCORES`.
         step_weighting: one of `igia.STEP_WEIGHTINGS`.
         steps: importance steps.
@@ -300,7 +332,8 @@ class GradPruner(DepthMethod):
             raise ValueError(f"density must be in [0, 1], got {self.density}. Set method.density, e.g. to 0.2.")
         if self.merge_count < 0:
             raise ValueError(f"merge_count must be 0 or above, got {self.merge_count}. Use 0 for no merging.")
-        check_rule(self.merge_rule)
+        if self.merge_rule != LEAST_SQUARES:
+            check_rule(self.merge_rule)
         check_choice("score", self.score, SCORES)
         check_choice("step_weighting", self.step_weighting, STEP_WEIGHTINGS)
         if self.steps is not None:
@@ -331,6 +364,12 @@ class GradPruner(DepthMethod):
         merged = self.merge_count if self.merged_layers is None else "-".join(map(str, self.merged_layers)) or 0
         return f"{super().variant()}-merge{merged}"
 
+    def repair_calibration(self) -> Calibration | None:
+        """As for all depth methods; `merge_rule=least_squares` asks for it, too."""
+        if self.merge_rule == LEAST_SQUARES:
+            return dataclasses.replace(self, merge_rule="none", repair=LEAST_SQUARES).repair_calibration()
+        return super().repair_calibration()
+
     def calibration(self) -> Calibration:
         """Step for step the first batches of a training run."""
         spec = self._importance_spec()
@@ -354,7 +393,7 @@ class GradPruner(DepthMethod):
             importance,
             self.num_pruned_layers,
             self.merge_count,
-            merge_rule=self.merge_rule,
+            merge_rule="none" if self.merge_rule == LEAST_SQUARES else self.merge_rule,
             density=self.density,
             merged_layers=self.merged_layers,
             method=self.name,

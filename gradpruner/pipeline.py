@@ -27,9 +27,10 @@ from gradpruner.encoding import Batch, Encoder, TrainingRow, encode_training_row
 from gradpruner.evaluate.base import PREDICTIONS_FILE, Evaluation, Question, predict_all
 from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.finetune import TrainingSpec, load_finetuned
-from gradpruner.method import Compressed, Method, Recovery
+from gradpruner.method import Calibration, Compressed, Method, Recovery
 from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan
+from gradpruner.repair import load_repair, read_fits, repair, save_repair
 from gradpruner.shape import ModelShape, config_shape, model_shape
 from gradpruner.stage_keys import StageKeys
 from gradpruner.tasks import Example, Task
@@ -151,6 +152,11 @@ class Pipeline:
         # The first token of a row is predicted from nothing.
         return [dataclasses.replace(row, num_answer_tokens=len(row.input_ids) - 1) for row in rows]
 
+    @property
+    def repairs(self) -> bool:
+        """Whether the method has its damage repaired in closed form."""
+        return self.resolved_method.repair_calibration() is not None
+
     @cached_property
     def shape(self) -> ModelShape:
         """Shape of the compressed model."""
@@ -241,23 +247,26 @@ class Pipeline:
         self.resolved_evaluation.prepare()
         states = _Models(self)
         pruned = self._cached("prune", self._keys.prune, states.write_plan)
+        repaired = self._repaired(states) if self.repairs else None
         recovered = self._recovered(states) if self.recovery else None
         before = self._evaluated(self._keys.untuned, states.untuned) if self.evaluate_before else None
         trained = self._cached("finetune", self._keys.finetune, states.write_finetuned, resumable=True)
         after = self._evaluated(self._keys.finetune, states.finetuned)
         predicted = self._predicted(self._keys.finetune, states.finetuned)
-        report = json.loads((pruned / REPORT_FILE).read_text())
         folders = {"measure": self._measured(), "finetune": trained, "predict": predicted, "evaluate": after}
         described = trained if (trained / PLAN_FILE).is_file() else pruned  # some methods prune while they train
+        report = json.loads((described / REPORT_FILE).read_text())
+        plan = PruningPlan.load(described / PLAN_FILE)
+        costs = [folder / COST_FILE for folder in (self._measured(), pruned, repaired) if folder is not None]
         return Outcome(
-            plan=PruningPlan.load(described / PLAN_FILE),
-            report=json.loads((described / REPORT_FILE).read_text()),
+            plan=plan.with_details(repair=read_fits(repaired)) if repaired else plan,
+            report=report,
             training=finetune.read_result(trained),
             metrics=json.loads((after / METRICS_FILE).read_text()),
             metrics_before=json.loads((before / METRICS_FILE).read_text()) if before else {},
             predictions=after / PREDICTIONS_FILE,
             seconds={stage: _seconds(folder) for stage, folder in folders.items()},
-            compression=total_cost(self._measured() / COST_FILE, pruned / COST_FILE),
+            compression=total_cost(*costs),
             recovery=finetune.read_result(recovered) if recovered else None,
             speed=self._speed(ModelShape.from_dict(report["shape"])) if self.measure_speed else None,
         )
@@ -269,6 +278,8 @@ class Pipeline:
     def stages(self) -> dict[str, bool]:
         """Which stages are in the cache already."""
         keys = {"measure": self._keys.measure, "prune": self._keys.prune, "finetune": self._keys.finetune}
+        if self.repairs:
+            keys["repair"] = self._keys.repair
         if self.recovery:
             keys["recover"] = self._keys.recover
         found = {stage: self._cache.find(stage, key) is not None for stage, key in keys.items()}
@@ -289,14 +300,19 @@ class Pipeline:
 
     def _measured(self) -> Path:
         """Folder of what the method measured."""
+        method = self.resolved_method
 
         def compute(directory: Path) -> None:
             model = self.base_model.load(self.assets_dir)
             with Cost() as cost:
-                self.resolved_method.measure(model, self._calibration_batches(), directory)
+                method.measure(model, self._calibration_batches(method.calibration()), directory)
             cost.save(directory / COST_FILE)
 
         return self._cached("measure", self._keys.measure, compute)
+
+    def _repaired(self, states: "_Models") -> Path:
+        """Folder with the maps that mend what pruning did."""
+        return self._cached("repair", self._keys.repair, states.write_repair)
 
     def _recovered(self, states: "_Models") -> Path:
         """Folder with the weights after the training between pruning and the fine-tune."""
@@ -326,8 +342,7 @@ class Pipeline:
         summary: dict[str, Any] = json.loads((folder / SPEED_FILE).read_text())
         return summary
 
-    def _calibration_batches(self) -> Iterable[Batch]:
-        calibration = self.resolved_method.calibration()
+    def _calibration_batches(self, calibration: Calibration | None) -> Iterable[Batch]:
         if calibration is None:
             return ()
         num_rows = calibration.count(len(self.rows))
@@ -380,17 +395,28 @@ class _Models:
         self._pipeline = pipeline
         self._compressed: Compressed | None = None
         self._prune_cost: Cost | None = None
-        self._is_recovered = False
+        self._is_repaired = self._is_recovered = False
 
     def untuned(self) -> PreTrainedModel:
         """The model that the fine-tune starts from."""
-        compressed = self._compress()
-        if self._pipeline.recovery is None or self._is_recovered:
-            return compressed.model
+        recovery = self._pipeline.recovery
+        if recovery is None or self._is_recovered:
+            return self._repair().model
         recovered = self._pipeline._recovered(self)
-        model = load_finetuned(self._compress().model, self._pipeline.recovery.training, recovered)
+        compressed = self._repair()
+        model = load_finetuned(compressed.model, recovery.training, recovered)
         self._compressed, self._is_recovered = dataclasses.replace(compressed, model=model), True
         return model
+
+    def write_repair(self, directory: Path) -> None:
+        pipeline, compressed = self._pipeline, self._compress()
+        self._forget()
+        dense = pipeline.base_model.load(pipeline.assets_dir)
+        batches = pipeline._calibration_batches(pipeline.resolved_method.repair_calibration())
+        with Cost() as cost:
+            fits = repair(compressed.model, dense, compressed.plan, batches)
+        save_repair(compressed.model, compressed.plan, fits, directory)
+        cost.save(directory / COST_FILE)
 
     def write_plan(self, directory: Path) -> None:
         compressed = self._compress()
@@ -403,7 +429,7 @@ class _Models:
         self._prune_cost.save(directory / COST_FILE)
 
     def write_recovered(self, directory: Path) -> None:
-        pipeline, recovery, compressed = self._pipeline, self._pipeline.recovery, self._compress()
+        pipeline, recovery, compressed = self._pipeline, self._pipeline.recovery, self._repair()
         assert recovery is not None
         self._forget()
         loss = None
@@ -445,7 +471,16 @@ class _Models:
 
     def _forget(self) -> None:
         """Training changes the model in place."""
-        self._compressed, self._is_recovered = None, False
+        self._compressed, self._is_repaired, self._is_recovered = None, False, False
+
+    def _repair(self) -> Compressed:
+        """What pruning gave, repaired if the method says so."""
+        if self._pipeline.repairs and not self._is_repaired:
+            repaired = self._pipeline._repaired(self)
+            compressed = self._compress()
+            load_repair(compressed.model, compressed.plan, repaired)
+            self._is_repaired = True
+        return self._compress()
 
     def _compress(self) -> Compressed:
         if self._compressed is None:

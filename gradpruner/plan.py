@@ -160,6 +160,10 @@ class PruningPlan:
         """Layers chosen to merge that no kept layer precedes."""
         return tuple(layer for layer in sorted(self.absorbed_by) if self.absorbed_by[layer] is None)
 
+    def with_details(self, **details: Any) -> Self:
+        """A copy that says more in `details`."""
+        return dataclasses.replace(self, details={**self.details, **details})
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, with the kept layers spelt out for readers."""
         return {

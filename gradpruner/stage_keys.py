@@ -24,6 +24,7 @@ from gradpruner import (
     importance,
     merge,
     plan,
+    repair,
     shape,
     speed,
     stability,
@@ -81,12 +82,29 @@ class StageKeys:
         }
 
     @cached_property
+    def repair(self) -> Key:
+        """What was pruned, and the rows to repair it on."""
+        calibration = self._pipeline.resolved_method.repair_calibration()
+        assert calibration is not None
+        return {
+            "prune": content_hash(self.prune),
+            "calibration": dataclasses.asdict(calibration),
+            "rows": self._rows,
+            "code": code_version(repair, hidden_states, encoding, surgery),
+        }
+
+    @property
+    def _compressed(self) -> Key:
+        """What pruning and repair gave."""
+        return self.repair if self._pipeline.repairs else self.prune
+
+    @cached_property
     def recover(self) -> Key:
         """What was pruned, and how to train it on which other rows."""
         pipeline, recovery = self._pipeline, self._pipeline.recovery
         assert recovery is not None
         return {
-            "prune": content_hash(self.prune),
+            "compressed": content_hash(self._compressed),
             "recovery": dataclasses.asdict(recovery),
             "rows": _hashed(pipeline.recovery_rows),
             "seed": pipeline.seed,
@@ -96,7 +114,7 @@ class StageKeys:
     @property
     def untuned(self) -> Key:
         """The model that the fine-tune starts from."""
-        return self.prune if self._pipeline.recovery is None else self.recover
+        return self._compressed if self._pipeline.recovery is None else self.recover
 
     @cached_property
     def finetune(self) -> Key:

@@ -225,10 +225,11 @@ class _Job:
 def _prepare(plan: PruningPlan, gradients: "EarlyGradients | None", source: Path, step_weighting: str) -> _Job:
     """Checks that everything belongs together; reads names and shapes, no weights."""
     check_choice("step_weighting", step_weighting, STEP_WEIGHTINGS)
-    if plan.width is not None:
+    beyond = "makes layers narrower" if plan.width is not None else "repairs" if plan.details.get("repair") else None
+    if beyond:
         raise ValueError(
-            f"Only plans that take out whole layers are applied file to file, got one of method={plan.method} that "
-            "makes layers narrower. Run the method with save_checkpoint=true."
+            f"Only plans that drop and merge layers are applied file to file, got one of method={plan.method} that "
+            f"{beyond}. Run the method with save_checkpoint=true."
         )
     file_names = locate_tensors(source)  # first: it says best what is wrong with a folder that is no checkpoint
     config = _load_config(source)

@@ -106,15 +106,25 @@ def _settings(record: RunRecord) -> dict[str, Any]:
 
 
 def _row_labels(records: list[RunRecord]) -> list[str]:
-    """Names of the methods, with the settings in which rows of the same method differ."""
+    """Names of the methods, with the settings in which rows of the same method differ.
+
+    Settings that are themselves made of settings are long, and are only named where the others do not tell rows apart.
+    """
     labels = []
     for record in records:
         name = record.pruning["method"]
-        others = [_settings(other) for other in records if other.pruning["method"] == name]
         own = _settings(record)
+        others = [_settings(other) for other in records if other.pruning["method"] == name and other is not record]
         differing = [key for key in own if any(other.get(key) != own[key] for other in others)]
-        labels.append(", ".join([METHODS.get(name, name), *(f"{key}={own[key]}" for key in differing)]))
+        short = [key for key in differing if not any(_is_nested(each.get(key)) for each in (own, *others))]
+        enough = all(any(other.get(key) != own[key] for key in short) for other in others)
+        shown = short if enough else differing
+        labels.append(", ".join([METHODS.get(name, name), *(f"{key}={own[key]}" for key in shown)]))
     return labels
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict | list)
 
 
 def _order(record: RunRecord) -> tuple[int, str, int, str]:

@@ -271,9 +271,13 @@ def test_a_sweep_over_sparsity_measures_once(make_pipeline, tmp_path):
 
 
 def test_calibration_takes_no_row_twice(make_pipeline):
-    [batch] = make_pipeline(method("shortgpt"))._calibration_batches()
+    def calibration_batches(**settings):
+        pipeline = make_pipeline(method("shortgpt", **settings))
+        return list(pipeline._calibration_batches(pipeline.resolved_method.calibration()))
+
+    [batch] = calibration_batches()
     assert len({tuple(row.tolist()) for row in batch["input_ids"]}) == len(batch["input_ids"]) == 8
-    batches = list(make_pipeline(method("shortgpt", num_rows=5, batch_size=2))._calibration_batches())
+    batches = calibration_batches(num_rows=5, batch_size=2)
     assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
 
 

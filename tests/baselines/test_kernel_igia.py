@@ -195,6 +195,10 @@ def test_the_importance_run_is_gradpruners():
         ({"merge_rule": "fisher"}, r"merge_rule of kernel_igia must be one of sign_average, .* got 'fisher'"),
         ({"match": "native"}, r"kernel_igia has no ratio of its own, got match=native\. Use layers or total"),
         ({"sparsity": None, "num_pruned_layers": 2}, r"prunes channels, got num_pruned_layers=2\. Give sparsity"),
+        (
+            {"repair": "least_squares"},
+            r"kernel_igia drops no layers, got repair=least_squares\. Set method\.repair=none",
+        ),
         ({"merge_count": 1}, r"merges channels, all that leave, got merge_count=1 and merged_layers=None\. Set"),
         ({"merged_layers": (1,)}, r"got merge_count=0 and merged_layers=\(1,\)"),
     ],

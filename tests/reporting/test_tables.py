@@ -104,3 +104,11 @@ def test_markdown():
     assert lines[0] == "## model on arc_easy, lora" and lines[2].startswith("| method | layers | params | accuracy |")
     assert lines[4].startswith("| Dense | 18 | 60.0 M | 0.500 ±0.020 |")
     assert len({line.count("|") for line in lines[2:5]}) == 1
+
+
+def test_nested_settings_are_only_named_where_others_do_not_tell_rows_apart():
+    nested = [{"on": "x", "how": {"rate": 1}}, {"on": None, "how": {"rate": 2}}]
+    [table] = comparisons([record("minitron", **settings) for settings in nested])
+    assert sorted(row[0] for row in table.rows) == ["MINITRON, on=None", "MINITRON, on=x"]
+    [table] = comparisons([record("minitron", how={"rate": rate}) for rate in (1, 2)])
+    assert [row[0] for row in table.rows] == ["MINITRON, how={'rate': 1}", "MINITRON, how={'rate': 2}"]

@@ -1,0 +1,329 @@
+"""Repair the damage of dropped layers in closed form, before any training: one linear map a run of pruned layers.
+
+Beyond the paper; related: ReplaceMe (arXiv:2505.02819). For a run of consecutive pruned layers, let M be the MLP output
+of the kept layer before it, Y what that is added to, and Z the state that enters the next kept layer of the dense
+model, all (tokens, d). The ridge problem
+
+    T = argmin ||M T + Y - Z||^2 + lambda ||T - T_0||^2,   T_0 = I (default) or 0
+
+is solved, and T folded into that layer's down_proj (W becomes T' W), so the checkpoint stays a stock one. With T_0 = I
+a large lambda is the plain drop. Runs are fitted in order of depth, each on the model repaired so far; the target is
+always the dense model's state, so that a later map also mends what earlier ones left. Sums are kept in float64, two
+(d, d) matrices a run, never activations of more than a batch; padding and the first token of a row, an outlier in most
+models, are left out. Lambda is chosen on rows held out of the fit, and a fit that does not lower their error is not
+applied.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gradpruner.architectures import decoder_layers, linear_sublayers
+from gradpruner.encoding import Batch
+from gradpruner.files import write_json
+from gradpruner.hidden_states import decode, watch_layers
+from gradpruner.igia import check_choice
+from gradpruner.plan import PruningPlan, preceding_kept_layer
+from gradpruner.surgery import only_layers
+
+REPAIRS = ("none", "least_squares")
+TOWARDS = ("identity", "zero")
+# Their layers add the output of down_proj to the residual stream as it is; in Gemma and OLMo 2 a norm comes between.
+REPAIRABLE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
+DOWN_PROJ = "mlp.down_proj"
+WEIGHTS_FILE, FITS_FILE = "repair.safetensors", "repair.json"
+# Parts of the mean eigenvalue of M'M; the last ones are next to no change.
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+HELD_OUT = 5  # every fifth row is held out
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive pruned layers; numbers are positions in the dense model.
+
+    Attributes:
+        absorber: the kept layer before them.
+        last: the last of them, whose output is the target.
+    """
+
+    absorber: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came of one run.
+
+    Attributes:
+        absorber: layer whose down_proj was to change.
+        last: last layer of the run.
+        num_tokens: tokens of the fit.
+        ridge: the lambda that was chosen, as a part of the mean eigenvalue of M'M.
+        error_dropped: squared error on held-out tokens if the run is just dropped, as a part of ||Z - Y||^2.
+        error_repaired: the same with the map.
+        applied: whether the map was folded in.
+    """
+
+    absorber: int
+    last: int
+    num_tokens: int
+    ridge: float
+    error_dropped: float
+    error_repaired: float
+    applied: bool
+
+
+def check_repairable(config: PreTrainedConfig) -> None:
+    """Refuses architectures in which something stands between down_proj and the residual stream.
+
+    Raises:
+        ValueError: naming those that are known.
+    """
+    if config.model_type not in REPAIRABLE_MODEL_TYPES:
+        raise ValueError(
+            "repair=least_squares folds a map into down_proj, whose output must reach the residual stream as it is; "
+            f"known for {', '.join(REPAIRABLE_MODEL_TYPES)}, got model type {config.model_type!r}. Set "
+            "method.repair=none, or choose such a model."
+        )
+
+
+def pruned_runs(plan: PruningPlan) -> list[Run]:
+    """The runs of a plan that a kept layer comes before, in order of depth."""
+    runs = []
+    for layer in plan.pruned_layers:
+        absorber = preceding_kept_layer(layer, plan.pruned_layers)
+        if absorber is not None and layer + 1 not in plan.pruned_layers:
+            runs.append(Run(absorber, layer))
+    return runs
+
+
+@torch.no_grad()
+def repair(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    plan: PruningPlan,
+    batches: Iterable[Batch],
+    towards: str = "identity",
+) -> list[Fit]:
+    """Folds a map for every run of pruned layers into a pruned model, in place.
+
+    Args:
+        model: what the plan made of the dense model.
+        dense: the dense model; left as it was.
+        plan: which layers left.
+        batches: calibration rows, dicts of `input_ids` and `attention_mask`, each (B, T); gone through for every run.
+        towards: what a large lambda pulls T to, one of `TOWARDS`.
+
+    Returns:
+        One account a run.
+
+    Raises:
+        ValueError: if the architecture is not known, or there are fewer than two rows.
+    """
+    check_choice("towards", towards, TOWARDS)
+    check_repairable(model.config)
+    rows = list(batches)
+    num_rows = sum(len(batch["input_ids"]) for batch in rows)
+    if num_rows < 2:
+        raise ValueError(
+            f"repair=least_squares fits on some rows and chooses lambda on others, got {num_rows} rows. Give it more."
+        )
+    fits = []
+    for run in tqdm(pruned_runs(plan), desc="repair", unit="run"):
+        states = _States(model, dense, plan, run, rows, min(HELD_OUT, num_rows))
+        solution = solve(states.fitted(), towards)
+        ridge, repaired, dropped = best_ridge(solution, states.held_out())
+        applied = repaired < dropped
+        if applied:
+            fold(_down_proj(model, plan, run.absorber), solution.map(ridge))
+        fits.append(Fit(run.absorber, run.last, solution.num_tokens, ridge, dropped, min(repaired, dropped), applied))
+    return fits
+
+
+def fold(linear: nn.Linear, linear_map: Tensor) -> None:
+    """Makes the output of a linear sublayer what it was times the map: y becomes y T."""
+    weight = linear_map.T @ linear.weight.double()
+    linear.weight.copy_(weight.to(linear.weight.dtype))
+    if linear.bias is not None:
+        linear.bias.copy_((linear.bias.double() @ linear_map).to(linear.bias.dtype))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The ridge problem of one run, solved for every lambda: M'M = V diag(e) V'.
+
+    Attributes:
+        vectors: V, (d, d) float64.
+        values: e, (d,) float64.
+        projected: V' M' R, (d, d) float64, with R what T - T_0 is to make of M.
+        towards: one of `TOWARDS`.
+        num_tokens: how many tokens were summed.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    projected: Tensor
+    towards: str
+    num_tokens: int
+
+    def map(self, ridge: float) -> Tensor:
+        """T for a lambda, as a part of the mean eigenvalue, (d, d) float64."""
+        change = self.vectors @ (self.projected / (self.values + ridge * self.values.mean())[:, None])
+        return change + torch.eye(len(change), dtype=change.dtype) if self.towards == "identity" else change
+
+    def rest(self, outputs: Tensor, missing: Tensor) -> Tensor:
+        """R: what T - T_0 is to make of M, given M and Z - Y."""
+        return missing - outputs if self.towards == "identity" else missing
+
+
+def solve(pairs: Iterable[tuple[Tensor, Tensor]], towards: str = "identity") -> Solution:
+    """Sums up M'M and M'R over pairs of M and Z - Y, (tokens, d) each, and decomposes the former."""
+    gram: Tensor | None = None
+    cross, num_tokens = torch.zeros(0), 0
+    for outputs, missing in pairs:
+        outputs, missing = outputs.double(), missing.double()
+        rest = missing - outputs if towards == "identity" else missing
+        if gram is None:
+            gram = torch.zeros(outputs.shape[1], outputs.shape[1], dtype=torch.float64, device=outputs.device)
+            cross = torch.zeros_like(gram)
+        gram.addmm_(outputs.T, outputs)
+        cross.addmm_(outputs.T, rest)
+        num_tokens += len(outputs)
+    assert gram is not None
+    values, vectors = torch.linalg.eigh(gram)
+    del gram
+    return Solution(vectors, values.clamp_min(0.0), vectors.T @ cross, towards, num_tokens)
+
+
+def best_ridge(solution: Solution, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
+    """The lambda with the least error on other tokens than those of the fit.
+
+    Args:
+        solution: of the fit.
+        pairs: M and Z - Y, (tokens, d) each.
+
+    Returns:
+        The lambda, its squared error, and that of T = I, the plain drop; as parts of ||Z - Y||^2.
+    """
+    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+    dropped = nothing = 0.0
+    for outputs, missing in pairs:
+        outputs, missing = outputs.double(), missing.double()
+        rest, turned = solution.rest(outputs, missing), outputs @ solution.vectors
+        for number, ridge in enumerate(RIDGES):
+            weights = 1.0 / (solution.values + ridge * solution.values.mean())
+            errors[number] += float(((turned * weights) @ solution.projected - rest).square().sum())
+        dropped += float((outputs - missing).square().sum())
+        nothing += float(missing.square().sum())
+    best = int(errors.argmin())
+    scale = max(nothing, math.ulp(0.0))
+    return RIDGES[best], float(errors[best]) / scale, dropped / scale
+
+
+def save_repair(model: PreTrainedModel, plan: PruningPlan, fits: Sequence[Fit], directory: Path) -> None:
+    """Writes the down_proj of every repaired layer, and the accounts."""
+    tensors = {
+        f"{layer}.{name}": value.detach().cpu().contiguous()
+        for layer in (fit.absorber for fit in fits if fit.applied)
+        for name, value in _down_proj(model, plan, layer).named_parameters()
+    }
+    save_file(tensors, directory / WEIGHTS_FILE)
+    write_json(directory / FITS_FILE, [asdict(fit) for fit in fits])
+
+
+@torch.no_grad()
+def load_repair(model: PreTrainedModel, plan: PruningPlan, directory: Path) -> list[dict[str, Any]]:
+    """Puts what `save_repair` wrote into the pruned model; returns the accounts."""
+    for name, value in load_file(directory / WEIGHTS_FILE).items():
+        layer, _, parameter = name.partition(".")
+        _down_proj(model, plan, int(layer)).get_parameter(parameter).copy_(value)
+    return read_fits(directory)
+
+
+def read_fits(directory: Path) -> list[dict[str, Any]]:
+    """The accounts that `save_repair` wrote."""
+    fits: list[dict[str, Any]] = json.loads((directory / FITS_FILE).read_text())
+    return fits
+
+
+def _down_proj(model: PreTrainedModel, plan: PruningPlan, layer: int) -> nn.Linear:
+    """That of a kept layer of the dense model, in the pruned one."""
+    return linear_sublayers(decoder_layers(model)[plan.kept_layers.index(layer)])[DOWN_PROJ]
+
+
+class _States:
+    """M and Z - Y of a run, batch by batch.
+
+    Args:
+        model: pruned, and repaired in the runs before this one.
+        dense: the dense model.
+        plan: which layers left.
+        run: which run.
+        batches: all rows.
+        held_out: every how many-th row is not for the fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dense: PreTrainedModel,
+        plan: PruningPlan,
+        run: Run,
+        batches: list[Batch],
+        held_out: int,
+    ) -> None:
+        self._model, self._dense, self._run = model, dense, run
+        self._batches, self._held_out = batches, held_out
+        self.position = plan.kept_layers.index(run.absorber)  # of the absorber in the pruned model
+
+    def fitted(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of the rows for the fit."""
+        return self._pairs(held_out=False)
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of the others."""
+        return self._pairs(held_out=True)
+
+    def _pairs(self, held_out: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        row = 0
+        for batch in self._batches:
+            numbers = torch.arange(row, row + len(batch["input_ids"]))
+            row += len(numbers)
+            chosen = (numbers % self._held_out == self._held_out - 1) == held_out
+            if bool(chosen.any()):
+                yield self._of({name: values[chosen] for name, values in batch.items()})
+
+    def _of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        mask = batch["attention_mask"].to(self._model.device)
+        tokens = mask.bool() & (mask.cumsum(-1) > 1)  # neither padding nor the first of a row
+        target = _output(self._dense, self._run.last, batch)[tokens]
+        outputs: list[Tensor] = []
+        down_proj = linear_sublayers(decoder_layers(self._model)[self.position])[DOWN_PROJ]
+        handle = down_proj.register_forward_hook(lambda module, inputs, output: outputs.append(output[tokens]))
+        try:
+            after = _output(self._model, self.position, batch)[tokens]
+        finally:
+            handle.remove()
+        return outputs[0], target - (after - outputs[0])
+
+
+def _output(model: PreTrainedModel, layer: int, batch: Batch) -> Tensor:
+    """Raw output of a layer, (B, T, d); later layers are not run."""
+    seen: list[Tensor] = []
+
+    def note(index: int, before: Tensor, after: Tensor) -> None:
+        if index == layer:
+            seen.append(after)
+
+    with only_layers(model, tuple(range(layer + 1))), watch_layers(model, note):
+        decode(model, batch)
+    return seen[0]
