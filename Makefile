@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help setup run test test-slow lint bench clean
 
 help:  ## print this help
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -59,10 +59,16 @@ bench: setup  ## time and memory against a reference measured in the same run
 	$(BIN)/python -m benchmarks.importance_memory
 	$(BIN)/python -m benchmarks.streaming_prune
 	$(BIN)/python -m benchmarks.llm_pruner_memory
+	$(BIN)/python -m benchmarks.sat_step
+	$(BIN)/python -m benchmarks.pruned_speed
 
 .PHONY: bench-lm-eval
 bench-lm-eval: setup  ## option scoring against lm-evaluation-harness: same numbers, and time (own venv, minutes)
 	$(BIN)/python -m benchmarks.option_scoring
+
+.PHONY: bench-mergekit
+bench-mergekit: setup  ## pruning on disk against mergekit: equal output, memory and time (own venv, 11 GB of disk, minutes)
+	$(BIN)/python -m benchmarks.mergekit_prune
 
 clean:  ## remove caches and run folders; keeps .venv and results/records
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache results/runs results/sweeps wandb

@@ -138,9 +138,8 @@ class LlmPruner(WidthPruning):
         rep = layer.num_attention_heads // layer.num_key_value_heads
         if self.uniform:
             # transformers refuses a Llama config whose hidden size is not a multiple of the number of heads.
-            kept_groups = next(
-                n for n in range(kept_groups, layer.num_key_value_heads + 1) if config.hidden_size % (n * rep) == 0
-            )
+            fitting = (n for n in range(kept_groups, layer.num_key_value_heads) if config.hidden_size % (n * rep) == 0)
+            kept_groups = next(fitting, layer.num_key_value_heads)
 
         def make_shape(intermediate_size: int) -> ModelShape:
             narrow = LayerShape(kept_groups * rep, kept_groups, intermediate_size)

@@ -84,11 +84,16 @@ def make_plan(role: str) -> PruningPlan:
     )
 
 
-def write_source(folder: Path) -> int:
-    """Writes random weights shard by shard; returns how many bytes of them stay when the plan is applied."""
-    CONFIG.save_pretrained(folder)
+def write_source(folder: Path, config: LlamaConfig = CONFIG) -> int:
+    """Writes random weights shard by shard; returns how many bytes of them stay when the plan is applied.
+
+    Args:
+        folder: gets the checkpoint.
+        config: of as many layers as `CONFIG`, with a dtype.
+    """
+    config.save_pretrained(folder)
     shards: dict[str, list[str]] = {}
-    model = empty_model(CONFIG)
+    model = empty_model(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name in shapes:
         parts = name.split(".")
@@ -97,7 +102,7 @@ def write_source(folder: Path) -> int:
     weight_map, kept_bytes = {}, 0
     for number, names in enumerate(shards.values(), start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: 0.02 * torch.randn(shapes[name]) for name in names}
+        tensors = {name: 0.02 * torch.randn(shapes[name], dtype=config.dtype) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
         pruned = tuple(f"model.layers.{layer}." for layer in PRUNED_LAYERS)
