@@ -21,11 +21,11 @@ from pathlib import Path
 
 import psutil
 import torch
-import transformers
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.own_venv import make_venv
 from gradpruner.encoding import Encoder
 from gradpruner.evaluate.base import predict_all
 from gradpruner.evaluate.likelihood import Likelihood
@@ -102,23 +102,6 @@ class Comparison:
     def seconds(self, side: str) -> float:
         """The fastest repeat: whatever else runs on a machine only adds."""
         return min(time for result in self.results[side] for time in result.seconds.values())
-
-
-def make_venv() -> None:
-    """Makes the venv with lm_eval and this process's own torch and transformers, unless it is there."""
-    if list(VENV.glob(f"lib/python*/site-packages/lm_eval-{LM_EVAL_VERSION}.dist-info")):
-        return
-    subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
-    (VENV / ".gitignore").write_text("*\n", encoding="utf-8")
-    pip = [VENV / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    torch_version = torch.__version__.partition("+")[0]
-    subprocess.run([*pip, f"torch=={torch_version}"], check=True)  # first, so that nothing draws in another build
-    packages = (
-        f"lm_eval[hf]=={LM_EVAL_VERSION}",
-        f"torch=={torch_version}",
-        f"transformers=={transformers.__version__}",
-    )
-    subprocess.run([*pip, *packages], check=True)
 
 
 def load_rows(dataset: str, num_rows: int) -> list[dict[str, object]]:
@@ -257,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if min(options.rows, options.repeats) < 1:
         parser.error(f"--rows and --repeats must be 1 or more, got {options.rows} and {options.repeats}.")
-    make_venv()
+    make_venv(VENV, "lm_eval", LM_EVAL_VERSION, extra="hf")
     MODEL.source(ASSETS_DIR)  # made here, not in a timed process
     busy_percent = psutil.cpu_percent(interval=1.0)
     with tempfile.TemporaryDirectory() as folder:

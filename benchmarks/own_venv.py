@@ -8,13 +8,14 @@ import torch
 import transformers
 
 
-def make_venv(folder: Path, name: str, version: str) -> None:
+def make_venv(folder: Path, name: str, version: str, extra: str | None = None) -> None:
     """Makes a venv with one package and this process's own torch and transformers, unless it is there.
 
     Args:
         folder: of the venv.
         name: of the package on PyPI.
         version: of the package.
+        extra: optional dependencies of the package to install, too.
     """
     if list(folder.glob(f"lib/python*/site-packages/{name}-{version}.dist-info")):
         return
@@ -23,5 +24,6 @@ def make_venv(folder: Path, name: str, version: str) -> None:
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     torch_requirement = f"torch=={torch.__version__.partition('+')[0]}"
     subprocess.run([*pip, torch_requirement], check=True)  # first, so that nothing draws in another build
-    requirements = (f"{name}=={version}", torch_requirement, f"transformers=={transformers.__version__}")
+    package = f"{name}[{extra}]" if extra else name
+    requirements = (f"{package}=={version}", torch_requirement, f"transformers=={transformers.__version__}")
     subprocess.run([*pip, *requirements], check=True)
