@@ -31,7 +31,7 @@ class RunConfig:
         show_options: list the choices in the prompt, where a dataset has a template for it.
         reference: method to run beside this one for the summary, from the same cache; null for none.
         evaluate_before: evaluate before fine-tuning, too.
-        measure_speed: time inference of the result, beside the dense model.
+        measure_speed: time training steps and inference of the result, beside the dense model.
         dry_run: say what would happen, load no weights.
         save_checkpoint: write the final model.
         results_dir: where run folders go.

@@ -49,13 +49,16 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         absorbed = [(layer, absorber) for layer, absorber in pruning["absorbed_by"].items() if absorber is not None]
         merged = ", ".join(f"{layer} into {absorber}" for layer, absorber in absorbed)
         console.print(f"Pruned layers: {pruning['pruned_layers']}; merged: {merged or 'none'}")
+    if undecided := pruning["report"].get("undecided_layers"):
+        chances = ", ".join(f"{layer} ({pruning['report']['pruned_probability'][layer]:.0%})" for layer in undecided)
+        console.print(f"Near the cut, with how often resampled steps prune them: {chances}", soft_wrap=True)
     if widths := _widths(records[-1]):
         console.print(widths, soft_wrap=True)
     if ratios := records[-1].efficiency.get("speed", {}).get("ratios"):
         parts = [
             f"{phase} {own['time']:.2f} of the time, {own['memory']:.2f} of the memory" for phase, own in ratios.items()
         ]
-        console.print(f"Inference beside the dense model: {'; '.join(parts)}", soft_wrap=True)
+        console.print(f"Beside the dense model: {'; '.join(parts)}", soft_wrap=True)
     for note in pruning["report"].get("notes", []):
         console.print(note, soft_wrap=True)
     for warning in pruning["report"].get("warnings", []):

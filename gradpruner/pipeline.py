@@ -58,7 +58,7 @@ class Outcome:
         seconds: wall time per stage when it was computed.
         compression: `seconds` and `peak_memory_bytes` of measuring and pruning, without loading the model.
         recovery: account of the training on other data between pruning and the fine-tune, or None.
-        speed: phases of inference of the dense model and this one, their ratios and the workload; None if not asked.
+        speed: phases of the dense model and this one, their ratios and the workload; None if not asked for.
     """
 
     plan: PruningPlan
@@ -88,7 +88,7 @@ class Pipeline:
         evaluate_before: also evaluate before fine-tuning.
         test_task: another dataset to test on (Table 12).
         recovery_task: data for the method's training between pruning and the fine-tune.
-        measure_speed: time inference, beside the dense model.
+        measure_speed: time training steps and inference, beside the dense model.
     """
 
     model: ModelSpec
@@ -319,16 +319,30 @@ class Pipeline:
         return self._cached("recover", self._keys.recover, states.write_recovered, resumable=True)
 
     def _speed(self, shape: ModelShape) -> dict[str, Any]:
-        """Inference of the dense model and of that shape, timed in turns on this machine; all runs alike share it."""
-        model = self.base_model
+        """Steps and inference of the dense model and of that shape, timed in turns; all runs alike share it.
+
+        A method that acts in training has no training steps like another's: those are left out then.
+        """
+        model, training, rows = self.base_model, self.training, self.rows
+        length = round(sum(len(row.input_ids) for row in rows) / len(rows))
+        answer = round(sum(row.num_answer_tokens for row in rows) / len(rows))
         workload = speed.Workload(
-            dtype=str(model.torch_dtype).removeprefix("torch."), attn_implementation=model.attn_implementation
+            mode=training.mode,
+            lora_rank=training.lora_rank,
+            gradient_checkpointing=training.gradient_checkpointing,
+            train_rows=training.micro_batch_size,
+            train_tokens=length,
+            answer_tokens=min(answer, length - 1),
+            dtype=str(model.torch_dtype).removeprefix("torch."),
+            attn_implementation=model.attn_implementation,
+            rounds=1,
         )
+        roles = ("infer",) if self.resolved_method.callbacks() else speed.ROLES
         models = {"dense": (self.dense_config, config_shape(self.dense_config)), "own": (self.config, shape)}
         is_dense = models["own"][1] == models["dense"][1]  # its own twin: not timed twice
 
         def compute(directory: Path) -> None:
-            found = speed.measure({"dense": models["dense"]} if is_dense else models, workload, ("infer",))
+            found = speed.measure({"dense": models["dense"]} if is_dense else models, workload, roles)
             dense, own = found["dense"], found["dense" if is_dense else "own"]
             summary = {
                 "workload": dataclasses.asdict(workload),
@@ -338,7 +352,7 @@ class Pipeline:
             }
             write_json(directory / SPEED_FILE, summary)
 
-        folder = self._cached("speed", self._keys.speed(models, workload), compute)
+        folder = self._cached("speed", self._keys.speed(models, workload, roles), compute)
         summary: dict[str, Any] = json.loads((folder / SPEED_FILE).read_text())
         return summary
 

@@ -6,12 +6,15 @@ the adapter moves far enough to change the ranking, the sets disagree, and prune
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradpruner.plan import lowest_layers
 
 SETTLED_OVERLAP = 0.9  # between the final set and every prefix of at least three quarters of the steps
 HALVES_OVERLAP = 0.8  # between the sets of the first and of the second half
+NUM_RESAMPLES = 1000
+UNDECIDED = 0.05  # a layer that is pruned in fewer, or in all but fewer, of the resamples is decided
 SPIKE_SHARE = 0.5  # of the summed importance in a tenth of the steps
 
 
@@ -25,7 +28,9 @@ def stability_report(step_importance: Tensor, num_pruned_layers: int) -> dict[st
     Returns:
         JSON-ready dict: `step_importance`; `prefix_overlap` (for each i, the share of the final set that the first i
         steps already give; null while they hold no gradient); `halves_overlap`; `top_step_share` (share of all
-        importance in the largest tenth of the steps); `warnings`, a list of sentences, empty when all is well.
+        importance in the largest tenth of the steps); `pruned_probability` (see `pruned_probability`) and
+        `undecided_layers`, those that resampling moves across the cut; `warnings`, a list of sentences, empty when all
+        is well.
     """
     num_steps = len(step_importance)
     totals = step_importance.sum(dim=1)  # (t,)
@@ -54,13 +59,36 @@ def stability_report(step_importance: Tensor, num_pruned_layers: int) -> dict[st
             f"{num_top} of {num_steps} importance steps hold {top_share:.0%} of the gradient energy and may decide "
             "alone. Consider method.step_weighting=normalized."
         )
+    probability = pruned_probability(step_importance, num_pruned_layers)
     return {
+        "pruned_probability": probability,
+        "undecided_layers": [layer for layer, p in enumerate(probability) if UNDECIDED < p < 1.0 - UNDECIDED],
         "step_importance": step_importance.tolist(),
         "prefix_overlap": prefix_overlap,
         "halves_overlap": halves_overlap,
         "top_step_share": top_share,
         "warnings": warnings,
     }
+
+
+def pruned_probability(step_importance: Tensor, num_pruned_layers: int) -> list[float]:
+    """How often every layer is among the lowest when the steps are drawn anew with replacement (bootstrap).
+
+    Args:
+        step_importance: importance per step and layer, (t, L).
+        num_pruned_layers: size of the set.
+
+    Returns:
+        One part in [0, 1] a layer; the same in every call.
+    """
+    num_steps, num_layers = step_importance.shape
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(num_steps, (NUM_RESAMPLES, num_steps), generator=generator)
+    weights = torch.zeros(NUM_RESAMPLES, num_steps, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    means = weights @ step_importance.double().cpu() / num_steps  # (R, L)
+    lowest = means.sort(dim=1, stable=True).indices[:, :num_pruned_layers]
+    return (torch.bincount(lowest.flatten(), minlength=num_layers) / NUM_RESAMPLES).tolist()
 
 
 def _overlap(first: Tensor, second: Tensor, num_pruned_layers: int) -> float | None:

@@ -147,12 +147,13 @@ class StageKeys:
             "code": code_version(metrics, accuracy, rouge_l, bertscore_f1),
         }
 
-    def speed(self, models: Mapping[str, speed.Model], workload: speed.Workload) -> Key:
+    def speed(self, models: Mapping[str, speed.Model], workload: speed.Workload, roles: Sequence[str]) -> Key:
         """Shapes, what is timed, and the machine; no weights."""
         machine = environment()
         return {
             "models": {name: [config.to_dict(), shape.to_dict()] for name, (config, shape) in models.items()},
             "workload": dataclasses.asdict(workload),
+            "roles": list(roles),
             "machine": {name: machine[name] for name in ("device", "platform", "num_threads", "packages")},
             "code": code_version(speed, shape),
         }

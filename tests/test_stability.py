@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradpruner.plan import lowest_layers
-from gradpruner.stability import stability_report
+from gradpruner.stability import pruned_probability, stability_report
 
 
 def overlap(first, second, num_pruned):
@@ -120,3 +120,21 @@ def test_final_set_is_the_one_that_the_plan_takes():
 
 def test_no_gradient_at_all_is_still_json():
     json.dumps(stability_report(torch.zeros(4, 3), 1), allow_nan=False)
+
+
+def test_layers_that_every_step_agrees_on_are_certain():
+    steps = torch.tensor([[5.0, 1.0, 4.0, 2.0]] * 6)
+    assert pruned_probability(steps, 2) == [0.0, 1.0, 0.0, 1.0]
+    report = stability_report(steps, 2)
+    assert report["undecided_layers"] == [] and report["pruned_probability"] == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_layers_near_the_cut_are_named_with_their_chance():
+    """Layer 1 is below layer 2 in one step of two: so it is in half of the draws of two steps but for ties."""
+    steps = torch.tensor([[9.0, 1.0, 3.0], [9.0, 3.0, 1.0]])
+    probability = pruned_probability(steps, 1)
+    # Both steps once (half of all draws) is a tie, which the lower index takes; either step twice is a quarter each.
+    assert probability == pytest.approx([0.0, 0.75, 0.25], abs=0.05)
+    assert stability_report(steps, 1)["undecided_layers"] == [1, 2]
+    assert pruned_probability(steps, 1) == probability
+    assert pruned_probability(steps, 0) == [0.0, 0.0, 0.0] and sum(pruned_probability(steps, 2)) == pytest.approx(2.0)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from gradpruner.counting import TABLE_11, ModelCounts, count_model
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import METHODS
-from gradpruner.reporting.tables import Table, setting
+from gradpruner.reporting.tables import Table, row_labels, setting
 from gradpruner.shape import ModelShape
 
 Values = Mapping[str, Sequence[Any]]  # published values by row
@@ -101,55 +101,75 @@ def efficiency_tables(records: Sequence[RunRecord], published: Mapping[str, Valu
 def _efficiency_table(records: list[RunRecord], dense: RunRecord, published: Mapping[str, Values]) -> Table:
     mode = dense.config["finetune"]["mode"]
     paper = published.get(mode, {})
-    order = list(METHODS)
-    rows, seen = [], set()
-    for record in sorted(records, key=lambda one: (order.index(one.pruning["method"]), one.seed)):
+    rows, order = [], list(METHODS)
+    ordered = sorted(records, key=lambda one: (order.index(one.pruning["method"]), one.seed))
+    labels = row_labels(ordered)
+    for record, label in zip(ordered, labels, strict=True):
         method = record.pruning["method"]
-        own = [*_training(record, dense), *_inference(record)]
-        # Beside the paper's inference time, which is that of whole answers, stands that of prefill and decoding.
+        step, fresh, *inference = _timed(record)
+        time, memory = _training(record, dense, fresh)
+        own = [time, step, memory, *inference]
+        # Beside the paper's inference time, which is that of whole answers, stands that of the prefill.
         values = [*paper[method]] if method in paper else [None] * 4
-        theirs = [*values[:2], values[2], None, values[3]]
+        theirs = [values[0], None, values[1], values[2], None, values[3]]
         cells = [_percent(value) for pair in zip(own, theirs, strict=True) for value in pair]
-        label = METHODS.get(method, method) + (f" (seed {record.seed})" if method in seen else "")
-        seen.add(method)
-        rows.append([label, *cells])
+        seed = f", seed {record.seed}" if labels.count(label) > 1 else ""
+        rows.append([label + seed, *cells])
     headers = ["method"]
-    for name in ("train time", "train memory", "prefill", "decode", "inference memory"):
+    for name in ("train time", "train step", "train memory", "prefill", "decode", "inference memory"):
         headers += [f"{name} % ↓", "paper"]
     environment = dense.environment
     notes = [
         "percent of the dense model's in the same setting on the same machine: "
         f"{environment['device']}, {environment['num_threads']} threads",
-        "train time: measuring, pruning, recovery and fine-tuning; train memory: the highest of them; on a CPU above "
-        "what the process had before",
-        "prefill and decode: timed in turns with the dense model, in processes of their own; the paper has one number "
-        "for inference, which stands beside prefill",
+        "train time: measuring, pruning, recovery and fine-tuning of this run",
+        "train step, prefill, decode, and their memory: timed in turns with the dense model, in processes of their "
+        "own; the paper has one number for inference, which stands beside prefill",
+        "train memory: the higher of a training step's and of what compression took, the latter in the run's own "
+        "process; for methods that act in training, the peak of the run",
     ]
     return Table(f"{dense.model['name']}, {mode}: time and memory (Table 2)", headers, rows, notes)
 
 
-def _training(record: RunRecord, dense: RunRecord) -> list[float]:
-    times, peaks = [], []
-    for one in (record, dense):
-        spent = one.efficiency["compression_seconds"] + one.efficiency.get("recovery_seconds", 0.0)
-        times.append(spent + one.finetune["train_seconds"])
-        highest = max(
-            one.finetune["peak_memory_bytes"],
-            one.efficiency["compression_peak_memory_bytes"] if one.pruning["method"] != "dense" else 0,
-            one.pruning.get("recovery", {}).get("peak_memory_bytes", 0),
-        )
-        peaks.append(highest - one.efficiency.get("process_memory_bytes", 0))
-    return [100 * times[0] / times[1], 100 * peaks[0] / peaks[1]]
+def _training(record: RunRecord, dense: RunRecord, fresh: float | None) -> tuple[float, float]:
+    """Time, and memory: `fresh` is that of a training step, if it was measured."""
+
+    def time(one: RunRecord) -> float:
+        spent: float = one.efficiency["compression_seconds"] + one.efficiency.get("recovery_seconds", 0.0)
+        return spent + float(one.finetune["train_seconds"])
+
+    def above(one: RunRecord, peak: int) -> float:
+        """What the process had more than at its start."""
+        return max(0.0, float(peak - one.efficiency.get("process_memory_bytes", 0)))
+
+    base = above(dense, dense.finetune["peak_memory_bytes"])
+    is_dense = record.pruning["method"] == "dense"
+    spent = [0 if is_dense else record.efficiency["compression_peak_memory_bytes"]]
+    spent.append(record.pruning.get("recovery", {}).get("peak_memory_bytes", 0))
+    trained = 100 * above(record, record.finetune["peak_memory_bytes"]) / base if fresh is None else fresh
+    return 100 * time(record) / time(dense), max(trained, 100 * above(record, max(spent)) / base)
 
 
-def _inference(record: RunRecord) -> list[float | None]:
-    ratios = record.efficiency.get("speed", {}).get("ratios")
-    if not ratios:
-        return [None, None, None]
-    memory = max(record.efficiency["speed"]["own"][phase]["peak_memory_bytes"] for phase in ratios) / max(
-        record.efficiency["speed"]["dense"][phase]["peak_memory_bytes"] for phase in ratios
-    )
-    return [100 * ratios["prefill"]["time"], 100 * ratios["decode"]["time"], 100 * memory]
+def _timed(record: RunRecord) -> list[float | None]:
+    """Percent of dense: time and memory of a training step, time of prefill and of decoding, memory of both."""
+    measured = record.efficiency.get("speed", {})
+    ratios = measured.get("ratios", {})
+
+    def percent(phase: str, kind: str) -> float | None:
+        return 100 * ratios[phase][kind] if phase in ratios else None
+
+    peaks = [
+        max(measured[whose][phase]["peak_memory_bytes"] for phase in ("prefill", "decode"))
+        for whose in ("own", "dense")
+        if ratios
+    ]
+    return [
+        percent("train", "time"),
+        percent("train", "memory"),
+        percent("prefill", "time"),
+        percent("decode", "time"),
+        100 * peaks[0] / peaks[1] if peaks else None,
+    ]
 
 
 def _percent(value: float | None) -> str:

@@ -58,7 +58,7 @@ def _comparison(records: list[RunRecord]) -> Table:
     columns = metric_columns([record.metrics for record in records])
     rows = _rows(records)
     first = records[0]
-    labels = _row_labels([group[0] for group in rows])
+    labels = row_labels([group[0] for group in rows])
     before = any(record.metrics_before for record in records)
     headers = ["method", "layers", "params", *(column.label for column in columns)]
     headers += ["NLL before"] * before + ["compress s", "compress GiB", "train s", "train GiB"]
@@ -105,7 +105,7 @@ def _settings(record: RunRecord) -> dict[str, Any]:
     return {key: value for key, value in record.config["method"].items() if key != "seed"}
 
 
-def _row_labels(records: list[RunRecord]) -> list[str]:
+def row_labels(records: list[RunRecord]) -> list[str]:
     """Names of the methods, with the settings in which rows of the same method differ.
 
     Settings that are themselves made of settings are long, and are only named where the others do not tell rows apart.
