@@ -92,13 +92,19 @@ def efficiency_tables(records: Sequence[RunRecord], published: Mapping[str, Valu
         settings.setdefault(json.dumps(setting(record), sort_keys=True), []).append(record)
     tables = []
     for group in settings.values():
-        dense = [record for record in group if record.pruning["method"] == "dense"]
-        if dense:
-            tables.append(_efficiency_table(group, dense[0], published))
+        for dense in [record for record in group if record.pruning["method"] == "dense"][:1]:
+            alike = [record for record in group if _machine(record) == _machine(dense)]
+            tables.append(_efficiency_table(alike, dense, published, len(group) - len(alike)))
     return tables
 
 
-def _efficiency_table(records: list[RunRecord], dense: RunRecord, published: Mapping[str, Values]) -> Table:
+def _machine(record: RunRecord) -> tuple[Any, Any]:
+    return record.environment["device"], record.environment["num_threads"]
+
+
+def _efficiency_table(
+    records: list[RunRecord], dense: RunRecord, published: Mapping[str, Values], num_elsewhere: int
+) -> Table:
     mode = dense.config["finetune"]["mode"]
     paper = published.get(mode, {})
     rows, order = [], list(METHODS)
@@ -128,6 +134,8 @@ def _efficiency_table(records: list[RunRecord], dense: RunRecord, published: Map
         "train memory: the higher of a training step's and of what compression took, the latter in the run's own "
         "process; for methods that act in training, the peak of the run",
     ]
+    if num_elsewhere:
+        notes.append(f"left out: {num_elsewhere} runs on another machine or with another number of threads")
     return Table(f"{dense.model['name']}, {mode}: time and memory (Table 2)", headers, rows, notes)
 
 

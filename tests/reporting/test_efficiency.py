@@ -67,6 +67,13 @@ def test_without_a_dense_run_there_is_no_table():
     assert efficiency_tables([run("gradpruner", 50.0, 1100)], published("table2")) == []
 
 
+def test_only_runs_of_one_machine_are_compared():
+    other = dataclasses.replace(run("laco", 9.0, 900), environment={"device": "cpu", "num_threads": 64})
+    [table] = efficiency_tables([run("dense", 1.0, 600), other], {})
+    assert [row[0] for row in table.rows] == ["Dense"]
+    assert table.notes[-1] == "left out: 1 runs on another machine or with another number of threads"
+
+
 def test_seeds_have_rows_of_their_own():
     [table] = efficiency_tables([run("dense", 1.0, 600), *(run("random", 1.0, 600, seed=n) for n in (0, 1))], {})
     assert [row[0] for row in table.rows] == ["Dense", "Random, seed 0", "Random, seed 1"]
