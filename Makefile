@@ -70,6 +70,9 @@ bench-lm-eval: setup  ## option scoring against lm-evaluation-harness: same numb
 bench-mergekit: setup  ## pruning on disk against mergekit: equal output, memory and time (own venv, 11 GB of disk, minutes)
 	$(BIN)/python -m benchmarks.mergekit_prune
 
+.PHONY: bench-all
+bench-all: bench bench-lm-eval bench-mergekit  ## every benchmark, those in venvs of their own, too (an hour)
+
 clean:  ## remove caches and run folders; keeps .venv and results/records
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache results/runs results/sweeps wandb
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

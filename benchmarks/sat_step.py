@@ -38,7 +38,7 @@ MODEL = ModelSpec("packaged:smollm2-135m")
 SAT = Sat(omission_rate=0.4, ladder="none", dense_tail=0.0)  # the whole rate all the time
 NUM_WARMUPS = 2  # of SAT's steps the first is dense, the second selects units, which then stay for 50
 NUM_STEPS = 4  # timed ones a training
-BATCH_SIZE, NUM_TOKENS, NUM_ANSWER_TOKENS = 8, 64, 16
+BATCH_SIZE, NUM_TOKENS, NUM_ANSWER_TOKENS = 8, 128, 16
 
 
 class _Stopwatch(TrainerCallback):
