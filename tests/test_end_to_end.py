@@ -30,6 +30,7 @@ def finished(tmp_path_factory):
         f"dataset.max_test_samples={ROWS['test']}",
         "method.steps=4",
         "finetune.max_steps=6",
+        "measure_speed=false",  # tests time nothing
     ]
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         record = run_job(compose("config", overrides=overrides))
@@ -45,7 +46,9 @@ def test_the_dense_model_is_a_real_one(finished):
 
 def test_twelve_layers_leave_and_three_merge(finished):
     record, _ = finished
-    assert record.model == {"name": "smollm2-135m", "num_hidden_layers": 30, "num_parameters": 134_515_008}
+    model = {name: record.model[name] for name in ("name", "num_hidden_layers", "num_parameters")}
+    assert model == {"name": "smollm2-135m", "num_hidden_layers": 30, "num_parameters": 134_515_008}
+    assert record.pruning["shape"]["intermediate_size"] == [1536] * 18
     assert len(record.pruning["pruned_layers"]) == 12 and len(record.pruning["absorbed_by"]) == 3
     layer = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576  # linear sublayers and two norms
     assert record.pruning["num_parameters"] == 134_515_008 - 12 * layer
