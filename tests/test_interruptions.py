@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from experiments.run import CONF, run_job
 
 STAGES = ("measure", "prune", "finetune", "predict")
-NOT_COMPARED = ("seconds", "bytes", "environment", "config", "identity", "runtime")
+NOT_COMPARED = ("second", "bytes", "environment", "config", "identity", "runtime")
 
 
 def overrides(folder):
