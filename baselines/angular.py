@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from baselines.layer_dropping import CalibratedLayerDropping, Scores, checked
+from baselines.calibration import checked
+from baselines.layer_dropping import CalibratedLayerDropping, Scores
 from gradpruner.architectures import decoder_layers
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import last_hidden_state, watch_layers

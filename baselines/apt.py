@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from baselines.apt_pruning import AptPruning
 from baselines.apt_scores import Schedule
 from baselines.apt_training import AptTraining
-from baselines.layer_dropping import check_positive
+from baselines.calibration import check_positive
 from gradpruner.finetune import TrainingSpec
 
 

@@ -6,25 +6,25 @@ The authors' variant for LLaMA. Scores are summed over small batches of the down
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
 from baselines.apt_hooks import static_scores
 from baselines.apt_pruning import AptPruning, hidden_step
 from baselines.apt_scores import Units, densest_units, keep_one, unit_costs, width_plan
-from baselines.layer_dropping import check_positive, checked
+from baselines.calibration import Calibrated, checked
 from baselines.width_pruning import load_scores, save_scores
 from gradpruner.architectures import check_finite_weights
 from gradpruner.encoding import Batch
-from gradpruner.method import Calibration, Compressed
+from gradpruner.method import Compressed
 from gradpruner.plan import PruningPlan
 from gradpruner.shape import config_shape, head_dim
 from gradpruner.surgery import apply_plan
 
 
 @dataclass(frozen=True)
-class AptFast(AptPruning):
+class AptFast(Calibrated, AptPruning):
     """Prunes KV groups, MLP channels and channels of the residual stream by salience and outliers, in one cut.
 
     Attributes:
@@ -36,22 +36,7 @@ class AptFast(AptPruning):
     name: ClassVar[str] = "apt_fast"
     sources: ClassVar[tuple[str, ...]] = ("baselines.apt_scores", "baselines.apt_hooks")
 
-    num_rows: int = 256
     batch_size: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError on values that cannot work."""
-        super().__post_init__()
-        check_positive(self, "num_rows", "batch_size")
-
-    def calibration(self) -> Calibration:
-        """Rows of the training split, each at most once."""
-        return Calibration(self.batch_size, self.num_rows, self.seed, once=True)
-
-    def measurement_settings(self) -> dict[str, Any]:
-        """The rows; scores serve every budget."""
-        return {"num_rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
 
     def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
         """Scores all units; raises ValueError if weights or scores are not finite, or there is no data."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from baselines.layer_dropping import check_positive, checked, real_tokens
+from baselines.calibration import check_positive, checked, real_tokens
 from gradpruner.architectures import check_finite_weights, decoder_layers, linear_sublayers
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
+from baselines.calibration import Calibrated
 from gradpruner.architectures import check_finite_weights
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
-from gradpruner.method import Calibration, Compressed, DepthMethod, Method
+from gradpruner.method import Compressed, DepthMethod
 from gradpruner.plan import PruningPlan, lowest_layers
 from gradpruner.surgery import apply_plan
 
@@ -82,52 +82,5 @@ class LayerDropping(DepthMethod):
 
 
 @dataclass(frozen=True)
-class CalibratedLayerDropping(LayerDropping):
-    """Base of those that look at data.
-
-    Attributes:
-        num_rows: training rows to look at, at most all.
-        batch_size: rows at once; changes speed and memory, not scores.
-        seed: of the draw of rows.
-    """
-
-    num_rows: int = 256
-    batch_size: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError on values that cannot work."""
-        super().__post_init__()
-        check_positive(self, "num_rows", "batch_size")
-
-    def calibration(self) -> Calibration:
-        """Rows of the training split, each at most once."""
-        return Calibration(self.batch_size, self.num_rows, self.seed, once=True)
-
-    def measurement_settings(self) -> dict[str, Any]:
-        """The rows."""
-        return {"num_rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
-
-
-def check_positive(method: Method, *names: str) -> None:
-    """Raises ValueError if one of these settings is below 1."""
-    for name in names:
-        if getattr(method, name) < 1:
-            raise ValueError(f"{name} must be 1 or more, got {getattr(method, name)}. Raise method.{name}.")
-
-
-def checked(batches: Iterable[Batch], method: Method) -> list[Batch]:
-    """The batches as a list.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    taken = list(batches)
-    if not taken:
-        raise ValueError(f"method={method.name} looks at data, got no batches. Give compress() some.")
-    return taken
-
-
-def real_tokens(batch: Batch, device: torch.device) -> torch.Tensor:
-    """Where there is no padding, (B, T) bool."""
-    return batch["attention_mask"].to(device).bool()
+class CalibratedLayerDropping(Calibrated, LayerDropping):
+    """Base of those that look at data."""

@@ -26,7 +26,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from baselines.layer_dropping import check_positive, checked
+from baselines.calibration import check_positive, checked
 from baselines.taylor_scores import (
     CRITERIA,
     GROUPINGS,
@@ -81,7 +81,7 @@ class LlmPruner(WidthPruning):
     """
 
     name: ClassVar[str] = "llm_pruner"
-    sources: ClassVar[tuple[str, ...]] = ("baselines.taylor_scores", "baselines.layer_dropping")
+    sources: ClassVar[tuple[str, ...]] = ("baselines.taylor_scores", "baselines.calibration")
 
     ratio: float | None = None
     criterion: str = "param_first"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from baselines.layer_dropping import check_positive, checked, real_tokens
+from baselines.calibration import Calibrated, checked, real_tokens
 from baselines.shortgpt import block_influence
 from baselines.width_pruning import WidthPruning, heads_of, highest, load_scores, save_scores, training_spec
 from gradpruner.architectures import check_finite_weights, decoder_layers, linear_sublayers
@@ -34,7 +34,7 @@ from gradpruner.distill import Distillation
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import last_hidden_state
 from gradpruner.igia import check_choice
-from gradpruner.method import Calibration, Compressed, Recovery
+from gradpruner.method import Compressed, Recovery
 from gradpruner.plan import PruningPlan, WidthPlan, check_counts
 from gradpruner.shape import LAYER_SIZES, LayerShape, ModelShape, config_shape, head_dim
 from gradpruner.surgery import apply_plan
@@ -47,7 +47,7 @@ DIVISOR = 64  # widths are multiples of it, or of a smaller power of two in a sm
 
 
 @dataclass(frozen=True)
-class Minitron(WidthPruning):
+class Minitron(Calibrated, WidthPruning):
     """Prunes by activations, uniformly over layers, and distils.
 
     Attributes:
@@ -65,13 +65,11 @@ class Minitron(WidthPruning):
     """
 
     name: ClassVar[str] = "minitron"
-    sources: ClassVar[tuple[str, ...]] = ("baselines.shortgpt", "baselines.layer_dropping")
+    sources: ClassVar[tuple[str, ...]] = ("baselines.shortgpt",)
 
     axes: str = "width"
     target_shape: dict[str, int] | None = None
     num_rows: int = 1024
-    batch_size: int = 8
-    seed: int = 0
     recover_on: str | None = None
     recover_settings: dict[str, Any] | None = None
     recover_training: dict[str, Any] | None = None
@@ -83,7 +81,6 @@ class Minitron(WidthPruning):
         """Raises ValueError on values that cannot work or contradict each other."""
         super().__post_init__()
         check_choice("axes", self.axes, AXES)
-        check_positive(self, "num_rows", "batch_size")
         if (self.target_shape is not None) != (self.match == "native"):
             raise ValueError(
                 f"target_shape is for match=native and needed there, got target_shape={self.target_shape} and "
@@ -174,14 +171,13 @@ class Minitron(WidthPruning):
         cut = sizes or f"{super().variant()}-{self.axes}"
         return f"{cut}-{self.recover_on}" if self.recover_on else cut
 
-    def calibration(self) -> Calibration:
-        """Rows of the training split, each at most once."""
-        return Calibration(self.batch_size, self.num_rows, self.seed, once=True)
-
     def measurement_settings(self) -> dict[str, Any]:
         """The rows, and whether layers are scored or units."""
-        rows = {"num_rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
-        return {**rows, "scores_layers": self._scores_layers, "scores_units": self._scores_units}
+        return {
+            **super().measurement_settings(),
+            "scores_layers": self._scores_layers,
+            "scores_units": self._scores_units,
+        }
 
     @property
     def _scores_layers(self) -> bool:

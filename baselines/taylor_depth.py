@@ -14,7 +14,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from baselines.layer_dropping import CalibratedLayerDropping, Scores, checked
+from baselines.calibration import checked
+from baselines.layer_dropping import CalibratedLayerDropping, Scores
 from gradpruner.architectures import decoder_layers, linear_sublayers
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.hidden_states import answer_loss

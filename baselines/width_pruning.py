@@ -3,6 +3,7 @@
 Scores come from the downstream training split, as those of all pruning baselines (Section 4.2).
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,9 +45,9 @@ class WidthPruning(Method):
         check_width_supported(config, self.name)
         return self.narrower_shape(config)
 
+    @abstractmethod
     def narrower_shape(self, config: PreTrainedConfig) -> ModelShape:
         """The shape that meets the budget, for an architecture that is known."""
-        raise NotImplementedError
 
     def variant(self) -> str:
         """How much is pruned, and measured how."""

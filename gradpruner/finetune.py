@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,7 @@ class PruningCallback(TrainerCallback):
     report: dict[str, Any]
     loss: Loss | None = None
 
+    @abstractmethod
     def prepare(self, model: PreTrainedModel, checkpoint: Path | None) -> None:
         """Called before adapters are put on and the Trainer is made.
 
@@ -145,7 +147,6 @@ class PruningCallback(TrainerCallback):
             checkpoint: folder of an interrupted run that goes on, with its `plan`; the model then becomes narrower by
                 that when this returns.
         """
-        raise NotImplementedError
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Saves plan and report with every checkpoint."""

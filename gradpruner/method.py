@@ -114,6 +114,9 @@ class Method:
     name: ClassVar[str]
     sources: ClassVar[tuple[str, ...]] = ()  # modules of its own package that it works with
 
+    def __post_init__(self) -> None:
+        """Checks values in subclasses, each of which calls this one."""
+
     def base_model(self, model: ModelSpec) -> ModelSpec:
         """The model that the method starts from, given the dense one: that one, but for `small_dense`."""
         return model

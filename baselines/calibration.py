@@ -1,0 +1,62 @@
+"""The rows of the downstream training split that baselines look at (Section 4.2)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gradpruner.encoding import Batch
+from gradpruner.method import Calibration, Method
+
+
+@dataclass(frozen=True)
+class Calibrated(Method):
+    """Base of the methods that look at rows, each at most once.
+
+    Attributes:
+        num_rows: training rows to look at, at most all.
+        batch_size: rows at once; changes speed and memory, not scores, unless the method says so.
+        seed: of the draw of rows.
+    """
+
+    num_rows: int = 256
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        super().__post_init__()
+        check_positive(self, "num_rows", "batch_size")
+
+    def calibration(self) -> Calibration:
+        """Rows of the training split, each at most once."""
+        return Calibration(self.batch_size, self.num_rows, self.seed, once=True)
+
+    def measurement_settings(self) -> dict[str, Any]:
+        """The rows; scores serve every budget."""
+        return {"num_rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
+
+
+def check_positive(method: Method, *names: str) -> None:
+    """Raises ValueError if one of these settings is below 1."""
+    for name in names:
+        if getattr(method, name) < 1:
+            raise ValueError(f"{name} must be 1 or more, got {getattr(method, name)}. Raise method.{name}.")
+
+
+def checked(batches: Iterable[Batch], method: Method) -> list[Batch]:
+    """The batches as a list.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    taken = list(batches)
+    if not taken:
+        raise ValueError(f"method={method.name} looks at data, got no batches. Give compress() some.")
+    return taken
+
+
+def real_tokens(batch: Batch, device: torch.device) -> torch.Tensor:
+    """Where there is no padding, (B, T) bool."""
+    return batch["attention_mask"].to(device).bool()
