@@ -52,6 +52,7 @@ class KernelIgia(GradPruner):
 
     name: ClassVar[str] = "kernel_igia"
     sources: ClassVar[tuple[str, ...]] = ("baselines.width_pruning",)
+    finds_sparsity: ClassVar[bool] = False
 
     merge_count: int = 0
     match: str = "layers"
@@ -83,7 +84,7 @@ class KernelIgia(GradPruner):
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
         """A narrower residual stream that meets the budget; see `Method.shape`."""
-        assert self.sparsity is not None
+        assert isinstance(self.sparsity, float | int)
         check_width_supported(config, self.name)
         layers, step = config_shape(config).layers, config.num_attention_heads
         target = target_parameters(config, self.sparsity, self.match)

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -16,7 +15,7 @@ from baselines.calibration import checked
 from baselines.layer_dropping import CalibratedLayerDropping, Scores
 from gradpruner.architectures import decoder_layers
 from gradpruner.encoding import Batch
-from gradpruner.hidden_states import answer_loss
+from gradpruner.hidden_states import answer_nll
 from gradpruner.surgery import only_layers
 
 
@@ -38,14 +37,3 @@ class Perplexity(CalibratedLayerDropping):
             with only_layers(model, tuple(other for other in layers if other != layer)):
                 without.append(answer_nll(model, taken))
         return Scores([nll - whole for nll in without], {"answer_nll": whole, "answer_nll_without": without})
-
-
-@torch.no_grad()
-def answer_nll(model: PreTrainedModel, batches: list[Batch]) -> float:
-    """Negative log-likelihood per answer token, over all answer tokens of the batches."""
-    total, num_tokens = 0.0, 0
-    for batch in batches:
-        loss, count = answer_loss(model, batch)
-        total += float(loss)
-        num_tokens += count
-    return total / num_tokens

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds must be 1 or more, got {num_rounds}.")
     quiet_libraries()
     busy_percent = psutil.cpu_percent(interval=1.0)
-    table = Table(title=f"Training steps, {MODEL.name}, omission rate {SAT.omission_rate}: median [quartiles]")
+    table = Table(title=f"Training steps, {MODEL.name}, omission rate {SAT.omission_rate}: median \\[quartiles]")
     for column in ("", "dense s", "SAT s", "dense / SAT"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     ratios = {}

@@ -30,7 +30,7 @@ from gradpruner.cache import content_hash
 from gradpruner.checkpoint import save_checkpoint
 from gradpruner.efficiency import process_memory_bytes
 from gradpruner.evaluate.base import PREDICTIONS_FILE
-from gradpruner.files import write_text
+from gradpruner.files import write_json, write_text
 from gradpruner.pipeline import PLAN_FILE, Outcome, Pipeline
 from gradpruner.record import RunRecord
 from gradpruner.reporting.figures import plot_importance, plot_loss
@@ -42,6 +42,7 @@ from gradpruner.trainer import DivergedError
 
 logger = logging.getLogger(__name__)
 
+HISTORY_FILE = "history.json"  # loss and learning rate by optimizer step
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # What results do not depend on; everything else is part of a run's identity.
 NOT_IDENTITY = (
@@ -229,6 +230,7 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, key: str, trac
     outcome = pipeline.run()
     outcome.plan.save(run_dir / PLAN_FILE)
     shutil.copyfile(outcome.predictions, run_dir / PREDICTIONS_FILE)
+    write_json(run_dir / HISTORY_FILE, outcome.training["history"])
     plot_loss(outcome.training["history"], run_dir / "loss.png")
     if outcome.plan.layer_importance:
         plot_importance(outcome.plan, outcome.report, run_dir / "importance.png")

@@ -25,7 +25,7 @@ class RunConfig:
         finetune: how to fine-tune (`gradpruner.finetune.TrainingSpec`).
         evaluation: how to evaluate.
         tracker: where to report besides the record.
-        sparsity: fraction of decoder layers to prune; round(sparsity * layers) leave.
+        sparsity: fraction of decoder layers to prune; round(sparsity * layers) leave. `auto` where a method can find it.
         merge_count: how many of the pruned layers merge.
         seed: of data order, adapters and draws.
         show_options: list the choices in the prompt, where a dataset has a template for it.
@@ -45,7 +45,7 @@ class RunConfig:
     finetune: Any = MISSING
     evaluation: Any = MISSING
     tracker: Any = MISSING
-    sparsity: float | None = MISSING
+    sparsity: float | str | None = MISSING
     merge_count: int = MISSING
     seed: int = MISSING
     show_options: bool = MISSING

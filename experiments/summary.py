@@ -49,6 +49,13 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         absorbed = [(layer, absorber) for layer, absorber in pruning["absorbed_by"].items() if absorber is not None]
         merged = ", ".join(f"{layer} into {absorber}" for layer, absorber in absorbed)
         console.print(f"Pruned layers: {pruning['pruned_layers']}; merged: {merged or 'none'}")
+    if search := pruning["report"].get("search"):
+        tried = ", ".join(f"{number}: {nll:.2f}" for number, nll in search["curve"].items())
+        console.print(
+            f"sparsity=auto: answer NLL by layers pruned, repaired, untrained: 0: {search['dense']:.2f}, {tried}; "
+            f"at most {search['limit']:.2f}",
+            soft_wrap=True,
+        )
     if undecided := pruning["report"].get("undecided_layers"):
         chances = ", ".join(f"{layer} ({pruning['report']['pruned_probability'][layer]:.0%})" for layer in undecided)
         console.print(f"Near the cut, with how often resampled steps prune them: {chances}", soft_wrap=True)

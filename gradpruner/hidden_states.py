@@ -3,7 +3,7 @@
 Padding has states, too; whoever adds up states has to leave it out by the attention mask.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,3 +108,14 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
     output = model(**trim_to_answers(on_device), use_cache=False)
     loss: Tensor = output.loss * num_tokens
     return loss, num_tokens
+
+
+@torch.no_grad()
+def answer_nll(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
+    """Negative log-likelihood per answer token, over all answer tokens of the batches."""
+    total, num_tokens = 0.0, 0
+    for batch in batches:
+        loss, count = answer_loss(model, batch)
+        total += float(loss)
+        num_tokens += count
+    return total / num_tokens

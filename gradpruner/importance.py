@@ -6,7 +6,7 @@ GradPruner (arXiv:2601.19503), Section 3.1 and Algorithm 1, step 1. The base mod
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -98,7 +98,11 @@ class ImportanceSpec:
 
 
 def record_early_gradients(
-    model: PreTrainedModel, batches: Iterable[Batch], spec: ImportanceSpec, directory: Path
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    spec: ImportanceSpec,
+    directory: Path,
+    has_settled: Callable[[Tensor], bool] | None = None,
 ) -> EarlyGradients:
     """Fine-tunes LoRA adapters for `spec.steps` steps and writes every step's gradient factors to `directory`.
 
@@ -109,6 +113,7 @@ def record_early_gradients(
         batches: dicts of `input_ids`, `attention_mask`, `labels` (-100 = no loss), each (B, T).
         spec: how to run.
         directory: empty folder for the result.
+        has_settled: says after every step whether these are enough, by the energies so far, (t, L, M).
 
     Raises:
         ValueError: if there are fewer batches than the steps need, or all gradients are zero.
@@ -130,7 +135,7 @@ def record_early_gradients(
     directory.mkdir(parents=True, exist_ok=True)
     set_seed(spec.seed)
     with _adapters(model, spec) as tuned, tempfile.TemporaryDirectory() as scratch:
-        recorder = _GradientRecorder(model, spec, directory)
+        recorder = _GradientRecorder(model, spec, directory, has_settled)
         trainer = _ImportanceTrainer(
             tuned,
             _training_arguments(spec, Path(scratch)),
@@ -147,7 +152,7 @@ def record_early_gradients(
     energies = torch.stack(recorder.energies)  # (t, L, M)
     if not energies.any():
         raise ValueError(
-            f"All gradients were exactly zero in {spec.steps} importance steps, so no layer can be told from another. "
+            f"All gradients were exactly zero in {len(energies)} importance steps, so no layer can be told from another. "
             "Raise method.learning_rate, or check the dtype of the model."
         )
     write_json(
@@ -184,7 +189,13 @@ class _ImportanceTrainer(CompletionTrainer):
 class _GradientRecorder(TrainerCallback):
     """Takes the factors of every sublayer before each optimizer step (after clipping, if there is any)."""
 
-    def __init__(self, model: PreTrainedModel, spec: ImportanceSpec, directory: Path) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: ImportanceSpec,
+        directory: Path,
+        has_settled: Callable[[Tensor], bool] | None,
+    ) -> None:
         layers = decoder_layers(model)
         self._modules = [
             {name: module for name, module in layer.named_modules() if isinstance(module, LoraLayer)}
@@ -192,7 +203,7 @@ class _GradientRecorder(TrainerCallback):
         ]
         self.sublayers = list(self._modules[0])
         self.energies: list[Tensor] = []  # t times (L, M)
-        self._spec, self._directory = spec, directory
+        self._spec, self._directory, self._has_settled = spec, directory, has_settled
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -208,6 +219,10 @@ class _GradientRecorder(TrainerCallback):
                 factors[right_name] = right.float().cpu().contiguous()
         save_file(factors, self._directory / step_file(len(self.energies)))
         self.energies.append(energies)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._has_settled is not None and self._has_settled(torch.stack(self.energies)):
+            control.should_training_stop = True
 
     def _factors(self, module: LoraLayer) -> Factors:
         a, b = (adapter["default"].weight for adapter in (module.lora_A, module.lora_B))

@@ -7,7 +7,9 @@ is apart from pruning because it is the expensive half and most settings of a sw
 
 import copy
 import dataclasses
+import json
 import logging
+import math
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -17,9 +19,12 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
+from gradpruner import stability
 from gradpruner.architectures import check_model, decoder_layers
+from gradpruner.auto_sparsity import AUTO, search
 from gradpruner.distill import Distillation
 from gradpruner.encoding import Batch
+from gradpruner.files import write_json
 from gradpruner.finetune import TrainingSpec
 from gradpruner.gradients import EarlyGradients
 from gradpruner.igia import (
@@ -37,12 +42,12 @@ from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan, check_counts, make_plan
 from gradpruner.repair import REPAIRS, check_repairable, repair
 from gradpruner.shape import ModelShape, config_shape
-from gradpruner.stability import stability_report
 from gradpruner.surgery import apply_plan
 
 logger = logging.getLogger(__name__)
 
 LEAST_SQUARES = "least_squares"
+SEARCH_FILE = "search.json"
 
 
 @dataclass(frozen=True)
@@ -223,14 +228,17 @@ class DepthMethod(Method):
     """Base of methods that take out whole layers. Give either `sparsity` or `num_pruned_layers`.
 
     Attributes:
-        sparsity: fraction of decoder layers to prune; `round(sparsity * layers)` leave.
+        sparsity: fraction of decoder layers to prune; `round(sparsity * layers)` leave. `auto` where the method can
+            find it.
         num_pruned_layers: how many layers leave.
         repair: what to do about the damage before fine-tuning, one of `repair.REPAIRS`; `least_squares` folds a linear
             map for every run of pruned layers into the layer before it.
         repair_rows: training rows for that, at most all.
     """
 
-    sparsity: float | None = None
+    finds_sparsity: ClassVar[bool] = False  # knows sparsity=auto
+
+    sparsity: float | str | None = None
     num_pruned_layers: int | None = None
     repair: str = "none"
     repair_rows: int = 320
@@ -242,7 +250,9 @@ class DepthMethod(Method):
                 f"Give either sparsity or num_pruned_layers, got sparsity={self.sparsity} and "
                 f"num_pruned_layers={self.num_pruned_layers}. Set the other one to null."
             )
-        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+        if isinstance(self.sparsity, str):
+            self._check_auto_sparsity()
+        elif self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
             raise ValueError(
                 f"sparsity is the fraction of decoder layers to prune, in [0, 1), got {self.sparsity}. "
                 "For 40 % write sparsity=0.4."
@@ -251,11 +261,22 @@ class DepthMethod(Method):
         if self.repair_rows < 2:
             raise ValueError(f"repair_rows must be 2 or more, got {self.repair_rows}. Raise method.repair_rows.")
 
+    def _check_auto_sparsity(self) -> None:
+        if self.sparsity != AUTO:
+            raise ValueError(f"sparsity must be a number or auto, got {self.sparsity!r}. For 40 % write sparsity=0.4.")
+        if not self.finds_sparsity:
+            raise ValueError(
+                f"sparsity=auto is found from an importance run, which method={self.name} does not have. Set sparsity "
+                "to a number, or use method=gradpruner_plus."
+            )
+
     def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
-        """Turns `sparsity` into a number of layers; see `Method.resolve`."""
+        """Turns `sparsity` into a number of layers unless it is `auto`; see `Method.resolve`."""
+        if self.sparsity == AUTO:
+            return self
         num_pruned = self.num_pruned_layers
         if num_pruned is None:
-            assert self.sparsity is not None
+            assert isinstance(self.sparsity, float | int)
             num_pruned = round(self.sparsity * num_hidden_layers)
         check_counts(num_hidden_layers, num_pruned)
         return dataclasses.replace(self, sparsity=None, num_pruned_layers=num_pruned)
@@ -285,7 +306,8 @@ class GradPruner(DepthMethod):
     """GradPruner (arXiv:2601.19503): prune the layers that early LoRA gradients find unimportant, merge the best.
 
     Give either `sparsity` or `num_pruned_layers`, and either `steps` or `fraction`. The settings of the importance run
-    are those of `importance.ImportanceSpec`.
+    are those of `importance.ImportanceSpec`. With `sparsity=auto` as many layers leave as the answers' likelihood bears
+    (see `auto_sparsity`); with `steps=auto` the importance run stops once the pruned set has settled.
 
     Attributes:
         merge_count: how many of the pruned layers merge, the most important first.
@@ -295,11 +317,17 @@ class GradPruner(DepthMethod):
             `merge_rule=none` with `repair=least_squares` does.
         score: one of `igia.SCORES`.
         step_weighting: one of `igia.STEP_WEIGHTINGS`.
-        steps: importance steps.
+        steps: importance steps, or `auto`.
         fraction: importance steps as a fraction of the planned training steps (the paper's 1 %).
+        max_steps: the most steps with `steps=auto`.
+        patience: over how many of the last steps the pruned set must stay the same with `steps=auto`.
+        tolerance: how far the answers' negative log-likelihood may rise with `sparsity=auto`, as a part of the dense
+            model's, after repair and before any training.
+        max_sparsity: the largest fraction of layers that may leave with `sparsity=auto`.
     """
 
     name: ClassVar[str] = "gradpruner"
+    finds_sparsity: ClassVar[bool] = True
 
     merge_count: int = 3
     merged_layers: tuple[int, ...] | None = None
@@ -307,8 +335,12 @@ class GradPruner(DepthMethod):
     merge_rule: str = "sign_average"
     score: str = "sumsq"
     step_weighting: str = "energy"
-    steps: int | None = 40
+    steps: int | str | None = 40
     fraction: float | None = None
+    max_steps: int = 100
+    patience: int = 5
+    tolerance: float = 0.1
+    max_sparsity: float = 0.5
     batch_size: int = 8
     accumulation: int = 1
     learning_rate: float = 1e-5
@@ -329,6 +361,14 @@ class GradPruner(DepthMethod):
                 f"Give either steps or fraction, got steps={self.steps} and fraction={self.fraction}. "
                 "Set the other one to null."
             )
+        if isinstance(self.steps, str) and self.steps != AUTO:
+            raise ValueError(f"steps must be a number or auto, got {self.steps!r}. Change method.steps.")
+        if self.patience < 1:
+            raise ValueError(f"patience must be 1 or more, got {self.patience}. Raise method.patience.")
+        if self.tolerance < 0.0:
+            raise ValueError(f"tolerance must be 0 or above, got {self.tolerance}. For 10 % write method.tolerance=0.1.")
+        if not 0.0 < self.max_sparsity < 1.0:
+            raise ValueError(f"max_sparsity is a fraction of the layers, in (0, 1), got {self.max_sparsity}.")
         if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"fraction is a part of the training steps, in (0, 1], got {self.fraction}.")
         if not 0.0 <= self.density <= 1.0:
@@ -346,9 +386,22 @@ class GradPruner(DepthMethod):
         """Turns `sparsity` into layers and `fraction` into steps; see `Method.resolve`."""
         resolved = super().resolve(num_hidden_layers)
         num_merged = self.merge_count if self.merged_layers is None else len(self.merged_layers)
-        assert resolved.num_pruned_layers is not None
-        check_counts(num_hidden_layers, resolved.num_pruned_layers, num_merged)
+        check_counts(num_hidden_layers, resolved._most_pruned(num_hidden_layers), num_merged)
         return resolved._with_steps(training_steps)
+
+    def _most_pruned(self, num_hidden_layers: int) -> int:
+        """How many layers leave, or at most so many with `sparsity=auto`."""
+        if self.num_pruned_layers is not None:
+            return self.num_pruned_layers
+        if self.sparsity == AUTO:
+            return max(1, math.floor(self.max_sparsity * num_hidden_layers))
+        assert isinstance(self.sparsity, float | int)
+        return round(self.sparsity * num_hidden_layers)
+
+    def shape(self, config: PreTrainedConfig) -> ModelShape:
+        """That of the most layers pruned; see `Method.shape`."""
+        most = self._most_pruned(config.num_hidden_layers)
+        return super(GradPruner, dataclasses.replace(self, sparsity=None, num_pruned_layers=most)).shape(config)
 
     def _with_steps(self, training_steps: int | None) -> Self:
         """Turns `fraction` into steps."""
@@ -379,23 +432,59 @@ class GradPruner(DepthMethod):
         return Calibration(spec.batch_size, spec.batch_size * spec.steps * spec.accumulation, spec.seed)
 
     def measurement_settings(self) -> dict[str, Any]:
-        """The importance run; neither counts nor rules: it serves every sparsity, merge count, score and density."""
-        return dataclasses.asdict(self._importance_spec())
+        """The importance run; neither counts nor rules: it serves every sparsity, merge count, score and density.
+
+        With `auto` what decides about the number of steps or layers is part of it.
+        """
+        settings, auto = dataclasses.asdict(self._importance_spec()), dataclasses.asdict(self)
+        if self.sparsity == AUTO:
+            settings["auto"] = auto
+        elif self.steps == AUTO:
+            deciding = ("sparsity", "num_pruned_layers", "patience", "score", "step_weighting")
+            settings["auto"] = {name: auto[name] for name in deciding}
+        return settings
 
     def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
-        """Step 1: gradients of the first LoRA steps (Eq. 2)."""
-        record_early_gradients(model, batches, self._importance_spec(), directory)
+        """Step 1: gradients of the first LoRA steps (Eq. 2); with `sparsity=auto` also how many layers can leave."""
+        most, taken = self._most_pruned(len(decoder_layers(model))), list(batches)
+
+        def has_settled(energies: Tensor) -> bool:
+            return stability.has_settled(
+                step_importance(energies, self.score, self.step_weighting), most, self.patience
+            )
+
+        gradients = record_early_gradients(
+            model, taken, self._importance_spec(), directory, has_settled if self.steps == AUTO else None
+        )
+        if self.sparsity != AUTO:
+            return
+        found = search(
+            model,
+            taken[: -(-self.repair_rows // self.batch_size)],
+            lambda candidate, num_pruned: self._pruned(candidate, gradients, num_pruned).plan,
+            repairs=self.repair_calibration() is not None,
+            tolerance=self.tolerance,
+            most=most,
+        )
+        logger.info("sparsity=auto: %s", found)
+        write_json(directory / SEARCH_FILE, found.to_dict())
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
         """Steps 2 to 4: layer importance (Eq. 3, 4), plan, merge (Eq. 5, 6) and surgery."""
-        assert self.num_pruned_layers is not None
         gradients = EarlyGradients.load(directory)
+        if self.num_pruned_layers is not None:
+            return self._pruned(model, gradients, self.num_pruned_layers)
+        found = json.loads((directory / SEARCH_FILE).read_text())
+        compressed = self._pruned(model, gradients, found["num_pruned_layers"])
+        return dataclasses.replace(compressed, report={**compressed.report, "search": found})
+
+    def _pruned(self, model: PreTrainedModel, gradients: EarlyGradients, num_pruned_layers: int) -> Compressed:
         per_step = step_importance(gradients.energies, self.score, self.step_weighting)  # (t, L)
         importance = layer_importance(gradients.energies, self.score, self.step_weighting).tolist()
         plan = make_plan(
             importance,
-            self.num_pruned_layers,
-            self.merge_count,
+            num_pruned_layers,
+            min(self.merge_count, num_pruned_layers),
             merge_rule="none" if self.merge_rule == LEAST_SQUARES else self.merge_rule,
             density=self.density,
             merged_layers=self.merged_layers,
@@ -405,7 +494,7 @@ class GradPruner(DepthMethod):
             "losses": list(gradients.losses),
             "train_seconds": gradients.train_seconds,
             "peak_memory_bytes": gradients.peak_memory_bytes,
-            **stability_report(per_step, self.num_pruned_layers),
+            **stability.stability_report(per_step, num_pruned_layers),
         }
         if plan.dropped_unmerged:
             report["warnings"].append(
@@ -421,4 +510,5 @@ class GradPruner(DepthMethod):
 
     def _importance_spec(self) -> ImportanceSpec:
         fields = [field.name for field in dataclasses.fields(ImportanceSpec)]
-        return ImportanceSpec(**{name: getattr(self, name) for name in fields})
+        settings = {name: getattr(self, name) for name in fields}
+        return ImportanceSpec(**settings | ({"steps": self.max_steps} if self.steps == AUTO else {}))

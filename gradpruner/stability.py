@@ -14,6 +14,7 @@ from gradpruner.plan import lowest_layers
 SETTLED_OVERLAP = 0.9  # between the final set and every prefix of at least three quarters of the steps
 HALVES_OVERLAP = 0.8  # between the sets of the first and of the second half
 NUM_RESAMPLES = 1000
+RESAMPLED_OVERLAP = 0.95  # between the final set and that of resampled steps, on average
 UNDECIDED = 0.05  # a layer that is pruned in fewer, or in all but fewer, of the resamples is decided
 SPIKE_SHARE = 0.5  # of the summed importance in a tenth of the steps
 
@@ -69,6 +70,28 @@ def stability_report(step_importance: Tensor, num_pruned_layers: int) -> dict[st
         "top_step_share": top_share,
         "warnings": warnings,
     }
+
+
+def has_settled(step_importance: Tensor, num_pruned_layers: int, patience: int) -> bool:
+    """Whether more steps are unlikely to change the pruned set: where `steps=auto` stops.
+
+    The set must be the same with each of the last `patience` steps left out from the end, and resamples of the steps
+    must give it again but for a twentieth of its layers on average.
+
+    Args:
+        step_importance: importance per step and layer so far, (t, L).
+        num_pruned_layers: size of the set.
+        patience: steps.
+    """
+    num_steps = len(step_importance)
+    if num_steps <= patience:
+        return False
+    prefixes = (step_importance[:stop] for stop in range(num_steps - patience, num_steps))
+    if any(_overlap(prefix, step_importance, num_pruned_layers) != 1.0 for prefix in prefixes):
+        return False
+    probability = pruned_probability(step_importance, num_pruned_layers)
+    pruned = lowest_layers(step_importance.mean(dim=0).tolist(), num_pruned_layers)
+    return sum(probability[layer] for layer in pruned) / num_pruned_layers >= RESAMPLED_OVERLAP
 
 
 def pruned_probability(step_importance: Tensor, num_pruned_layers: int) -> list[float]:
