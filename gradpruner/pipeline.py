@@ -32,6 +32,7 @@ from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan
 from gradpruner.repair import load_repair, read_fits, repair, save_repair
 from gradpruner.shape import ModelShape, config_shape, model_shape
+from gradpruner.speed_comparison import compare, workload_like
 from gradpruner.stage_keys import StageKeys
 from gradpruner.tasks import Example, Task
 
@@ -323,34 +324,12 @@ class Pipeline:
 
         A method that acts in training has no training steps like another's: those are left out then.
         """
-        model, training, rows = self.base_model, self.training, self.rows
-        length = round(sum(len(row.input_ids) for row in rows) / len(rows))
-        answer = round(sum(row.num_answer_tokens for row in rows) / len(rows))
-        workload = speed.Workload(
-            mode=training.mode,
-            lora_rank=training.lora_rank,
-            gradient_checkpointing=training.gradient_checkpointing,
-            train_rows=training.micro_batch_size,
-            train_tokens=length,
-            answer_tokens=min(answer, length - 1),
-            dtype=str(model.torch_dtype).removeprefix("torch."),
-            attn_implementation=model.attn_implementation,
-            rounds=1,
-        )
+        workload = workload_like(self.base_model, self.training, self.rows)
         roles = ("infer",) if self.resolved_method.callbacks() else speed.ROLES
         models = {"dense": (self.dense_config, config_shape(self.dense_config)), "own": (self.config, shape)}
-        is_dense = models["own"][1] == models["dense"][1]  # its own twin: not timed twice
 
         def compute(directory: Path) -> None:
-            found = speed.measure({"dense": models["dense"]} if is_dense else models, workload, roles)
-            dense, own = found["dense"], found["dense" if is_dense else "own"]
-            summary = {
-                "workload": dataclasses.asdict(workload),
-                "dense": {name: phase.to_dict() for name, phase in dense.items()},
-                "own": {name: phase.to_dict() for name, phase in own.items()},
-                "ratios": speed.ratios(own, dense),
-            }
-            write_json(directory / SPEED_FILE, summary)
+            write_json(directory / SPEED_FILE, compare(models["dense"], models["own"], workload, roles))
 
         folder = self._cached("speed", self._keys.speed(models, workload, roles), compute)
         summary: dict[str, Any] = json.loads((folder / SPEED_FILE).read_text())
