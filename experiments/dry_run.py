@@ -174,6 +174,8 @@ def _notes(pipeline: Pipeline, dtype: torch.dtype, flops_per_second: float, offl
         f"Time: at {flops_per_second / 1e9:,.0f} GFLOP/s, measured just now on this machine ({default_device().type}, "
         f"{_dtype_name(dtype)} matrix products, {CALIBRATION_SECONDS} s). Small models take about twice that.",
     ]
+    if undetermined := pipeline.resolved_method.undetermined():
+        notes.append(f"Only the run finds out {' and '.join(undetermined)}: the table has the most it may be.")
     if offline:
         characters = sum(len(example.prompt) + len(example.answer) for example in pipeline.train_examples)
         tokens = sum(len(row.input_ids) for row in pipeline.rows)

@@ -149,6 +149,10 @@ class Method:
         """
         return config_shape(config)
 
+    def undetermined(self) -> list[str]:
+        """What only the run finds out. Until then `shape` and `calibration` are those of the most it may be."""
+        return []
+
     def check_training(self, training: TrainingSpec) -> None:
         """Raises ValueError if the method does not work with this fine-tune."""
 
@@ -366,7 +370,9 @@ class GradPruner(DepthMethod):
         if self.patience < 1:
             raise ValueError(f"patience must be 1 or more, got {self.patience}. Raise method.patience.")
         if self.tolerance < 0.0:
-            raise ValueError(f"tolerance must be 0 or above, got {self.tolerance}. For 10 % write method.tolerance=0.1.")
+            raise ValueError(
+                f"tolerance must be 0 or above, got {self.tolerance}. For 10 % write method.tolerance=0.1."
+            )
         if not 0.0 < self.max_sparsity < 1.0:
             raise ValueError(f"max_sparsity is a fraction of the layers, in (0, 1), got {self.max_sparsity}.")
         if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
@@ -414,6 +420,11 @@ class GradPruner(DepthMethod):
                 "Call resolve(num_hidden_layers, training_steps) first, or give steps."
             )
         return dataclasses.replace(self, steps=max(2, round(self.fraction * training_steps)), fraction=None)
+
+    def undetermined(self) -> list[str]:
+        """Layers and steps that are `auto`; see `Method.undetermined`."""
+        layers = ["how many layers leave"] if self.sparsity == AUTO else []
+        return layers + (["how many importance steps it takes"] if self.steps == AUTO else [])
 
     def variant(self) -> str:
         """How much is pruned and merged."""

@@ -71,6 +71,14 @@ def test_a_tiny_model(tmp_path):
     assert "cannot be read from the Hub" not in output
 
 
+def test_what_only_the_run_finds_out_is_said(tmp_path):
+    both = show(tmp_path, "debug=smoke", "method=gradpruner_plus", "sparsity=auto")
+    said = "Only the run finds out how many layers leave and how many importance steps it takes: the table has the most"
+    assert said in both and row(both, "decoder layers") == ["6", "3", "0.500"]
+    assert row(both, "rows seen before pruning")[-1] == "800"
+    assert "Only the run finds out" not in show(tmp_path, "debug=smoke")
+
+
 def test_the_dense_model_has_no_importance_run(tmp_path):
     output = show(tmp_path, "debug=smoke", "method=dense", "finetune=full", "finetune.gradient_checkpointing=true")
     assert row(output, "decoder layers") == ["6", "6", "1.000"]
