@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gradpruner.method import GradPruner, Method
+from gradpruner.grad_pruner import GradPruner
+from gradpruner.method import Method
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from baselines.width_pruning import highest
 from gradpruner.architectures import decoder_layers, linear_sublayers
 from gradpruner.budget import check_match, solve_size, target_parameters
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients
 from gradpruner.igia import Factors, check_choice, igia_matrix, step_weights
 from gradpruner.merge import top_fraction_mask
-from gradpruner.method import Compressed, GradPruner, Method
+from gradpruner.method import Compressed, Method
 from gradpruner.plan import PruningPlan, WidthPlan
 from gradpruner.shape import ModelShape, check_width_supported, config_shape
 from gradpruner.surgery import apply_plan

@@ -10,7 +10,8 @@ Library use:
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradpruner.method import Compressed, GradPruner
+    from gradpruner.grad_pruner import GradPruner
+    from gradpruner.method import Compressed
     from gradpruner.plan import PruningPlan
 
 __all__ = ["Compressed", "GradPruner", "PruningPlan"]
@@ -19,10 +20,14 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Imports on first use: `gradpruner.merge` and `gradpruner.plan` alone must not pull in transformers."""
-    if name in ("Compressed", "GradPruner"):
-        from gradpruner import method
+    if name == "GradPruner":
+        from gradpruner.grad_pruner import GradPruner
 
-        return getattr(method, name)
+        return GradPruner
+    if name == "Compressed":
+        from gradpruner.method import Compressed
+
+        return Compressed
     if name == "PruningPlan":
         from gradpruner.plan import PruningPlan
 

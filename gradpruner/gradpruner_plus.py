@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradpruner.auto_sparsity import AUTO
-from gradpruner.method import LEAST_SQUARES, GradPruner, Method
+from gradpruner.grad_pruner import LEAST_SQUARES, GradPruner
+from gradpruner.method import Method
 
 
 @dataclass(frozen=True)

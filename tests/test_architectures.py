@@ -36,7 +36,7 @@ from gradpruner.architectures import (
     lora_targets,
     shrink_config,
 )
-from gradpruner.method import GradPruner
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan, make_plan
 from gradpruner.surgery import apply_plan, drop_layers

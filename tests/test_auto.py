@@ -13,10 +13,10 @@ from gradpruner import auto_sparsity
 from gradpruner.auto_sparsity import largest_cut, search
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.finetune import TrainingSpec
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients
 from gradpruner.gradpruner_plus import GradPrunerPlus
 from gradpruner.importance import ImportanceSpec, record_early_gradients
-from gradpruner.method import GradPruner
 from gradpruner.pipeline import Pipeline
 from gradpruner.plan import PruningPlan
 from gradpruner.stability import has_settled

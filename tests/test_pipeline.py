@@ -14,7 +14,7 @@ from gradpruner.evaluate.generate import Generation
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.files import read_jsonl
 from gradpruner.finetune import TrainingSpec
-from gradpruner.method import GradPruner
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.models import ModelSpec
 from gradpruner.pipeline import Pipeline
 from gradpruner.tasks import DataError, JsonLines

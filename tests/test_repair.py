@@ -15,7 +15,7 @@ from baselines.shortgpt import ShortGpt
 from gradpruner import repair as repair_module
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.finetune import TrainingSpec
-from gradpruner.method import GradPruner
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.models import ModelSpec
 from gradpruner.pipeline import Pipeline
 from gradpruner.plan import PruningPlan

@@ -13,10 +13,10 @@ from experiments.prune_checkpoint import main
 from gradpruner import streaming, tensor_files
 from gradpruner.architectures import linear_sublayers
 from gradpruner.files import write_json
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients
 from gradpruner.igia import igia_matrix, squared_frobenius, step_weights
 from gradpruner.merge import MERGE_RULES
-from gradpruner.method import GradPruner
 from gradpruner.plan import PruningPlan, preceding_kept_layer
 from gradpruner.streaming import load_pruned, prune_checkpoint
 from gradpruner.surgery import apply_plan

@@ -20,7 +20,7 @@ from baselines.small_dense import SmallDense
 from baselines.taylor_depth import TaylorDepth
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.finetune import TrainingSpec
-from gradpruner.method import GradPruner
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.models import ModelSpec
 from gradpruner.pipeline import Pipeline
 from gradpruner.tasks import JsonLines

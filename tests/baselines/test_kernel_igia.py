@@ -17,9 +17,9 @@ from baselines.kernel_igia import (
 from gradpruner.architectures import count_parameters, linear_sublayers
 from gradpruner.budget import target_parameters
 from gradpruner.counting import count_model
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients
 from gradpruner.igia import igia_matrix
-from gradpruner.method import GradPruner
 from gradpruner.shape import ModelShape, config_shape, model_shape
 
 TINY = {

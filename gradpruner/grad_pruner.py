@@ -1,0 +1,261 @@
+"""GradPruner (arXiv:2601.19503): the method of the paper, with its variants and what goes beyond it."""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gradpruner import stability
+from gradpruner.architectures import decoder_layers
+from gradpruner.auto_sparsity import AUTO, search
+from gradpruner.encoding import Batch
+from gradpruner.files import write_json
+from gradpruner.gradients import EarlyGradients
+from gradpruner.igia import (
+    SCORES,
+    STEP_WEIGHTINGS,
+    check_choice,
+    igia_matrix,
+    layer_importance,
+    step_importance,
+    step_weights,
+)
+from gradpruner.importance import ImportanceSpec, record_early_gradients
+from gradpruner.merge import check_rule
+from gradpruner.method import Calibration, Compressed, DepthMethod
+from gradpruner.plan import check_counts, make_plan
+from gradpruner.shape import ModelShape
+from gradpruner.surgery import apply_plan
+
+logger = logging.getLogger(__name__)
+
+LEAST_SQUARES = "least_squares"
+SEARCH_FILE = "search.json"
+
+
+@dataclass(frozen=True)
+class GradPruner(DepthMethod):
+    """GradPruner (arXiv:2601.19503): prune the layers that early LoRA gradients find unimportant, merge the best.
+
+    Give either `sparsity` or `num_pruned_layers`, and either `steps` or `fraction`. The settings of the importance run
+    are those of `importance.ImportanceSpec`. With `sparsity=auto` as many layers leave as the answers' likelihood bears
+    (see `auto_sparsity`); with `steps=auto` the importance run stops once the pruned set has settled.
+
+    Attributes:
+        merge_count: how many of the pruned layers merge, the most important first.
+        merged_layers: the pruned layers that merge, instead of `merge_count`.
+        density: fraction of each merged weight that may enter the kept one (the paper's 80 % sparsity is 0.2).
+        merge_rule: one of `merge.MERGE_RULES`; or `least_squares`, which merges nothing and repairs, as
+            `merge_rule=none` with `repair=least_squares` does.
+        score: one of `igia.SCORES`.
+        step_weighting: one of `igia.STEP_WEIGHTINGS`.
+        steps: importance steps, or `auto`.
+        fraction: importance steps as a fraction of the planned training steps (the paper's 1 %).
+        max_steps: the most steps with `steps=auto`.
+        patience: over how many of the last steps the pruned set must stay the same with `steps=auto`.
+        tolerance: how far the answers' negative log-likelihood may rise with `sparsity=auto`, as a part of the dense
+            model's, after repair and before any training.
+        max_sparsity: the largest fraction of layers that may leave with `sparsity=auto`.
+    """
+
+    name: ClassVar[str] = "gradpruner"
+    sources: ClassVar[tuple[str, ...]] = ("gradpruner.auto_sparsity", "gradpruner.stability", "gradpruner.repair")
+    finds_sparsity: ClassVar[bool] = True
+
+    merge_count: int = 3
+    merged_layers: tuple[int, ...] | None = None
+    density: float = 0.2
+    merge_rule: str = "sign_average"
+    score: str = "sumsq"
+    step_weighting: str = "energy"
+    steps: int | str | None = 40
+    fraction: float | None = None
+    max_steps: int = 100
+    patience: int = 5
+    tolerance: float = 0.1
+    max_sparsity: float = 0.5
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 1e-5
+    lora_rank: int = 8
+    lora_alpha: int = 32
+    lora_init: str = "default"
+    adapter: str = "lora"
+    max_grad_norm: float = 0.0
+    gradient_estimate: str = "product"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work or contradict each other."""
+        super().__post_init__()
+        if (self.steps is None) == (self.fraction is None):
+            raise ValueError(
+                f"Give either steps or fraction, got steps={self.steps} and fraction={self.fraction}. "
+                "Set the other one to null."
+            )
+        if isinstance(self.steps, str) and self.steps != AUTO:
+            raise ValueError(f"steps must be a number or auto, got {self.steps!r}. Change method.steps.")
+        if self.patience < 1:
+            raise ValueError(f"patience must be 1 or more, got {self.patience}. Raise method.patience.")
+        if self.tolerance < 0.0:
+            raise ValueError(
+                f"tolerance must be 0 or above, got {self.tolerance}. For 10 % write method.tolerance=0.1."
+            )
+        if not 0.0 < self.max_sparsity < 1.0:
+            raise ValueError(f"max_sparsity is a fraction of the layers, in (0, 1), got {self.max_sparsity}.")
+        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"fraction is a part of the training steps, in (0, 1], got {self.fraction}.")
+        if not 0.0 <= self.density <= 1.0:
+            raise ValueError(f"density must be in [0, 1], got {self.density}. Set method.density, e.g. to 0.2.")
+        if self.merge_count < 0:
+            raise ValueError(f"merge_count must be 0 or above, got {self.merge_count}. Use 0 for no merging.")
+        if self.merge_rule != LEAST_SQUARES:
+            check_rule(self.merge_rule)
+        check_choice("score", self.score, SCORES)
+        check_choice("step_weighting", self.step_weighting, STEP_WEIGHTINGS)
+        if self.steps is not None:
+            self._importance_spec()  # checks its own values
+
+    def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
+        """Turns `sparsity` into layers and `fraction` into steps; see `Method.resolve`."""
+        resolved = super().resolve(num_hidden_layers)
+        num_merged = self.merge_count if self.merged_layers is None else len(self.merged_layers)
+        check_counts(num_hidden_layers, resolved._most_pruned(num_hidden_layers), num_merged)
+        return resolved._with_steps(training_steps)
+
+    def _most_pruned(self, num_hidden_layers: int) -> int:
+        """How many layers leave, or at most so many with `sparsity=auto`."""
+        if self.num_pruned_layers is not None:
+            return self.num_pruned_layers
+        if self.sparsity == AUTO:
+            return max(1, math.floor(self.max_sparsity * num_hidden_layers))
+        assert isinstance(self.sparsity, float | int)
+        return round(self.sparsity * num_hidden_layers)
+
+    def shape(self, config: PreTrainedConfig) -> ModelShape:
+        """That of the most layers pruned; see `Method.shape`."""
+        most = self._most_pruned(config.num_hidden_layers)
+        return super(GradPruner, dataclasses.replace(self, sparsity=None, num_pruned_layers=most)).shape(config)
+
+    def _with_steps(self, training_steps: int | None) -> Self:
+        """Turns `fraction` into steps."""
+        if self.steps is not None:
+            return self
+        assert self.fraction is not None
+        if training_steps is None:
+            raise ValueError(
+                f"fraction={self.fraction} needs the number of planned training steps, which is not known here. "
+                "Call resolve(num_hidden_layers, training_steps) first, or give steps."
+            )
+        return dataclasses.replace(self, steps=max(2, round(self.fraction * training_steps)), fraction=None)
+
+    def undetermined(self) -> list[str]:
+        """Layers and steps that are `auto`; see `Method.undetermined`."""
+        layers = ["how many layers leave"] if self.sparsity == AUTO else []
+        return layers + (["how many importance steps it takes"] if self.steps == AUTO else [])
+
+    def variant(self) -> str:
+        """How much is pruned and merged."""
+        merged = self.merge_count if self.merged_layers is None else "-".join(map(str, self.merged_layers)) or 0
+        return f"{super().variant()}-merge{merged}"
+
+    def repair_calibration(self) -> Calibration | None:
+        """As for all depth methods; `merge_rule=least_squares` asks for it, too."""
+        if self.merge_rule == LEAST_SQUARES:
+            return dataclasses.replace(self, merge_rule="none", repair=LEAST_SQUARES).repair_calibration()
+        return super().repair_calibration()
+
+    def calibration(self) -> Calibration:
+        """Step for step the first batches of a training run."""
+        spec = self._importance_spec()
+        return Calibration(spec.batch_size, spec.batch_size * spec.steps * spec.accumulation, spec.seed)
+
+    def measurement_settings(self) -> dict[str, Any]:
+        """The importance run; neither counts nor rules: it serves every sparsity, merge count, score and density.
+
+        With `auto` what decides about the number of steps or layers is part of it.
+        """
+        settings, auto = dataclasses.asdict(self._importance_spec()), dataclasses.asdict(self)
+        if self.sparsity == AUTO:
+            settings["auto"] = auto
+        elif self.steps == AUTO:
+            deciding = ("sparsity", "num_pruned_layers", "patience", "score", "step_weighting")
+            settings["auto"] = {name: auto[name] for name in deciding}
+        return settings
+
+    def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
+        """Step 1: gradients of the first LoRA steps (Eq. 2); with `sparsity=auto` also how many layers can leave."""
+        most, taken = self._most_pruned(len(decoder_layers(model))), list(batches)
+
+        def has_settled(energies: Tensor) -> bool:
+            return stability.has_settled(
+                step_importance(energies, self.score, self.step_weighting), most, self.patience
+            )
+
+        gradients = record_early_gradients(
+            model, taken, self._importance_spec(), directory, has_settled if self.steps == AUTO else None
+        )
+        if self.sparsity != AUTO:
+            return
+        found = search(
+            model,
+            taken[: -(-self.repair_rows // self.batch_size)],
+            lambda candidate, num_pruned: self._pruned(candidate, gradients, num_pruned).plan,
+            repairs=self.repair_calibration() is not None,
+            tolerance=self.tolerance,
+            most=most,
+        )
+        logger.info("sparsity=auto: %s", found)
+        write_json(directory / SEARCH_FILE, found.to_dict())
+
+    def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
+        """Steps 2 to 4: layer importance (Eq. 3, 4), plan, merge (Eq. 5, 6) and surgery."""
+        gradients = EarlyGradients.load(directory)
+        if self.num_pruned_layers is not None:
+            return self._pruned(model, gradients, self.num_pruned_layers)
+        found = json.loads((directory / SEARCH_FILE).read_text())
+        compressed = self._pruned(model, gradients, found["num_pruned_layers"])
+        return dataclasses.replace(compressed, report={**compressed.report, "search": found})
+
+    def _pruned(self, model: PreTrainedModel, gradients: EarlyGradients, num_pruned_layers: int) -> Compressed:
+        per_step = step_importance(gradients.energies, self.score, self.step_weighting)  # (t, L)
+        importance = layer_importance(gradients.energies, self.score, self.step_weighting).tolist()
+        plan = make_plan(
+            importance,
+            num_pruned_layers,
+            min(self.merge_count, num_pruned_layers),
+            merge_rule="none" if self.merge_rule == LEAST_SQUARES else self.merge_rule,
+            density=self.density,
+            merged_layers=self.merged_layers,
+            method=self.name,
+        )
+        report = {
+            "losses": list(gradients.losses),
+            "train_seconds": gradients.train_seconds,
+            "peak_memory_bytes": gradients.peak_memory_bytes,
+            **stability.stability_report(per_step, num_pruned_layers),
+        }
+        if plan.dropped_unmerged:
+            report["warnings"].append(
+                f"Layers {list(plan.dropped_unmerged)} were to merge but no kept layer comes before them: dropped "
+                "unmerged."
+            )
+        weights = step_weights(gradients.energies, self.step_weighting).tolist()
+
+        def igia(layer: int, sublayer: str) -> Tensor:
+            return igia_matrix(gradients.factors(layer, sublayer), weights)
+
+        return Compressed(apply_plan(model, plan, igia), plan, report)
+
+    def _importance_spec(self) -> ImportanceSpec:
+        fields = [field.name for field in dataclasses.fields(ImportanceSpec)]
+        settings = {name: getattr(self, name) for name in fields}
+        return ImportanceSpec(**settings | ({"steps": self.max_steps} if self.steps == AUTO else {}))
