@@ -1,76 +1,160 @@
-"""Compare finished runs: one table a setting, one row a method, in the paper's order. Or one table of the paper.
+"""Compare finished runs, one table a setting and one row a method; or tables and figures of the paper.
 
 python -m experiments.report
-python -m experiments.report runs_dir=results/records/depth output=results/tables/depth.md
+python -m experiments.report runs_dir=results/records/depth output=results/tables/depth.md     # or .tex, .csv, .html
+python -m experiments.report table=1                                # or any other of the paper, with its values
+python -m experiments.report table=figure6                          # what the paper shows as a picture, as a table
 python -m experiments.report table=2                                # time and memory of finished runs
 python -m experiments.report table=11                               # counted, no runs needed
 python -m experiments.report table=11 model=smollm2_135m plan=results/runs/.../plan.json
+python -m experiments.report figure=plans                           # or importance, 1, 2, 5, 6, 7, 8, 9
+python -m experiments.report table=all figure=all output=report.html
 """
 
+import itertools
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from experiments import schema
-from experiments.run import CONF
+from experiments.run import CONF, HISTORY_FILE
 from gradpruner import offline_configs
-from gradpruner.files import write_text
 from gradpruner.plan import PruningPlan
 from gradpruner.record import RunRecord
+from gradpruner.reporting.comparison_figures import FIGURES, draw, in_order, run_labels
 from gradpruner.reporting.efficiency import counts_table, efficiency_tables
+from gradpruner.reporting.figures import Picture
+from gradpruner.reporting.formats import FORMATS, write_report
+from gradpruner.reporting.paper_tables import paper_table
+from gradpruner.reporting.published import Published, load_published
 from gradpruner.reporting.tables import Table, comparisons
 from gradpruner.shape import config_shape
 from gradpruner.width_surgery import planned_shape
 
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper"
-TABLES = ("2", "11")
+TABLES = (*(str(number) for number in range(1, 14)), *(f"figure{number}" for number in (5, 6, 7, 8, 9)))
+ALL = "all"
 TABLE_SPARSITY = 0.4
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was asked for.
+
+    Attributes:
+        tables: in order.
+        pictures: files that were drawn.
+        problems: a line for each record that could not be read.
+    """
+
+    tables: list[Table]
+    pictures: list[Picture]
+    problems: list[str]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
 def main(cfg: DictConfig) -> None:
     """Entry point."""
     try:
-        tables, problems = build_tables(cfg)
+        report = build_report(cfg)
+        for table in report.tables:
+            show(table)
+        written = [picture.path for picture in report.pictures]
+        if cfg.output is not None:
+            path = Path(cfg.output)
+            written += write_report(path, path.suffix.removeprefix("."), report.tables, report.pictures, cfg.title)
     except ValueError as error:
         print(f"\nError: {error}", file=sys.stderr)
         raise SystemExit(1) from error
-    for table in tables:
-        show(table)
-    for problem in problems:
+    for problem in report.problems:
         print(problem, file=sys.stderr)
-    if cfg.output is not None:
-        write_text(Path(cfg.output), "\n".join(table.markdown() for table in tables))
-        print(f"Written to {cfg.output}")
+    for file in written:
+        print(f"Written: {file}")
 
 
-def build_tables(cfg: DictConfig) -> tuple[list[Table], list[str]]:
-    """The tables that are asked for, and a line for each record that could not be read.
+def build_report(cfg: DictConfig) -> Report:
+    """Makes the tables and draws the figures.
 
     Raises:
-        ValueError: if there is no such table, or nothing to put into it.
+        ValueError: if there is no such table or figure, nothing to put into it, or no such format.
     """
-    if cfg.table is not None and str(cfg.table) not in TABLES:
-        raise ValueError(f"table must be one of {', '.join(TABLES)}, or null for comparisons, got {cfg.table!r}.")
-    if str(cfg.table) == "11":
-        return [_counts(cfg)], []
+    table, figure = (None if name is None else str(name) for name in (cfg.table, cfg.figure))
+    for key, name, known in (("table", table, (*TABLES, ALL)), ("figure", figure, (*FIGURES, ALL))):
+        if name is not None and name not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}, or null, got {name!r}.")
+    form = Path(cfg.output or "report.md").suffix.removeprefix(".")
+    if form not in FORMATS:
+        raise ValueError(f"output must end with one of {', '.join(FORMATS)}, got {cfg.output}. Name it so.")
+    if table == "11" and figure is None:
+        return Report([_counts(cfg)], [], [])
     records, problems = read_records(Path(cfg.runs_dir))
-    if cfg.table is None:
-        return comparisons(records), problems
-    tables = efficiency_tables(records, _published("table2"))
-    if not tables:
+    tables = [] if table is None and figure is not None else _tables(cfg, table, list(records.values()))
+    return Report(tables, [] if figure is None else _pictures(cfg, figure, records), problems)
+
+
+def _tables(cfg: DictConfig, table: str | None, records: list[RunRecord]) -> list[Table]:
+    """One table, or the comparisons, or all that there are runs for."""
+    if table == "11":
+        return [_counts(cfg)]
+    if table is None:
+        return comparisons(records)
+    if table == ALL:
+        of_paper = (_paper_tables(name, records) for name in TABLES if name != "11")
+        return [*comparisons(records), *itertools.chain.from_iterable(of_paper), _counts(cfg)]
+    if tables := _paper_tables(table, records):
+        return tables
+    folder = Path(cfg.runs_dir).absolute()
+    if table == "2":
         raise ValueError(
-            f"Table 2 compares with the dense model, of which there is no run in {Path(cfg.runs_dir).absolute()}. "
+            f"Table 2 compares with the dense model, of which there is no run in {folder}. "
             "Run method=dense with the same settings."
         )
-    return tables, problems
+    published = _published(table)
+    methods = ", ".join(dict.fromkeys(str(row.coordinates["method"]) for row in published.rows))
+    raise ValueError(
+        f"{published.label} ({published.title}) needs runs of {methods} by {published.axis}, got none that fit among "
+        f"{len(records)} in {folder}. Run `python -m experiments.run -m experiment={_file_name(table)}`, or set "
+        "runs_dir."
+    )
+
+
+def _paper_tables(table: str, records: list[RunRecord]) -> list[Table]:
+    published = _published(table)
+    return efficiency_tables(records, published) if table == "2" else paper_table(published, records)
+
+
+def _published(table: str) -> Published:
+    return load_published(PAPER, _file_name(table))
+
+
+def _file_name(table: str) -> str:
+    return table if table.startswith("figure") else f"table{table}"
+
+
+def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord]) -> list[Picture]:
+    """One figure, or all that there are runs for."""
+    folder, runs = Path(cfg.figures_dir), list(records.values())
+    labels = dict(zip((run.identity for run in in_order(runs)), run_labels(in_order(runs)), strict=True))
+    histories = {
+        labels[run.identity]: json.loads((path.parent / HISTORY_FILE).read_text())
+        for path, run in records.items()
+        if (path.parent / HISTORY_FILE).is_file()
+    }
+    if figure != ALL:
+        return draw(figure, runs, folder, histories)
+    pictures = []
+    for name in FIGURES:
+        try:
+            pictures += draw(name, runs, folder, histories)
+        except ValueError as error:
+            print(f"Not drawn: {error}", file=sys.stderr)
+    return pictures
 
 
 def _counts(cfg: DictConfig) -> Table:
@@ -79,8 +163,7 @@ def _counts(cfg: DictConfig) -> Table:
     config = spec.load_config(Path(cfg.cache_dir) / "assets")
     dense = config_shape(config)
     shapes = {"original": dense}
-    paper = _published("table11")
-    is_papers = spec.path == paper["model"] and cfg.length == paper["length"] and cfg.plan is None
+    paper = load_published(PAPER, "table11").select(model=spec.path, length=cfg.length) if cfg.plan is None else []
     if cfg.plan is not None:
         plan = PruningPlan.load(Path(cfg.plan))
         shapes[f"{plan.method}, {cfg.plan}"] = planned_shape(dense, plan)
@@ -89,26 +172,20 @@ def _counts(cfg: DictConfig) -> Table:
             num_kept = len(dense.layers) - round(sparsity * len(dense.layers))
             label = "pruned" if sparsity == TABLE_SPARSITY else f"pruned, {sparsity:.0%} of layers"
             shapes[label] = replace(dense, layers=dense.layers[:num_kept])
-    published = {row: paper[row] for row in ("original", "pruned")} if is_papers else None
+    published = dict(zip(("original", "pruned"), (row.values for row in paper), strict=True)) if paper else None
     return counts_table(
         f"{spec.name}: work and size (Table 11)", config, shapes, spec.torch_dtype, cfg.length, published
     )
 
 
-def _published(name: str) -> dict[str, Any]:
-    """Published values of a table."""
-    values = OmegaConf.to_container(OmegaConf.load(PAPER / f"{name}.yaml"))
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
-def read_records(folder: Path) -> tuple[list[RunRecord], list[str]]:
-    """Finished records below a folder, and a line for each one that failed or cannot be read.
+def read_records(folder: Path) -> tuple[dict[Path, RunRecord], list[str]]:
+    """Finished records below a folder by their files, and a line for each one that failed or cannot be read.
 
     Raises:
         ValueError: if there is no finished record.
     """
-    records, problems = [], []
+    records: dict[Path, RunRecord] = {}
+    problems = []
     for path in sorted(folder.rglob("*.json")):
         try:
             data = json.loads(path.read_text())
@@ -119,7 +196,7 @@ def read_records(folder: Path) -> tuple[list[RunRecord], list[str]]:
             problems.append(f"Not shown: {path}: {error}")
             continue
         if record.status == "finished":
-            records.append(record)
+            records[path] = record
         else:
             problems.append(f"Not shown: {path} has status {record.status} ({record.error}). Run it again.")
     if not records:

@@ -71,6 +71,61 @@ def test_table_2_wants_a_dense_run(tmp_path):
     assert done.returncode == 0 and "time and memory (Table 2)" in done.stdout
 
 
-def test_other_tables_are_refused():
-    done = report("table=99")
-    assert done.returncode == 1 and "table must be one of 2, 11, or null for comparisons, got 99" in done.stderr
+def test_tables_of_the_paper_with_ours(tmp_path):
+    for method in ("dense", "laco"):
+        run(tmp_path, f"method={method}")
+    done = report("table=1", f"runs_dir={tmp_path}/runs", f"output={tmp_path}/table.md")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "table.md").read_text()
+    assert text.startswith("## Table 1: main results at 40 % sparsity; random-llama with ")
+    assert " [0.875] |" in text and ", answer NLL\n" in text
+    done = report("table=6", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert (
+        "Table 6 (lower sparsity) needs runs of dense, llm_pruner" in done.stderr and "experiment=table6" in done.stderr
+    )
+
+
+def test_figures_as_tables(tmp_path):
+    for density in (0.1, 0.2):
+        run(tmp_path, "method=gradpruner", f"method.density={density}")
+    done = report("table=figure6", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 0 and "Figure 6: density of merged weights" in done.stdout, done.stderr
+
+
+def test_one_page_with_everything(tmp_path):
+    for method in ("dense", "gradpruner"):
+        run(tmp_path, f"method={method}")
+    folder, page = tmp_path / "figures", tmp_path / "report.html"
+    done = report("table=all", "figure=all", f"runs_dir={tmp_path}/runs", f"figures_dir={folder}", f"output={page}",
+                  "model=tiny_random", f"cache_dir={tmp_path}/cache")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert "random-llama on arc_easy, lora" in text and "Table 1: main results" in text and "(Table 11)" in text
+    drawn = {path.stem for path in folder.glob("*.png")}
+    assert {"figure1", "figure2", "importance", "plans"} <= drawn
+    assert text.count("data:image/png;base64,") == len(list(folder.glob("*.png")))
+    assert "Not drawn: Figure 9 shows" in done.stderr
+
+
+def test_one_figure(tmp_path):
+    run(tmp_path, "method=gradpruner")
+    done = report("figure=plans", f"runs_dir={tmp_path}/runs", f"figures_dir={tmp_path}/figures")
+    assert done.returncode == 0 and f"Written: {tmp_path}/figures/plans.png" in done.stdout, done.stderr
+    assert "random-llama on" not in done.stdout  # no table was asked for
+
+
+@pytest.mark.parametrize(("setting", "match"), [
+    ("figure=3", "figure must be one of 1, 2, 5, 6, 7, 8, 9, importance, plans, all, or null, got '3'"),
+    ("output=report.pdf", "output must end with one of md, tex, csv, html, got report.pdf. Name it so."),
+])  # fmt: skip
+def test_other_figures_and_formats_are_refused(setting, match):
+    done = report(setting)
+    assert done.returncode == 1 and match in done.stderr
+
+
+@pytest.mark.parametrize(("name", "shown"), [("99", "99"), ("figure1", "'figure1'")])
+def test_other_tables_are_refused(name, shown):
+    done = report(f"table={name}")
+    assert done.returncode == 1 and "table must be one of 1, 2, 3, " in done.stderr
+    assert f"figure9, all, or null, got {shown}." in done.stderr

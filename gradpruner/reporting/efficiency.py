@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from transformers import PreTrainedConfig
 from gradpruner.counting import TABLE_11, ModelCounts, count_model
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import METHODS
+from gradpruner.reporting.published import Published
 from gradpruner.reporting.tables import Table, row_labels, setting
 from gradpruner.shape import ModelShape
 
-Values = Mapping[str, Sequence[Any]]  # published values by row
 DASH = "-"
 
 
@@ -23,7 +24,7 @@ def counts_table(
     shapes: Mapping[str, ModelShape],
     dtype: torch.dtype,
     length: int = 128,
-    published: Values | None = None,
+    published: Mapping[str, Sequence[Decimal]] | None = None,
 ) -> Table:
     """Parameters and work of one forward pass of a row of `length` tokens.
 
@@ -80,12 +81,12 @@ def _with_published(own: Sequence[str], published: Sequence[Any] | None, wanted:
     return [cell for pair in zip(own, published or [DASH] * len(own), strict=True) for cell in map(str, pair)]
 
 
-def efficiency_tables(records: Sequence[RunRecord], published: Mapping[str, Values]) -> list[Table]:
+def efficiency_tables(records: Sequence[RunRecord], published: Published | None) -> list[Table]:
     """The paper's Table 2: time and memory as percent of the dense model's, for every setting that has a dense run.
 
     Args:
         records: finished runs.
-        published: the paper's percentages by fine-tune mode and method.
+        published: the paper's Table 2.
     """
     settings: dict[str, list[RunRecord]] = {}
     for record in records:
@@ -103,10 +104,10 @@ def _machine(record: RunRecord) -> tuple[Any, Any]:
 
 
 def _efficiency_table(
-    records: list[RunRecord], dense: RunRecord, published: Mapping[str, Values], num_elsewhere: int
+    records: list[RunRecord], dense: RunRecord, published: Published | None, num_elsewhere: int
 ) -> Table:
     mode = dense.config["finetune"]["mode"]
-    paper = published.get(mode, {})
+    paper = {row.coordinates["method"]: row.values for row in published.select(finetune=mode)} if published else {}
     rows, order = [], list(METHODS)
     ordered = sorted(records, key=lambda one: (order.index(one.pruning["method"]), one.seed))
     labels = row_labels(ordered)
@@ -114,7 +115,7 @@ def _efficiency_table(
         method = record.pruning["method"]
         step, fresh, *inference = _timed(record)
         time, memory = _training(record, dense, fresh)
-        own = [time, step, memory, *inference]
+        own: list[float | Decimal | None] = [time, step, memory, *inference]
         # Beside the paper's inference time, which is that of whole answers, stands that of the prefill.
         values = [*paper[method]] if method in paper else [None] * 4
         theirs = [values[0], None, values[1], values[2], None, values[3]]
@@ -180,5 +181,5 @@ def _timed(record: RunRecord) -> list[float | None]:
     ]
 
 
-def _percent(value: float | None) -> str:
+def _percent(value: float | Decimal | None) -> str:
     return DASH if value is None else f"{value:.1f}"

@@ -1,22 +1,58 @@
-"""Figures of one run. Colours are told apart by colour-blind readers and by a grey print."""
+"""Figures of one run, and what all figures share. Colours are told apart by colour-blind readers and by a grey print.
 
-from collections.abc import Mapping
+On a `canvas` text is as large as it is printed, so that it can be read in a column of 8 cm.
+"""
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from gradpruner.plan import PruningPlan
 
 KEPT, MERGED, PRUNED = "#0072B2", "#E69F00", "#CCCCCC"  # Okabe and Ito's palette
-LINE_STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#0072B2", "marker": "o"},
-    {"color": "#E69F00", "marker": "s", "linestyle": "--"},
-    {"color": "#009E73", "marker": "^", "linestyle": "-."},
-    {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
+COLORS = (KEPT, MERGED, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+# Colour, marker and dashes repeat after 7, 9 and 4: no two of these lines are alike, also without colour.
+LINE_STYLES: tuple[dict[str, Any], ...] = tuple(
+    {"color": COLORS[i % 7], "marker": "os^DvPX<>"[i % 9], "linestyle": ("-", "--", "-.", ":")[i % 4]}
+    for i in range(36)
 )
+WIDTH = 3.5  # inches
+SMALL: dict[Any, Any] = {
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "legend.fontsize": 6.5,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 3.5,
+    "hatch.linewidth": 0.5,
+    "legend.frameon": False,
+    "legend.columnspacing": 1.2,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a report.
+
+    Attributes:
+        path: of the file.
+        caption: sentences below it.
+        alt: what it shows, with its numbers, for those who do not see it.
+    """
+
+    path: Path
+    caption: str
+    alt: str
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
@@ -87,6 +123,34 @@ def plot_speed(points: Mapping[float, Mapping[str, Mapping[str, float]]], path: 
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def wrap_rows(labels: Iterable[str], least: float) -> tuple[list[str], float]:
+    """Labels of rows on several lines, and the height of all rows in inches if none is below `least`."""
+    wrapped = [textwrap.fill(label, 26) for label in labels]
+    return wrapped, len(wrapped) * max(least, 0.03 + 0.11 * max(label.count("\n") + 1 for label in wrapped))
+
+
+def legend_below(figure: Figure) -> None:
+    """The labels of all axes, each once, below them."""
+    found: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    labels = [textwrap.fill(label, 60 if len(found) == 1 else 29) for label in found]
+    figure.legend(handles=list(found.values()), labels=labels, loc="outside lower center", ncols=min(2, len(found)))
+
+
+@contextmanager
+def canvas(path: Path, height: float) -> Iterator[Figure]:
+    """A figure as wide as a column and `height` inches high, written to `path` in the end."""
+    with matplotlib.rc_context(SMALL):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure
+        _save(figure, path, dpi=300)
+
+
+def _save(figure: Figure, path: Path, dpi: int = 150) -> None:
+    # Without a date, so that the same data is the same file.
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "gradpruner"}):
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=dpi, metadata=undated)

@@ -1,0 +1,133 @@
+"""The paper's published values, from `results/paper/`: one YAML for each table or figure.
+
+A file has a `title`, `notes`, the `axis` that its `columns` lie on, and `blocks` of rows. Block and row give the
+coordinates of a row, under the names of our own settings; with a column they are those of one value. Methods are always
+rows, also where the paper prints them as columns. A figure whose values the text does not give has rows without values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+Coordinate = str | int | float
+KEYS = {"title", "notes", "axis", "columns", "blocks"}
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One row.
+
+    Attributes:
+        shared: coordinates of all rows of its block, such as `model`, `finetune`, `sparsity`.
+        own: further ones: `method`, by the names of `conf/method/`, and settings such as `merge_count`.
+        values: one for each column, with the printed digits; empty if none are published.
+        average: as printed, if it is.
+    """
+
+    shared: Mapping[str, Coordinate]
+    own: Mapping[str, Coordinate]
+    values: tuple[Decimal, ...]
+    average: Decimal | None
+
+    @property
+    def coordinates(self) -> dict[str, Coordinate]:
+        """All that tells this row from others."""
+        return {**self.shared, **self.own}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One table or figure.
+
+    Attributes:
+        label: as the paper calls it: `Table 1`.
+        title: what it shows.
+        axis: what the columns are values of: `dataset`, a setting, or `quantity` for the efficiency tables.
+        columns: values on the axis: datasets by the names of `conf/dataset/`, numbers, or quantities.
+        rows: in the paper's order.
+        notes: sentences, among them what does not add up in the paper.
+    """
+
+    label: str
+    title: str
+    axis: str
+    columns: tuple[Coordinate, ...]
+    rows: tuple[PublishedRow, ...]
+    notes: tuple[str, ...]
+
+    def select(self, **coordinates: Coordinate) -> list[PublishedRow]:
+        """The rows that have these coordinates."""
+        return [
+            row for row in self.rows if all(row.coordinates.get(key) == value for key, value in coordinates.items())
+        ]
+
+
+def load_published(folder: Path, name: str) -> Published:
+    """Reads a file of published values.
+
+    Args:
+        folder: where they are.
+        name: of the file without its suffix: `table1`, `figure6`.
+
+    Raises:
+        ValueError: if there is no such file, or it is not as described above.
+    """
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in folder.glob("*.yaml"))) or "none"
+        raise ValueError(f"There are no published values {name!r} in {folder}, only: {known}. Name one of those.")
+    data = yaml.load(path.read_text(), Loader=_Loader)
+    if not isinstance(data, dict) or "title" not in data or not data.keys() <= KEYS:
+        keys = sorted(data) if isinstance(data, dict) else data
+        raise ValueError(
+            f"{path} must have a title and may have {', '.join(sorted(KEYS - {'title'}))}, got {keys}. Correct it."
+        )
+    columns = tuple(_plain(column) for column in data.get("columns", []))
+    return Published(
+        label=f"{name.rstrip('0123456789').capitalize()} {name.lstrip('abcdefghijklmnopqrstuvwxyz')}",
+        title=data["title"],
+        axis=data.get("axis", ""),
+        columns=columns,
+        rows=tuple(
+            _row(row, block, len(columns), path) for block in data.get("blocks", []) for row in block.get("rows", [])
+        ),
+        notes=tuple(data.get("notes", [])),
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers with a point as decimals: 0.860 keeps its digits, and averages of them are exact."""
+
+
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> Decimal:
+    return Decimal(str(loader.construct_scalar(node)))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _decimal)
+
+
+def _row(row: Mapping[str, Any], block: Mapping[str, Any], num_columns: int, path: Path) -> PublishedRow:
+    values = row.get("values", [])
+    if "method" not in row:
+        raise ValueError(f"Every row of {path} must have a method, got {dict(row)}. Add it.")
+    if len(values) not in (0, num_columns) or not all(isinstance(value, Decimal) for value in values):
+        raise ValueError(
+            f"A row of {path} must have one number with a point for each of {num_columns} columns, or none, got "
+            f"{[str(value) for value in values]} for {row['method']}. Correct the row."
+        )
+    return PublishedRow(
+        shared={key: _plain(value) for key, value in block.items() if key != "rows"},
+        own={key: _plain(value) for key, value in row.items() if key not in ("values", "average")},
+        values=tuple(values),
+        average=row.get("average"),
+    )
+
+
+def _plain(value: Any) -> Coordinate:
+    """Coordinates are compared with settings, which are floats."""
+    coordinate: Coordinate = float(value) if isinstance(value, Decimal) else value
+    return coordinate

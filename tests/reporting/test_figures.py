@@ -1,0 +1,270 @@
+"""Figures show the numbers that they are made of; files of the same data are the same."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from reporting.test_tables import CONFIG, record
+
+from experiments.run import CONF
+from gradpruner.record import RunRecord
+from gradpruner.reporting.comparison_figures import FIGURES, draw, in_order, measure, plot_losses, run_labels
+from gradpruner.reporting.figures import KEPT, LINE_STYLES, MERGED
+from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, sensitivity_curve
+
+RECORDS = CONF.parent / "results" / "records"
+HISTORIES = {"a": [{"step": step, "loss": 3.0 / step} for step in range(1, 101)], "b": [{"step": 1, "loss": 2.0}]}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures in the order in which they are written."""
+    figures, save = [], Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def committed(*folders):
+    paths = [path for folder in folders for path in sorted((RECORDS / folder).glob("*.json"))]
+    return [RunRecord.from_dict(json.loads(path.read_text()), path) for path in paths]
+
+
+def run(
+    method, pruned=(), accuracy=0.5, seed=0, dataset="arc_easy", absorbed_by=None, scores=(), metrics=None, **settings
+):
+    """A run of a model with six layers."""
+    config = {"dataset": CONFIG["dataset"] | {"_target_": f"gradpruner.tasks.{dataset}.Task"}}
+    values = {"accuracy": accuracy, "accuracy_stderr": 0.02} if metrics is None else metrics
+    made = record(method, seed=seed, config=config, metrics=values, **settings)
+    sizes = {"hidden_size": 4, "intermediate_size": [8] * 6}
+    pruning = made.pruning | {
+        "pruned_layers": list(pruned),
+        "absorbed_by": absorbed_by or {},
+        "layer_importance": list(scores),
+        "num_hidden_layers": 6 - len(pruned),
+        "shape": {"hidden_size": 4, "intermediate_size": [8] * (6 - len(pruned))},
+        "report": {},
+    }
+    model = made.model | {"num_hidden_layers": 6, "shape": sizes}
+    key = json.dumps([method, list(pruned), accuracy, seed, dataset, settings])
+    return dataclasses.replace(made, pruning=pruning, model=model, identity=key)
+
+
+# ---- sensitivity
+
+
+@pytest.mark.parametrize("top", [1, 3, 8])
+def test_sensitivity_is_that_of_sorted_prefix_means(top):
+    series = np.random.default_rng(0).lognormal(size=(20, 8))
+
+    def largest(matrix):
+        means = [sum(column) / len(matrix) for column in matrix.T]
+        return {layer for _, layer in sorted((-mean, layer) for layer, mean in enumerate(means))[:top]}
+
+    expected = [len(largest(series[:stop]) & largest(series)) / top for stop in range(1, 21)]
+    curve = sensitivity_curve(series, top)
+    assert curve.shape == (20,) and curve.tolist() == expected
+    assert curve[-1] == 1.0 and (top == 8) == (curve.min() == 1.0)
+
+
+def test_sensitivity_by_hand():
+    # Means so far: (4, 1, 0), (2, 3, 0), (4/3, 2, 3).
+    assert sensitivity_curve([[4, 1, 0], [0, 5, 0], [0, 0, 9]], 1).tolist() == [0.0, 0.0, 1.0]
+    assert sensitivity_curve([[4, 1, 0], [0, 5, 0], [0, 0, 9]], 2).tolist() == [0.5, 0.5, 1.0]
+
+
+def test_sensitivity_edges():
+    assert sensitivity_curve([[1.0, 2.0]], 1).tolist() == [1.0]  # one step
+    assert sensitivity_curve(np.ones((3, 4)), 2).tolist() == [1.0] * 3  # all equal
+    curve = sensitivity_curve([[0.0, 0.0], [1.0, 2.0]], 1)  # LoRA's first step: B is zero
+    assert np.isnan(curve[0]) and curve[1] == 1.0
+
+
+def test_sensitivity_refuses_what_is_no_series():
+    with pytest.raises(ValueError, match=r"one row a step and one column a layer, got shape \(3,\)"):
+        sensitivity_curve([1.0, 2.0, 3.0], 1)
+    for top in (0, 3):
+        with pytest.raises(ValueError, match=f"between 1 and the 2 layers, got {top}"):
+            sensitivity_curve([[1.0, 2.0]], top)
+
+
+# ---- means
+
+
+def test_mean_over_datasets_of_means_over_seeds():
+    points = [
+        ("a", 1.0, run("a", accuracy=value, seed=seed, dataset=dataset))
+        for dataset, values in (("piqa", (0.2, 0.4)), ("arc_easy", (0.9,)))
+        for seed, value in enumerate(values)
+    ]
+    lines, datasets = measure(points, "accuracy")
+    point = lines["a"][1.0]
+    assert datasets == ["arc_easy", "piqa"] and (point.num_datasets, point.num_seeds) == (2, 1)
+    assert point.value == pytest.approx((0.3 + 0.9) / 2)
+    assert point.error == pytest.approx(np.hypot(np.std([0.2, 0.4], ddof=1), 0.02) / 2)
+
+
+def test_only_datasets_of_every_line_count():
+    points = [("a", 1.0, run("a", accuracy=0.2)), ("a", 1.0, run("a", accuracy=0.8, dataset="piqa"))]
+    points += [("a", 2.0, run("a", accuracy=0.7, dataset="piqa")), ("b", 1.0, run("b", accuracy=0.4))]
+    lines, datasets = measure(points, "accuracy")
+    assert datasets == ["arc_easy"]
+    assert {label: {x: point.value for x, point in line.items()} for label, line in lines.items()} == {
+        "a": {1.0: 0.2},
+        "b": {1.0: 0.4},
+    }
+    with pytest.raises(ValueError, match="every method ran on, got none for a, b"):
+        measure([points[1], points[3]], "accuracy")
+
+
+def test_similarity_of_different_encoders_is_not_averaged():
+    def text(encoder):
+        return {"similarity": 0.5, "similarity_stderr": 0.1, "bertscore_encoder": encoder, "bertscore_layer": 1}
+
+    runs = [run(name, dataset="billsum", metrics=text(name)) for name in "ab"]
+    with pytest.raises(ValueError, match="every method ran on"):
+        measure([(name, 1.0, one) for name, one in zip("ab", runs, strict=True)], "main")
+    assert measure([("a", 1.0, runs[0])], "main")[0]["a"][1.0].value == 0.5
+    assert measure([("a", 1.0, runs[0])], "accuracy") == ({}, [])
+
+
+def test_labels_say_what_differs_and_no_two_are_alike():
+    assert run_labels([run("laco"), run("dense")]) == ["LaCo", "Dense"]
+    assert run_labels([run("laco"), run("laco", dataset="piqa")]) == ["LaCo / arc_easy", "LaCo / piqa"]
+    assert run_labels([run("laco", rule=1), run("laco", rule=2, seed=1)]) == [
+        "LaCo, rule=1 / seed 0",
+        "LaCo, rule=2 / seed 1",
+    ]
+    same = [dataclasses.replace(run("laco"), identity=key) for key in ("0123456789", "9876543210")]
+    assert run_labels(same) == ["LaCo / 01234567", "LaCo / 98765432"]
+
+
+def test_every_run_is_shown_once():
+    runs = [run("gradpruner"), run("dense"), run("gradpruner"), run("laco", seed=1), run("laco")]
+    assert [(one.pruning["method"], one.seed) for one in in_order(runs)] == [
+        ("dense", 0),
+        ("laco", 0),
+        ("laco", 1),
+        ("gradpruner", 0),
+    ]
+
+
+# ---- what is drawn
+
+
+def test_loss_curves(drawn, tmp_path):
+    plot_losses(HISTORIES, tmp_path / "a.png")
+    every, smooth, *_ = drawn[0].axes[0].lines
+    assert every.get_ydata().tolist() == [3.0 / step for step in range(1, 101)]
+    assert smooth.get_ydata()[:3].tolist() == pytest.approx([3.0, (3 + 1.5) / 2, (1.5 + 1) / 2])  # window 100 // 40
+
+
+def test_accuracy_against_layers_pruned(drawn, tmp_path):
+    runs = [run("dense", accuracy=0.9)]
+    runs += [run("last", range(1, 1 + n), 0.9 - n / 10, sparsity=n / 6) for n in (3, 1, 2)]
+    [picture] = draw("5", runs, tmp_path)
+    axes = drawn[0].axes[0]
+    points, dense = axes.containers[0].lines[0], [line for line in axes.lines if line.get_label() == "Dense"]
+    assert points.get_xdata().tolist() == [1, 2, 3] and points.get_ydata() == pytest.approx([0.8, 0.7, 0.6])
+    assert dense[0].get_ydata() == [0.9, 0.9]
+    assert (
+        picture.path.name == "figure5-model-lora.png" and "Last but the final one 0.800 at 1, 0.700 at 2" in picture.alt
+    )
+
+
+def test_accuracy_against_density(drawn, tmp_path):
+    runs = [run("gradpruner", [3], d, absorbed_by={"3": 2}, density=d) for d in (0.5, 0.1)]
+    runs.append(run("gradpruner", [3], 0.3, density=0.3))  # does not merge
+    draw("6", runs, tmp_path)
+    points = drawn[0].axes[0].containers[0].lines[0]
+    assert points.get_xdata() == pytest.approx([10, 50]) and points.get_ydata() == pytest.approx([0.1, 0.5])
+
+
+def test_other_rows_of_a_dataset_have_a_picture_of_their_own(tmp_path):
+    first, second = run("last", [1]), run("last", [1], accuracy=0.1)
+    second.config["dataset"]["max_train_samples"] = 5
+    assert len(draw("5", [first, second], tmp_path)) == 2
+
+
+def test_bars_by_merge_rule(drawn, tmp_path):
+    runs = [run("dense", accuracy=0.9), run("igia_only", [3], 0.5)]
+    runs += [run("gradpruner", [3], value, merge_rule=rule) for rule, value in (("fisher", 0.6), ("sign_sum", 0.7))]
+    draw("7", [*runs, run("laco", [3])], tmp_path)
+    axes = drawn[0].axes[0]
+    labels = [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()]
+    widths = [patch.get_width() for patch in axes.patches]
+    assert dict(zip(labels, widths, strict=True)) == {
+        "Dense": 0.9,
+        "GradPruner w/o merging": 0.5,
+        "GradPruner, merge_rule=fisher": 0.6,
+        "GradPruner, merge_rule=sign_sum": 0.7,
+    }
+    assert len({patch.get_hatch() for patch in axes.patches}) == 4
+
+
+def test_importance_map(drawn, tmp_path):
+    runs = {"a": run("a", [1, 5], scores=[5, 1, 0, -2, 3, 1]), "b": run("b", scores=[1] * 6)}
+    plot_importance_map(runs, tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    shares = axes.images[0].get_array().filled(np.nan)
+    np.testing.assert_allclose(shares, [[50, 10, np.nan, np.nan, 30, 10], [100 / 6] * 6])
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == [(1, 0), (5, 0)]
+    plot_importance_map({"a": run("a", scores=[0.0] * 6)}, tmp_path / "b.png")  # nothing above 0
+
+
+def test_plan_boxes(drawn, tmp_path):
+    narrow = run("llm_pruner")
+    narrow.pruning["shape"] = {"hidden_size": 2, "intermediate_size": [8, 4, 8, 8, 8, 8]}
+    merged = run("gradpruner", [2, 3, 5], absorbed_by={"2": 1, "3": 1, "5": None})
+    plot_plans({"merged": merged, "narrow": narrow}, tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    colors = [to_hex(patch.get_facecolor()).upper() for patch in axes.patches[:6]]
+    white = "#FFFFFF"
+    assert colors == [KEPT, KEPT, MERGED, MERGED, KEPT, white]  # 5 had no layer to go to
+    assert [patch.get_height() for patch in axes.patches[6:12]] == pytest.approx([0.25, 0.125, *[0.25] * 4])
+    assert axes.lines[0].get_xdata().tolist() == [1, 3]  # from the last merged layer to what absorbs it
+
+
+def test_no_two_line_styles_are_alike_without_colour():
+    assert len({(style["marker"], style["linestyle"]) for style in LINE_STYLES}) == len(LINE_STYLES)
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_same_records_same_file_and_nothing_reaches_its_edge(figure, tmp_path):
+    records = committed("methods" if figure in ("7", "9") else "depth")
+    pictures = [draw(figure, records, tmp_path / folder, HISTORIES) for folder in "ab"]
+    for first, second in zip(*pictures, strict=True):
+        assert first.path.read_bytes() == second.path.read_bytes() and first.caption and first.alt
+        pixels = imread(first.path)[..., :3]
+        edges = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
+        assert all((edge == 1).all() for edge in edges)  # else a label is cut off
+
+
+def test_svg_has_no_date(tmp_path):
+    for name in ("a", "b"):
+        plot_losses(HISTORIES, tmp_path / f"{name}.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "<dc:date>" not in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_without_runs_there_is_no_figure(figure, tmp_path):
+    with pytest.raises(ValueError, match=rf"Figure {figure} shows .*, got none among 0 records\. Run"):
+        draw(figure, [], tmp_path)
+
+
+def test_unknown_figure(tmp_path):
+    with pytest.raises(ValueError, match=r"no figure '3'. Set figure to one of 1, 2, 5"):
+        draw("3", [], tmp_path)

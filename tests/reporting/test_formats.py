@@ -1,0 +1,140 @@
+"""What is in a table is in every format, and cannot break out of it."""
+
+import csv
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from gradpruner.reporting.figures import Picture
+from gradpruner.reporting.formats import csv_files, html, latex, markdown, write_report
+from gradpruner.reporting.tables import Table
+
+EVIL = "<script>alert('a & b')</script>"
+TABLE = Table(
+    "model on arc_easy, 40 %",
+    ["method", "accuracy", "train % ↓"],
+    [["Dense", "0.637 ±0.024", "100.0"], ["LaCo, rule=code", "**0.463** ±0.025", "71_5"], ['[a], "b"', "-", "-"]],
+    ["400 test rows & one seed"],
+)
+
+
+class Page(HTMLParser):
+    """Collects tags with attributes, the text of cells, and whether every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.cells, self.open, self.styles = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+        if "style" in self.open:
+            self.styles.append(data)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    made = []
+    for suffix, data in ((".png", b"\x89PNG"), (".svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>")):
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(data)
+        made.append(Picture(path, f"Accuracy. {EVIL}", f'shows "{EVIL}"'))
+    return made
+
+
+def test_html_has_every_cell_and_loads_nothing(pictures):
+    page = Page(html("Report", [TABLE, TABLE], pictures))
+    assert page.open == []
+    cells = [*TABLE.headers, *(cell.replace("**", "") for row in TABLE.rows for cell in row)]
+    assert page.cells == cells * 2
+    links = [
+        value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "action", "data")
+    ]
+    assert links and all(
+        link.startswith(("#", "data:image/png;base64,", "data:image/svg+xml;base64,")) for link in links
+    )
+    assert "url(" not in "".join(page.styles) and "@import" not in "".join(page.styles)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed"}
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) == 4 and {link[1:] for link in links if link[0] == "#"} == set(ids)
+
+
+def test_html_escapes_titles_cells_notes_captions_and_alt_texts(pictures):
+    table = Table(EVIL, [EVIL], [[EVIL]], [EVIL])
+    text = html(EVIL, [table], pictures)
+    page = Page(text)
+    assert "script" not in {tag for tag, _ in page.tags} and "<script" not in text
+    assert page.cells == [EVIL, EVIL]
+    assert [attrs["alt"] for tag, attrs in page.tags if tag == "img"] == [f'shows "{EVIL}"'] * 2
+
+
+def test_html_marks_the_best_value():
+    assert "<td><strong>0.463</strong> ±0.025</td>" in html("Report", [TABLE])
+
+
+def test_html_refuses_other_pictures(tmp_path):
+    with pytest.raises(ValueError, match=r"must be one of \.png, \.svg, got .*a\.pdf"):
+        html("Report", [], [Picture(tmp_path / "a.pdf", "", "")])
+
+
+def test_latex_escapes_and_sets_bold():
+    text = latex([TABLE])
+    assert r"\caption{model on arc\_easy, 40 \%}" in text
+    assert r"method & accuracy & train \% $\downarrow$ \\" in text
+    assert r"LaCo, rule=code & \textbf{0.463} $\pm$0.025 & 71\_5 \\" in text
+    assert r'{[}a{]}, "b" & - & - \\' in text  # a bare [ would be an argument of the line break before it
+    assert r"400 test rows \& one seed" in text
+    assert r"\begin{tabular}{lrr}" in text and text.count("{") == text.count("}")
+    assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
+
+
+def test_latex_escapes_every_special_character_once():
+    special = Table("\\ ~ ^ < > | # $ { } *", ["a"], [], [])
+    caption = re.search(r"\\caption\{(.*)\}\n", latex([special])).group(1)
+    assert caption == (
+        r"\textbackslash{} \textasciitilde{} \textasciicircum{} \textless{} \textgreater{} \textbar{} \# \$ \{ \} {*}"
+    )
+
+
+def test_csv_reads_back_without_marks():
+    [text] = csv_files([TABLE]).values()
+    rows = list(csv.reader(io.StringIO(text)))
+    assert rows == [TABLE.headers, *[[cell.replace("**", "") for cell in row] for row in TABLE.rows]]
+
+
+def test_csv_of_tables_with_one_title_are_different_files(tmp_path):
+    assert list(csv_files([TABLE] * 3)) == [f"model-on-arc-easy-40{end}" for end in ("", "-2", "-3")]
+    paths = write_report(tmp_path / "all.csv", "csv", [TABLE] * 2)
+    assert [path.name for path in paths] == ["all-model-on-arc-easy-40.csv", "all-model-on-arc-easy-40-2.csv"]
+    assert write_report(tmp_path / "one.csv", "csv", [TABLE]) == [tmp_path / "one.csv"]
+
+
+@pytest.mark.parametrize(
+    ("form", "text"), [("md", "| Dense |"), ("tex", "Dense &"), ("csv", "Dense,"), ("html", ">Dense<")]
+)
+def test_every_format_is_written(form, text, tmp_path):
+    [path] = write_report(tmp_path / "new" / f"report.{form}", form, [TABLE])
+    assert text in path.read_text()
+
+
+def test_markdown_is_that_of_the_tables():
+    assert markdown([TABLE, TABLE]) == f"{TABLE.markdown()}\n{TABLE.markdown()}"
+
+
+def test_unknown_format(tmp_path):
+    with pytest.raises(ValueError, match="format must be one of md, tex, csv, html, got 'pdf'"):
+        write_report(tmp_path / "a", "pdf", [TABLE])
