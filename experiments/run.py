@@ -24,6 +24,7 @@ from experiments import schema
 from experiments.dry_run import show_dry_run
 from experiments.preview import show_example
 from experiments.summary import show_summary
+from experiments.sweep import is_left_out, note_failure
 from experiments.tracker import Tracker
 from gradpruner import offline_configs
 from gradpruner.cache import content_hash
@@ -57,14 +58,22 @@ schema.register()
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
     """Entry point: one job of hydra's."""
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        run_job(cfg)
-    except (ValueError, DivergedError, OSError) as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # hydra reports which job of the sweep failed
-        logger.debug("", exc_info=True)
-        print(f"\nError: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        if is_sweep and is_left_out(cfg):
+            logger.info("Left out of the sweep: %s", " ".join(HydraConfig.get().overrides.task))
+        else:
+            run_job(cfg)
+    except Exception as error:
+        is_expected = isinstance(error, (ValueError, DivergedError, OSError))
+        if is_sweep:
+            note_failure(error, is_expected)
+        elif is_expected:
+            logger.debug("", exc_info=True)
+            print(f"\nError: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+        else:
+            raise
 
 
 def run_job(cfg: DictConfig) -> RunRecord | None:
@@ -205,7 +214,8 @@ def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord
             "Give output_dir another folder, or delete that one."
         )
     has_checkpoint = (run_dir / "checkpoint").is_dir() or not cfg.save_checkpoint
-    if record is not None and record.status == "finished" and has_checkpoint:
+    has_speed = (record is not None and bool(record.efficiency.get("speed"))) or not cfg.measure_speed
+    if record is not None and record.status == "finished" and has_checkpoint and has_speed:
         logger.info("Already finished: %s", run_dir)
         return record
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ class RunConfig:
         finetune: how to fine-tune (`gradpruner.finetune.TrainingSpec`).
         evaluation: how to evaluate.
         tracker: where to report besides the record.
-        sparsity: fraction of decoder layers to prune; round(sparsity * layers) leave. `auto` where a method can find it.
+        sparsity: fraction of decoder layers to prune; round(sparsity * layers) leave. `auto`: the method finds it.
         merge_count: how many of the pruned layers merge.
         seed: of data order, adapters and draws.
         show_options: list the choices in the prompt, where a dataset has a template for it.
@@ -64,8 +64,16 @@ class ConfigError(ValueError):
 
 
 def register() -> None:
-    """Makes `schema` available to `conf/config.yaml`."""
+    """Makes `schema` available to `conf/config.yaml`, and two resolvers to all YAML.
+
+    `${lookup:key,{key:value,...},default}` is the value of the key. `${layer_fraction:dropped,merged,layers}` is the
+    sparsity at which `dropped + merged` of so many layers leave.
+    """
     ConfigStore.instance().store(name="schema", node=RunConfig)
+    OmegaConf.register_new_resolver("lookup", lambda key, table, default: table.get(key, default), replace=True)
+    OmegaConf.register_new_resolver(
+        "layer_fraction", lambda dropped, merged, layers: (dropped + merged) / layers, replace=True
+    )
 
 
 def build(node: DictConfig, where: str) -> Any:

@@ -3,6 +3,7 @@
 GradPruner (arXiv:2601.19503), Section 3.1 and Algorithm 1, step 1. The base model is bit-identical afterwards.
 """
 
+import importlib.util
 import re
 import tempfile
 import time
@@ -29,7 +30,7 @@ from gradpruner.igia import GRADIENT_ESTIMATES, Factors, check_choice, simulated
 from gradpruner.runtime import default_device, set_seed
 from gradpruner.trainer import CompletionTrainer
 
-ADAPTERS = ("lora", "dora")
+ADAPTERS = ("lora", "dora", "qlora")
 # Name -> peft's value. `mica` freezes B, so its gradient does not exist; eva, corda, loftq and lora_ga need data first.
 LORA_INITS: dict[str, bool | str] = {
     "default": True,
@@ -38,6 +39,7 @@ LORA_INITS: dict[str, bool | str] = {
     "olora": "olora",
     "orthogonal": "orthogonal",
 }
+PLAIN_INITS = ("default", "gaussian")  # leave the base weights alone
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class ImportanceSpec:
         lora_rank: rank r of the adapters.
         lora_alpha: their alpha.
         lora_init: one of `LORA_INITS`.
-        adapter: `lora` or `dora`.
+        adapter: `lora`; `dora`; or `qlora`, LoRA beside weights in 4 bits, which needs bitsandbytes (Table 13).
         max_grad_norm: clip the gradient before it is captured, as the authors' code does; 0 does not clip.
         gradient_estimate: one of `igia.GRADIENT_ESTIMATES`.
         gradient_checkpointing: recompute activations, for less memory and more time.
@@ -90,11 +92,25 @@ class ImportanceSpec:
             raise ValueError(
                 f"lora_init must be one of {', '.join(LORA_INITS)} or pissa_niter_<n>, got {self.lora_init!r}."
             )
+        if self.adapter == "qlora":
+            self._check_qlora()
         for name in ("batch_size", "accumulation", "lora_rank", "lora_alpha", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm must be 0 (no clipping) or above, got {self.max_grad_norm}.")
+
+    def _check_qlora(self) -> None:
+        if self.lora_init not in PLAIN_INITS:
+            raise ValueError(
+                f"adapter=qlora has no full weights for an initial value that is made of them, got lora_init="
+                f"{self.lora_init!r}. Use one of {', '.join(PLAIN_INITS)}, or adapter=lora."
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "adapter=qlora needs bitsandbytes for 4-bit weights, got an environment without it. Run "
+                "`pip install 'gradpruner[qlora]'`, or use adapter=lora."
+            )
 
 
 def record_early_gradients(
@@ -152,8 +168,8 @@ def record_early_gradients(
     energies = torch.stack(recorder.energies)  # (t, L, M)
     if not energies.any():
         raise ValueError(
-            f"All gradients were exactly zero in {len(energies)} importance steps, so no layer can be told from another. "
-            "Raise method.learning_rate, or check the dtype of the model."
+            f"All gradients were exactly zero in {len(energies)} importance steps, so no layer can be told from "
+            "another. Raise method.learning_rate, or check the dtype of the model."
         )
     write_json(
         directory / RESULT_FILE,
@@ -245,11 +261,14 @@ def _adapters(model: PreTrainedModel, spec: ImportanceSpec) -> Iterator[PreTrain
         target_modules=lora_targets(model),
         task_type="CAUSAL_LM",
     )
-    with _weights_restored(model, enabled=spec.lora_init not in ("default", "gaussian")):
+    with _weights_restored(model, enabled=spec.lora_init not in PLAIN_INITS):
         try:
-            yield get_peft_model(model, config)
+            with _quantized(model, enabled=spec.adapter == "qlora"):
+                try:
+                    yield get_peft_model(model, config)
+                finally:
+                    _unwrap(model)
         finally:
-            _unwrap(model)
             for hook in set(embedding_hooks) - hooks_before:
                 del embedding_hooks[hook]
             if spec.gradient_checkpointing and not was_checkpointing:
@@ -270,6 +289,37 @@ def _unwrap(model: PreTrainedModel) -> None:
                 setattr(layer.get_submodule(parent), child, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config  # else a later get_peft_model warns about a second adapter
+
+
+@contextmanager
+def _quantized(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
+    """Has 4-bit copies (NF4, double quantization: QLoRA, arXiv:2305.14314) stand in for the linear sublayers.
+
+    The sublayers themselves wait in memory, so that they come back bit-identical.
+    """
+    if not enabled:
+        yield
+        return
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    originals = [
+        (layer, name, linear) for layer in decoder_layers(model) for name, linear in linear_sublayers(layer).items()
+    ]
+    try:
+        for layer, name, linear in originals:
+            weight, has_bias = linear.weight, linear.bias is not None
+            # On meta it draws no initial values, so that adapters start as they do with adapter=lora.
+            quantized = Linear4bit(*weight.T.shape, bias=has_bias, compute_dtype=weight.dtype, device="meta")
+            quantized.weight = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
+            quantized.bias = linear.bias
+            layer.set_submodule(name, quantized.to(weight.device))  # the move quantizes
+        model.is_loaded_in_4bit = True  # peft asks
+        yield
+    finally:
+        for layer, name, linear in originals:
+            layer.set_submodule(name, linear)
+        if hasattr(model, "is_loaded_in_4bit"):
+            del model.is_loaded_in_4bit
 
 
 @contextmanager

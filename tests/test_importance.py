@@ -17,7 +17,10 @@ from gradpruner.gradients import EarlyGradients
 from gradpruner.importance import LORA_INITS, ImportanceSpec, record_early_gradients
 from gradpruner.trainer import DivergedError
 
-ADAPTERS = [{"lora_init": init} for init in (*LORA_INITS, "pissa_niter_4")] + [{"adapter": "dora"}]
+ADAPTERS = [{"lora_init": init} for init in (*LORA_INITS, "pissa_niter_4")] + [
+    {"adapter": "dora"},
+    {"adapter": "qlora"},
+]
 
 
 @pytest.fixture
@@ -180,6 +183,42 @@ def test_tied_embeddings(tiny_llama, make_batches, record):
     record(model, make_batches(3), lora_init="pissa")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_qlora_is_lora_beside_rounded_weights(tiny_llama, make_batches, record):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    def make():
+        return tiny_llama(num_hidden_layers=2, attention_bias=True)
+
+    batches, model, rounded = make_batches(2), make(), make()
+    with torch.no_grad():
+        for linear in linears(rounded).values():
+            linear.weight.copy_(
+                dequantize_4bit(*quantize_4bit(linear.weight, compress_statistics=True, quant_type="nf4"))
+            )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = record(model, batches, steps=2, adapter="qlora")
+    expected, plain = (record(each, batches, steps=2) for each in (rounded, model))
+    torch.testing.assert_close(found.energies, expected.energies, rtol=1e-4, atol=0.0)
+    for layer, name in linears(model):
+        grads_b = [run.factors(layer, name)[0][0] for run in (found, plain)]
+        assert not torch.equal(*grads_b)
+        assert torch.cosine_similarity(*(grad.flatten() for grad in grads_b), dim=0) > 0.5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_qlora_weights_are_in_four_bits(tiny_llama, make_batches, record, monkeypatch):
+    dtypes = set()
+    recorder = importance._GradientRecorder._factors
+
+    def watched(self, module):
+        dtypes.add((type(module).__name__, module.get_base_layer().weight.dtype))
+        return recorder(self, module)
+
+    monkeypatch.setattr(importance._GradientRecorder, "_factors", watched)
+    record(tiny_llama(num_hidden_layers=2), make_batches(2), steps=2, adapter="qlora")
+    assert dtypes == {("Linear4bit", torch.uint8)}
 
 
 @pytest.mark.parametrize("settings", ADAPTERS, ids=lambda settings: next(iter(settings.values())))
@@ -412,8 +451,8 @@ def test_runaway_learning_rate(tiny_llama, make_batches, record):
     assert_clean(model)
 
 
-@pytest.mark.parametrize("init", ["default", "pissa"])
-def test_failing_adapter_init_leaves_the_model_clean(tiny_llama, make_batches, record, monkeypatch, init):
+@pytest.mark.parametrize("settings", [{}, {"lora_init": "pissa"}, {"adapter": "qlora"}])
+def test_failing_adapter_init_leaves_the_model_clean(tiny_llama, make_batches, record, monkeypatch, settings):
     """Some of the sublayers are wrapped by then, and PiSSA has changed their weights."""
     model, batches = tiny_llama(), make_batches(3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -427,12 +466,12 @@ def test_failing_adapter_init_leaves_the_model_clean(tiny_llama, make_batches, r
 
     with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory, say"):
         broken.setattr(LoraLayer, "update_layer", fail_at_the_tenth)
-        record(model, batches, lora_init=init)
+        record(model, batches, **settings)
     assert_clean(model)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert record(model, batches, lora_init=init).energies.any()
+    assert record(model, batches, **settings).energies.any()
 
 
 # Gradient checkpointing
@@ -495,8 +534,19 @@ def test_unknown_init(init):
 
 
 def test_unknown_adapter():
-    with pytest.raises(ValueError, match="adapter must be one of lora, dora, got 'ia3'"):
+    with pytest.raises(ValueError, match="adapter must be one of lora, dora, qlora, got 'ia3'"):
         ImportanceSpec(adapter="ia3")
+
+
+def test_qlora_without_bitsandbytes(monkeypatch):
+    monkeypatch.setattr(importance.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes .*, got an environment without it\. Run `pip install"):
+        ImportanceSpec(adapter="qlora")
+
+
+def test_qlora_needs_an_init_that_leaves_the_weights_alone():
+    with pytest.raises(ValueError, match=r"got lora_init='pissa'\. Use one of default, gaussian, or adapter=lora"):
+        ImportanceSpec(adapter="qlora", lora_init="pissa")
 
 
 def test_unknown_estimate():

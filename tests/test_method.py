@@ -244,7 +244,7 @@ def test_negative_merge_count():
         ("score", "sumsq, frobenius"),
         ("step_weighting", "energy, normalized"),
         ("gradient_estimate", "product, tangent"),
-        ("adapter", "lora, dora"),
+        ("adapter", "lora, dora, qlora"),
     ],
 )
 def test_unknown_choice(name, choices):

@@ -45,7 +45,7 @@ def test_a_run_writes_its_folder(folders, tmp_path, capsys):
     written = {path.name for path in run_dir.iterdir()}
     assert written == {
         *("config.yaml", "run.log", "plan.json", "predictions.jsonl", "record.json"),
-        *("loss.png", "importance.png", "checkpoint"),
+        *("history.json", "loss.png", "importance.png", "checkpoint"),
     }
     data = json.loads((run_dir / "record.json").read_text())
     assert data["status"] == "finished" and data["schema_version"] == 3 and data["seed"] == 0
@@ -199,13 +199,75 @@ def test_what_a_test_dataset_cannot_be(folders, overrides, match):
         run(*overrides, *folders)
 
 
+def wandb_records(folder):
+    """What an offline run wrote, in LevelDB's log format: blocks of 32 kB, chunks of them with a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    [file] = folder.glob("*.wandb")
+    data, at, record = file.read_bytes(), 7, b""
+    while at < len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last chunk
+            yield Record.FromString(record)
+            record = b""
+
+
+def by_key(items):
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
 def test_wandb_offline(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "tracker").mkdir()
-    run("tracker=wandb", "tracker.mode=offline", f"tracker.directory={tmp_path}/tracker", *folders)
-    runs = list((tmp_path / "tracker" / "wandb").glob("offline-run-*"))
+    found = run("tracker=wandb", "tracker.mode=offline", f"tracker.directory={tmp_path}/tracker", *folders)
+    runs = sorted((tmp_path / "tracker" / "wandb").glob("offline-run-*"))
     assert len(runs) == 2  # the method and its reference, each finished
-    assert all(list(folder.glob("*.wandb")) for folder in runs)
+    records = {}
+    for folder in runs:
+        written = list(wandb_records(folder))
+        [method] = {by_key(each.run.config.update)["method"]["_target_"] for each in written if each.HasField("run")}
+        records[method.rsplit(".", 1)[-1]] = folder, written
+    folder, written = records["GradPruner"]
+    history = [by_key(each.history.item) for each in written if each.HasField("history")]
+    assert [entry["finetune/loss"] for entry in history if "finetune/loss" in entry]
+    summary = {}
+    for each in written:
+        summary |= by_key(each.summary.update)
+    assert summary["metrics/accuracy"] == found.metrics["accuracy"]
+    assert {"loss/path", "importance/path", "layers/path", "predictions/path"} <= set().union(*history)
+    assert not records["Dense"][1][0].run.run_group
+
+    [layers] = (folder / "files" / "media" / "table").glob("layers*.json")
+    layers = json.loads(layers.read_text())
+    assert layers["columns"] == ["layer", "importance", "fate"]
+    assert [row[1] for row in layers["data"]] == found.pruning["layer_importance"]
+    fates = {row[0]: row[2] for row in layers["data"]}
+    assert {layer for layer, fate in fates.items() if fate != "kept"} == set(found.pruning["pruned_layers"])
+    merged = {int(layer): into for layer, into in found.pruning["absorbed_by"].items() if into is not None}
+    assert {layer: f"merged into {into}" for layer, into in merged.items()}.items() <= fates.items()
+    [predictions] = (folder / "files" / "media" / "table").glob("predictions*.json")
+    assert len(json.loads(predictions.read_text())["data"]) == 8
+    assert {file.name.split("_")[0] for file in (folder / "files" / "media" / "images").iterdir()} == {
+        *("loss", "importance"),
+    }
+
+
+def test_no_key_in_the_log(folders, monkeypatch, caplog):
+    import wandb
+
+    def fail(**kwargs):
+        raise wandb.errors.CommError("bad key topsecret")
+
+    monkeypatch.setenv("WANDB_API_KEY", "topsecret")
+    monkeypatch.setattr(wandb, "init", fail)
+    run("tracker=wandb", "reference=null", *folders)
+    assert "bad key ***" in caplog.text and "topsecret" not in caplog.text
 
 
 def test_a_failing_tracker_fails_no_run(folders, monkeypatch, caplog):
@@ -233,6 +295,85 @@ def test_sweep_with_joblib_measures_once(tmp_path):
     assert len(list((folder / "dense").iterdir())) == 1
     measured = [path for path in (tmp_path / "cache/stages/measure").iterdir() if path.is_dir()]
     assert len(measured) == 2  # GradPruner's importance and the dense model's empty measurement
+
+
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
+def test_a_sweep_goes_on_after_a_failure(tmp_path, launcher):
+    arguments = (
+        *("-m", *launcher, f"hydra.sweep.dir={tmp_path}/sweep", "debug=smoke", "reference=null", "method=last"),
+        *(
+            f"results_dir={tmp_path}/runs",
+            f"cache_dir={tmp_path}/cache",
+            "hydra.callbacks.sweep.exclude=[{sparsity: 0.3}]",
+        ),
+    )
+    done = command(*arguments, "sparsity=0.9,0.3,0.4,0.95")
+    assert done.returncode == 1
+    assert "2 runs of this sweep failed, the others are done:\n  #0: " in done.stderr
+    listed = done.stderr[done.stderr.index("2 runs of this sweep failed") :]
+    assert "sparsity=0.9\n" in listed and "sparsity=0.95" in listed and "#3" in listed
+    assert "num_pruned_layers must leave at least 2 of the model's 6 decoder layers, got 5." in listed
+    assert "Traceback" not in done.stderr
+    [run_dir] = (tmp_path / "runs/random-llama/arc_easy/lora/last").iterdir()
+    assert RunRecord.load(run_dir).status == "finished"
+
+    again = command(*arguments, "sparsity=0.4,0.3")
+    assert again.returncode == 0, again.stderr
+    assert "Already finished" in again.stderr and "Left out of the sweep" in again.stderr
+
+
+@pytest.mark.parametrize(("error", "goes_on"), [("TypeError('a bug')", True), ("KeyboardInterrupt()", False)])
+def test_a_bug_in_a_sweep_is_listed_and_an_interruption_stops_it(tmp_path, error, goes_on):
+    script = f"""
+import sys
+from experiments import run
+from gradpruner.pipeline import Pipeline
+original = Pipeline.run
+def broken(self):
+    if self.seed == 0:
+        raise {error}
+    return original(self)
+Pipeline.run = broken
+sys.argv = ["run", *sys.argv[1:]]
+run.main()
+"""
+    arguments = (
+        *("-m", f"hydra.sweep.dir={tmp_path}/sweep", "debug=smoke", "reference=null", "method=dense", "seed=0,1"),
+        *(f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0 and "Traceback" in done.stderr
+    finished = list((tmp_path / "runs").rglob("*seed1/record.json"))
+    assert bool(finished) == goes_on
+    if goes_on:
+        assert done.returncode == 1
+        assert "1 runs of this sweep failed" in done.stderr and "\n    TypeError: a bug\n" in done.stderr
+        failed = json.loads((tmp_path / "sweep/0/failed.json").read_text())
+        assert "in broken" in "".join(failed["traceback"])
+
+
+def test_runs_of_a_sweep_share_a_group(tmp_path, monkeypatch):
+    from hydra.core.hydra_config import HydraConfig
+
+    from experiments.tracker import _sweep_name
+
+    assert _sweep_name() is None
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        cfg = compose("config", [f"hydra.sweep.dir={tmp_path}/mine", "hydra.mode=MULTIRUN"], return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+    assert _sweep_name() == "mine"
+
+
+def test_a_run_that_lacks_speed_is_completed(folders):
+    assert run("reference=null", *folders).efficiency["speed"] == {}
+    assert run("reference=null", "measure_speed=true", *folders).efficiency["speed"]["ratios"]
+
+
+def test_importance_with_qlora(folders):
+    record = run("method.adapter=qlora", "reference=null", *folders)
+    assert record.status == "finished" and any(record.pruning["layer_importance"])
 
 
 def test_errors_are_one_readable_line(tmp_path):

@@ -1,0 +1,169 @@
+"""Every table and figure of the paper is a preset in two scales: it composes, and every cell of its sweep builds.
+
+A cell passes all that a run checks before it loads weights, with data and Hub configs faked: nothing needs the network.
+"""
+
+import itertools
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import open_dict
+from transformers import LlamaConfig
+
+from experiments.run import CONF, _check_prunes, build_pipeline, run_directory
+from experiments.schema import ConfigError
+from experiments.sweep import is_left_out
+from gradpruner.models import ModelSpec
+from gradpruner.offline_configs import shipped_config, shipped_ids
+from gradpruner.pipeline import Pipeline
+
+SCALES = ("small", "paper")
+NOT_OF_THE_PAPER = {"quickstart", "depth", "width", "paper", "importance"}
+TABLES = {path.stem for path in (CONF / "experiment").glob("*.yaml")} - NOT_OF_THE_PAPER
+PRESETS = [(name, scale) for name in sorted({*TABLES, "importance"}) for scale in SCALES]
+SMOLLM2 = LlamaConfig(num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+                      num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def load_config(self, folder):
+        return shipped_config(self.path) if self.path in shipped_ids() else SMOLLM2
+
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    monkeypatch.setattr(ModelSpec, "load_config", load_config)
+    monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
+    for name, value in {"rows": [None] * 500, "recovery_rows": [], "questions": [], "num_dense_parameters": 1}.items():
+        monkeypatch.setattr(Pipeline, name, value)
+
+
+def config(*overrides):
+    """As a job of a sweep gets it, with hydra's own node."""
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+def axes(name, scale):
+    """The values that a preset's sweep has for each key."""
+    params = config(f"experiment={name}", f"scale={scale}").hydra.sweeper.params
+    overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    values = [o.sweep_string_iterator() if o.is_sweep_override() else [o.get_value_element_as_str()] for o in overrides]
+    return {override.key_or_group: list(each) for override, each in zip(overrides, values, strict=True)}
+
+
+def all_cells(name, scale):
+    values = axes(name, scale)
+    return [
+        [f"{key}={value}" for key, value in zip(values, cell, strict=True)]
+        for cell in itertools.product(*values.values())
+    ]
+
+
+def some_cells(name, scale):
+    """As few cells as have every value of every key, but for datasets: those go round."""
+    values = axes(name, scale)
+    count = max(len(each) for key, each in values.items() if key != "dataset")
+    return [[f"{key}={each[index % len(each)]}" for key, each in values.items()] for index in range(count)]
+
+
+def check_cell(name, scale, cell, tmp_path):
+    """Does what a run does before it loads weights; returns the pipeline, or None for a cell that is left out."""
+    cfg = config(f"experiment={name}", f"scale={scale}", f"cache_dir={tmp_path}", *cell)
+    HydraConfig.instance().cfg = cfg  # `no_network` takes it back
+    left_out = is_left_out(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    if left_out:
+        return None
+    pipeline = build_pipeline(cfg)
+    pipeline.check(disk=False)
+    _check_prunes(pipeline)
+    run_directory(cfg, pipeline)
+    return pipeline
+
+
+def test_there_is_a_preset_for_every_table_and_figure_with_runs():
+    numbers = {*(f"table{n}" for n in range(1, 14) if n != 11), *(f"figure{n}" for n in (1, 2, 5, 6, 7, 8, 9))}
+    assert numbers == TABLES
+
+
+@pytest.mark.parametrize(("name", "scale"), PRESETS)
+def test_values_of_a_sweep_build(name, scale, tmp_path):
+    pipelines = [check_cell(name, scale, cell, tmp_path) for cell in some_cells(name, scale)]
+    assert any(pipelines)
+    for pipeline in filter(None, pipelines):
+        hub = pipeline.model.path in shipped_ids()
+        assert hub == (scale == "paper") and pipeline.task.source == ("hub" if hub else "packaged")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "scale"), PRESETS)
+def test_every_cell_of_a_sweep_builds(name, scale, tmp_path):
+    assert any([check_cell(name, scale, cell, tmp_path) for cell in all_cells(name, scale)])
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "cell", "expected"),
+    [
+        ("table1", "paper", ["model=llama3_1_8b", "method=gradpruner"], (13, 3)),
+        ("table1", "paper", ["model=mistral_7b_v0_3", "method=gradpruner"], (13, 2)),
+        ("table1", "small", ["method=gradpruner"], (12, 3)),
+        ("table3", "paper", ["model=llama3_1_8b", "method=gradpruner", "merge_count=1"], (11, 1)),
+        ("table3", "paper", ["model=llama3_1_8b", "method=igia_only", "merge_count=3"], (13, 0)),
+        ("table3", "small", ["method=gradpruner", "merge_count=3"], (12, 3)),
+        ("table4", "paper", ["model=mistral_7b_v0_3", "method=gradpruner", "merge_count=1"], (12, 1)),
+        ("table4", "paper", ["model=llama3_1_8b", "method=igia_only", "merge_count=2"], (12, 0)),
+        ("table7", "paper", ["model=llama3_2_1b", "method=gradpruner"], (6, 3)),
+        ("table7", "paper", ["model=llama2_13b", "method=gradpruner"], (16, 3)),
+    ],
+)
+def test_layers_are_the_papers(name, scale, cell, expected, tmp_path):
+    method = check_cell(name, scale, cell, tmp_path).resolved_method
+    assert (method.num_pruned_layers, method.merge_count) == expected
+
+
+def test_a_table_gives_methods_what_they_need_at_its_scale():
+    small, paper = (config("experiment=table1", f"scale={scale}", "method=gradpruner").method for scale in SCALES)
+    assert (small.merge_rule, small.steps, small.fraction) == ("sign_average", 40, None)
+    assert (paper.merge_rule, paper.steps, paper.fraction) == ("sign_sum", None, 0.01)
+    assert config("experiment=table1", "method=minitron").method.recover_on is None
+    assert config("experiment=table1", "scale=paper", "method=minitron").method.recover_on == "alpaca"
+
+
+@pytest.mark.parametrize("overrides", [[], ["method=apt"], ["experiment=depth", "method=minitron"]])
+def test_scale_does_nothing_elsewhere(overrides):
+    small, paper = (config(f"scale={scale}", *overrides) for scale in SCALES)
+    for cfg in (small, paper):
+        with open_dict(cfg):
+            del cfg["hydra"]
+    assert small == paper and "scale" not in small
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "left_out"),
+    [
+        ("table1", ["method=apt", "finetune=full"], True),
+        ("table1", ["method=apt", "finetune=lora"], False),
+        ("table1", ["method=small_dense", "model=mistral_7b_v0_3"], True),
+        ("table4", ["model=mistral_7b_v0_3", "merge_count=3"], True),
+        ("table4", ["model=llama3_1_8b", "merge_count=3", "finetune=lora"], False),
+    ],
+)
+def test_cells_that_make_no_sense_are_left_out(name, cell, left_out, tmp_path):
+    assert (check_cell(name, "paper", cell, tmp_path) is None) == left_out
+
+
+def test_an_unknown_key_to_exclude_is_refused():
+    HydraConfig.instance().cfg = config("hydra.callbacks.sweep.exclude=[{methd: apt}]")
+    with pytest.raises(
+        ConfigError, match=r"exclude may name config groups and keys, got 'methd'\. Correct it in the YAML"
+    ):
+        is_left_out(config())
+
+
+def test_a_table_is_a_sweep_without_asking():
+    assert config("experiment=table6").hydra.mode == RunMode.MULTIRUN
+    assert config("experiment=paper").hydra.mode != RunMode.MULTIRUN
