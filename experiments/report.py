@@ -27,7 +27,7 @@ from experiments.run import CONF, HISTORY_FILE
 from gradpruner import offline_configs
 from gradpruner.plan import PruningPlan
 from gradpruner.record import RunRecord
-from gradpruner.reporting.comparison_figures import FIGURES, draw, in_order, run_labels
+from gradpruner.reporting.comparison_figures import FIGURES, draw
 from gradpruner.reporting.efficiency import counts_table, efficiency_tables
 from gradpruner.reporting.figures import Picture
 from gradpruner.reporting.formats import FORMATS, write_report
@@ -140,9 +140,8 @@ def _file_name(table: str) -> str:
 def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord]) -> list[Picture]:
     """One figure, or all that there are runs for."""
     folder, runs = Path(cfg.figures_dir), list(records.values())
-    labels = dict(zip((run.identity for run in in_order(runs)), run_labels(in_order(runs)), strict=True))
     histories = {
-        labels[run.identity]: json.loads((path.parent / HISTORY_FILE).read_text())
+        run.identity: json.loads((path.parent / HISTORY_FILE).read_text())
         for path, run in records.items()
         if (path.parent / HISTORY_FILE).is_file()
     }

@@ -28,6 +28,7 @@ PAPER_FIGURES = ("1", "2", "5", "6", "7", "8", "9")
 FIGURES = (*PAPER_FIGURES, "importance", "plans")
 MAIN = "main"  # see main_metric
 DENSE = "dense"
+NUM_SMOOTHED = 8  # steps of a loss curve
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def draw(
             every model and kind of fine-tuning has a picture of its own, in 7 and 9 a row of bars.
         records: finished runs.
         folder: made if it is missing.
-        histories: loss of runs by label, for figure 1; see `plot_losses`.
+        histories: loss of runs by their identity, for figure 1; see `plot_losses`. Every dataset has a picture.
 
     Raises:
         ValueError: if there is no such figure, no run that belongs into it, or no dataset that all its runs share.
@@ -74,7 +75,8 @@ def draw(
     ordered = in_order(records)
     path = folder / (f"figure{figure}.png" if figure in PAPER_FIGURES else f"{figure}.png")
     if figure == "1":
-        pictures = [plot_losses(histories, path)] if histories else []
+        known = histories or {}
+        pictures = _losses([record for record in ordered if record.identity in known], known, path)
     elif figure == "2":
         pictures = _sensitivity(ordered, path)
     elif figure in BARS:
@@ -187,28 +189,28 @@ def _mean(datasets: list[dict[int, tuple[float, float]]]) -> Measured:
 
 
 def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> Picture:
-    """Training loss of several runs, the paper's Figure 1: each step pale, and the mean of the last fortieth of them.
+    """Training loss of several runs, the paper's Figure 1: each step pale, and the mean of the last ones.
 
     Args:
         histories: by label, entries with `step` (optimizer step, from 1) and `loss` (nats per answer token).
         path: of the picture.
     """
     alt = []
-    with canvas(path, 2.5) as figure:
+    with canvas(path, 2.3 + 0.12 * ((len(histories) + 1) // 2)) as figure:
         axes = figure.subplots()
         for index, (label, history) in enumerate(histories.items()):
             style = LINE_STYLES[index % len(LINE_STYLES)]
             steps, losses = [entry["step"] for entry in history], [entry["loss"] for entry in history]
             axes.plot(steps, losses, color=style["color"], linewidth=0.5, alpha=0.3)
             # Only of steps before: a centred mean would smooth away the fall of the first steps, which is the point.
-            window = max(1, len(losses) // 40)
+            window = max(NUM_SMOOTHED, len(losses) // 40)
             smooth = [float(np.mean(losses[max(0, i + 1 - window) : i + 1])) for i in range(len(losses))]
             axes.plot(steps, smooth, label=label, markevery=max(1, len(losses) // 8), **style)
             alt.append(f"{label}: {smooth[0]:.2f} at step {steps[0]}, {smooth[-1]:.2f} at step {steps[-1]}")
         axes.set(xlabel="optimizer step", ylabel="loss (nats per answer token)", ylim=(0, None))
         axes.grid(alpha=0.3)
         legend_below(figure)
-    caption = "Training loss; pale: every step, strong: mean of the last fortieth of the steps."
+    caption = f"Training loss; pale: every step, strong: mean of the last {NUM_SMOOTHED}, or fortieth, of the steps."
     return Picture(path, caption, f"Line chart of training loss. {'; '.join(alt)}.")
 
 
@@ -370,6 +372,10 @@ def _groups(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return titled
 
 
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def _data(record: RunRecord) -> str:
     return json.dumps(record.config["dataset"], sort_keys=True)
 
@@ -394,6 +400,18 @@ def _panels(
     return panels, f"{mean}{', '.join(datasets)}. Error bars: {spread}."
 
 
+def _losses(
+    records: Sequence[RunRecord], histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path
+) -> list[Picture]:
+    pictures = []
+    for name in dict.fromkeys(dataset_name(record) for record in records):
+        group = [record for record in records if dataset_name(record) == name]
+        losses = {label: histories[run.identity] for label, run in zip(run_labels(group), group, strict=True)}
+        picture = plot_losses(losses, path.with_stem(f"{path.stem}-{_slug(name)}"))
+        pictures.append(dataclasses.replace(picture, caption=f"{name}: {picture.caption}"))
+    return pictures
+
+
 def _lines(records: Sequence[RunRecord], axis: _Axis, path: Path) -> list[Picture]:
     pictures = []
     for title, group in _groups(records).items():
@@ -414,7 +432,7 @@ def _lines(records: Sequence[RunRecord], axis: _Axis, path: Path) -> list[Pictur
         dense = [(METHODS[DENSE], 0.0, record) for record in group if record.pruning["method"] == DENSE]
         if points:
             panels, caption = _panels(points + dense)
-            own = path.with_stem(f"{path.stem}-{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}")
+            own = path.with_stem(f"{path.stem}-{_slug(title)}")
             what = f"{' and '.join(panels)} against {axis.label}"
             pictures.append(plot_lines(panels, axis.label, own, f"{title}: {what}. {caption}", axis.spread))
     return pictures

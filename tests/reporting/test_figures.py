@@ -165,7 +165,8 @@ def test_loss_curves(drawn, tmp_path):
     plot_losses(HISTORIES, tmp_path / "a.png")
     every, smooth, *_ = drawn[0].axes[0].lines
     assert every.get_ydata().tolist() == [3.0 / step for step in range(1, 101)]
-    assert smooth.get_ydata()[:3].tolist() == pytest.approx([3.0, (3 + 1.5) / 2, (1.5 + 1) / 2])  # window 100 // 40
+    assert smooth.get_ydata()[:3].tolist() == pytest.approx([3.0, (3 + 1.5) / 2, (3 + 1.5 + 1) / 3])
+    assert smooth.get_ydata()[-1] == pytest.approx(sum(3.0 / step for step in range(93, 101)) / 8)
 
 
 def test_accuracy_against_layers_pruned(drawn, tmp_path):
@@ -244,12 +245,21 @@ def test_no_two_line_styles_are_alike_without_colour():
 @pytest.mark.parametrize("figure", FIGURES)
 def test_same_records_same_file_and_nothing_reaches_its_edge(figure, tmp_path):
     records = committed("methods" if figure in ("7", "9") else "depth")
-    pictures = [draw(figure, records, tmp_path / folder, HISTORIES) for folder in "ab"]
+    histories = {record.identity: HISTORIES["a"] for record in records}
+    pictures = [draw(figure, records, tmp_path / folder, histories) for folder in "ab"]
     for first, second in zip(*pictures, strict=True):
         assert first.path.read_bytes() == second.path.read_bytes() and first.caption and first.alt
         pixels = imread(first.path)[..., :3]
         edges = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
         assert all((edge == 1).all() for edge in edges)  # else a label is cut off
+
+
+def test_every_dataset_has_a_picture_of_losses(tmp_path):
+    runs = [run("dense"), run("last", [3]), run("last", [3], dataset="piqa")]
+    histories = {each.identity: HISTORIES["a"] for each in (runs[0], runs[2])}  # of the second run there is none
+    pictures = draw("1", runs, tmp_path, histories)
+    assert [picture.path.stem for picture in pictures] == ["figure1-arc-easy", "figure1-piqa"]
+    assert "Dense" in pictures[0].alt and "Last" not in pictures[0].alt
 
 
 def test_svg_has_no_date(tmp_path):
