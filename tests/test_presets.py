@@ -21,7 +21,7 @@ from gradpruner.offline_configs import shipped_config, shipped_ids
 from gradpruner.pipeline import Pipeline
 
 SCALES = ("small", "paper")
-NOT_OF_THE_PAPER = {"quickstart", "depth", "width", "paper", "importance"}
+NOT_OF_THE_PAPER = {"quickstart", "depth", "width", "paper", "importance", "repair"}
 TABLES = {path.stem for path in (CONF / "experiment").glob("*.yaml")} - NOT_OF_THE_PAPER
 PRESETS = [(name, scale) for name in sorted({*TABLES, "importance"}) for scale in SCALES]
 SMOLLM2 = LlamaConfig(num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
@@ -167,3 +167,10 @@ def test_an_unknown_key_to_exclude_is_refused():
 def test_a_table_is_a_sweep_without_asking():
     assert config("experiment=table6").hydra.mode == RunMode.MULTIRUN
     assert config("experiment=paper").hydra.mode != RunMode.MULTIRUN
+
+
+def test_methods_of_the_repair_study_share_an_importance_run(tmp_path):
+    names = ("gradpruner", "igia_only", "gradpruner_plus")
+    shared = [config("experiment=repair", f"method={name}").method for name in names]
+    assert [method.steps for method in shared] == [12] * 3 and shared[2].repair_rows == 160
+    assert check_cell("repair", "small", ["method=dense", "dataset=piqa", "sparsity=0.5"], tmp_path)
