@@ -101,9 +101,9 @@ def test_one_page_with_everything(tmp_path):
                   "model=tiny_random", f"cache_dir={tmp_path}/cache")  # fmt: skip
     assert done.returncode == 0, done.stderr
     text = page.read_text()
-    assert "random-llama on arc_easy, lora" in text and "Table 1: main results" in text and "(Table 11)" in text
+    assert "random-llama on arc_easy, lora" in text and "Table 3: with and" in text and "(Table 11)" in text
     drawn = {path.stem for path in folder.glob("*.png")}
-    assert {"figure1", "figure2", "importance", "plans"} <= drawn
+    assert {"figure1-arc-easy", "figure2", "importance", "plans"} <= drawn
     assert text.count("data:image/png;base64,") == len(list(folder.glob("*.png")))
     assert "Not drawn: Figure 9 shows" in done.stderr
 
@@ -124,7 +124,7 @@ def test_other_figures_and_formats_are_refused(setting, match):
     assert done.returncode == 1 and match in done.stderr
 
 
-@pytest.mark.parametrize(("name", "shown"), [("99", "99"), ("figure1", "'figure1'")])
+@pytest.mark.parametrize(("name", "shown"), [("99", "'99'"), ("figure1", "'figure1'")])
 def test_other_tables_are_refused(name, shown):
     done = report(f"table={name}")
     assert done.returncode == 1 and "table must be one of 1, 2, 3, " in done.stderr
