@@ -7,6 +7,7 @@ Library use:
     compressed.model.save_pretrained("pruned")
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Compressed", "GradPruner", "PruningPlan"]
 __version__ = "0.1.0"
+
+# peft imports it wherever it is installed, and it then warns that an optional kernel is missing.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
