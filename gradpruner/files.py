@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads what `write_jsonl` wrote."""
     # By bytes: text may hold U+2028 and other characters that str.splitlines takes for the end of a line.
     return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name: lower-case letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

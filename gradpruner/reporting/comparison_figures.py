@@ -7,7 +7,6 @@ two numbers of a figure are of different data.
 import dataclasses
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from gradpruner.files import slug
 from gradpruner.record import RunRecord
 from gradpruner.reporting.figures import COLORS, LINE_STYLES, PRUNED, Picture, canvas, legend_below, wrap_rows
 from gradpruner.reporting.labels import METHODS, METRICS
 from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, plot_sensitivity, sensitivity_curve
 from gradpruner.reporting.paper_tables import BY_SIMILARITY
-from gradpruner.reporting.tables import row_labels, setting
+from gradpruner.reporting.tables import dataset_name, row_labels, setting
 
 PAPER_FIGURES = ("1", "2", "5", "6", "7", "8", "9")
 FIGURES = (*PAPER_FIGURES, "importance", "plans")
@@ -104,13 +104,6 @@ def in_order(records: Sequence[RunRecord]) -> list[RunRecord]:
         return order.index(name) if name in order else len(order), name, dataset_name(record), record.seed
 
     return sorted({record.identity: record for record in records}.values(), key=place)
-
-
-def dataset_name(record: RunRecord) -> str:
-    """Name of the dataset of a run, with the one that it was tested on."""
-    dataset = record.config["dataset"]
-    tested = f", tested on {dataset['test']}" if dataset["test"] else ""
-    return f"{dataset['_target_'].rsplit('.', 2)[-2]}{tested}"
 
 
 def run_labels(records: Sequence[RunRecord]) -> list[str]:
@@ -372,10 +365,6 @@ def _groups(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return titled
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
 def _data(record: RunRecord) -> str:
     return json.dumps(record.config["dataset"], sort_keys=True)
 
@@ -407,7 +396,7 @@ def _losses(
     for name in dict.fromkeys(dataset_name(record) for record in records):
         group = [record for record in records if dataset_name(record) == name]
         losses = {label: histories[run.identity] for label, run in zip(run_labels(group), group, strict=True)}
-        picture = plot_losses(losses, path.with_stem(f"{path.stem}-{_slug(name)}"))
+        picture = plot_losses(losses, path.with_stem(f"{path.stem}-{slug(name)}"))
         pictures.append(dataclasses.replace(picture, caption=f"{name}: {picture.caption}"))
     return pictures
 
@@ -432,7 +421,7 @@ def _lines(records: Sequence[RunRecord], axis: _Axis, path: Path) -> list[Pictur
         dense = [(METHODS[DENSE], 0.0, record) for record in group if record.pruning["method"] == DENSE]
         if points:
             panels, caption = _panels(points + dense)
-            own = path.with_stem(f"{path.stem}-{_slug(title)}")
+            own = path.with_stem(f"{path.stem}-{slug(title)}")
             what = f"{' and '.join(panels)} against {axis.label}"
             pictures.append(plot_lines(panels, axis.label, own, f"{title}: {what}. {caption}", axis.spread))
     return pictures

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gradpruner.files import write_text
+from gradpruner.files import slug, write_text
 from gradpruner.reporting.figures import Picture
 from gradpruner.reporting.tables import Table
 
@@ -109,7 +109,7 @@ def csv_files(tables: Sequence[Table]) -> dict[str, str]:
         stream = io.StringIO()
         plain = [["".join(part for part, _ in _parts(cell)) for cell in row] for row in (table.headers, *table.rows)]
         csv.writer(stream, lineterminator="\n").writerows(plain)
-        name = _slug(table.title)
+        name = slug(table.title)
         same = sum(re.fullmatch(rf"{name}(-\d+)?", other) is not None for other in texts)
         texts[f"{name}-{same + 1}" if same else name] = stream.getvalue()
     return texts
@@ -143,7 +143,3 @@ def _data_uri(path: Path) -> str:
 def _parts(cell: str) -> list[tuple[str, bool]]:
     """The text of a cell in parts, each with whether it is bold."""
     return [(part, index % 2 == 1) for index, part in enumerate(BOLD.split(cell)) if part]
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -49,6 +49,13 @@ def comparisons(records: Sequence[RunRecord]) -> list[Table]:
     return [_comparison(settings[key]) for key in sorted(settings)]
 
 
+def dataset_name(record: RunRecord) -> str:
+    """Name of the dataset of a run, with the one that it was tested on."""
+    dataset = record.config["dataset"]
+    tested = f", tested on {dataset['test']}" if dataset["test"] else ""
+    return f"{dataset['_target_'].rsplit('.', 2)[-2]}{tested}"
+
+
 def setting(record: RunRecord) -> dict[str, Any]:
     """What a run shares with those that it may be compared with: model, data, fine-tuning, evaluation."""
     return {key: value for key, value in record.config.items() if key not in NOT_SETTING}
@@ -80,10 +87,8 @@ def _comparison(records: list[RunRecord]) -> Table:
             f"always the most frequent label: {first.metrics['majority_accuracy']:.3f}, "
             f"guessing: {first.metrics['chance_accuracy']:.3f}"
         )
-    dataset = first.config["dataset"]
-    name = dataset["_target_"].rsplit(".", 2)[-2] + (f", tested on {dataset['test']}" if dataset["test"] else "")
     return Table(
-        f"{first.model['name']} on {name}, {first.config['finetune']['mode']}",
+        f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}",
         headers,
         [
             [label, *_cells(group, columns, before)]
