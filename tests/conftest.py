@@ -1,6 +1,7 @@
 """Fixtures that all tests share: seeds, tiny random models made on the spot, and token batches for them."""
 
 import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from gradpruner.models import ModelSpec
+from gradpruner.tasks import JsonLines
 
 # Grouped-query attention (4 heads, 2 key-value heads). 258 is the vocabulary of the byte tokenizer of `random:` models;
 # weights are larger than the default 0.02 so that every layer shows in the logits.
@@ -84,6 +86,23 @@ def tiny_llama() -> Callable[..., PreTrainedModel]:
 def tiny_mistral() -> Callable[..., PreTrainedModel]:
     """Factory for Mistral, see `tiny_llama`; its sliding window is shorter than `make_batches` is long."""
     return _factory(MistralConfig, MistralForCausalLM, sliding_window=8)
+
+
+@pytest.fixture
+def make_sums_task(tmp_path: Path) -> Callable[[int], JsonLines]:
+    """Factory: `make_sums_task(12)`, a multiple-choice task of so many rows, the same for training and test."""
+
+    def make(num_rows: int) -> JsonLines:
+        rows = [{"question": f"{n} + 1?", "options": [str(n + 1), "x"], "answer": 0} for n in range(num_rows)]
+        files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "test")}
+        for file in files.values():
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return JsonLines(
+            train_file=str(files["train"]), test_file=str(files["test"]), prompt="{question}", choice=" {choice}",
+            answer_field="answer", choices_field="options", max_length=128,
+        )  # fmt: skip
+
+    return make
 
 
 @pytest.fixture

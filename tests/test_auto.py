@@ -21,7 +21,6 @@ from gradpruner.pipeline import Pipeline
 from gradpruner.plan import PruningPlan
 from gradpruner.stability import has_settled
 from gradpruner.surgery import apply_plan
-from gradpruner.tasks import JsonLines
 
 # ---- the stop rule ----
 
@@ -167,14 +166,8 @@ def test_what_decides_is_in_the_key_of_what_is_measured():
     assert searching != GradPruner(sparsity="auto", density=0.5).measurement_settings()
 
 
-def test_through_the_pipeline(tiny_spec, tmp_path):
-    rows = [{"question": f"{n} + 1?", "options": [str(n + 1), "x"], "answer": 0} for n in range(24)]
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = JsonLines(
-        train_file=str(tmp_path / "train.jsonl"), test_file=str(tmp_path / "test.jsonl"), prompt="{question}",
-        choice=" {choice}", answer_field="answer", choices_field="options", max_length=128,
-    )  # fmt: skip
+def test_through_the_pipeline(tiny_spec, make_sums_task, tmp_path):
+    task = make_sums_task(24)
     training = TrainingSpec(learning_rate=1e-2, batch_size=4, micro_batch_size=4, max_steps=2)
 
     def make(**settings):

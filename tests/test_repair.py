@@ -22,7 +22,6 @@ from gradpruner.plan import PruningPlan
 from gradpruner.repair import RIDGES, Run, best_ridge, fold, pruned_runs, repair, solve
 from gradpruner.streaming import prune_checkpoint
 from gradpruner.surgery import apply_plan
-from gradpruner.tasks import JsonLines
 
 TINY = {
     "vocab_size": 258, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -232,14 +231,8 @@ def test_compress_repairs(method, make_batches):
 
 
 @pytest.fixture
-def make_pipeline(tmp_path):
-    rows = [{"question": f"{n} + 1?", "options": [str(n + 1), "x"], "answer": 0} for n in range(12)]
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = JsonLines(
-        train_file=str(tmp_path / "train.jsonl"), test_file=str(tmp_path / "test.jsonl"), prompt="{question}",
-        choice=" {choice}", answer_field="answer", choices_field="options", max_length=128,
-    )  # fmt: skip
+def make_pipeline(make_sums_task, tmp_path):
+    task = make_sums_task(12)
     training = TrainingSpec(learning_rate=1e-2, batch_size=4, micro_batch_size=4, max_steps=2)
     config = {key: value for key, value in TINY.items() if not key.endswith(("vocab_size", "_token_id"))}
 

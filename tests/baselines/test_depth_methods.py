@@ -23,7 +23,6 @@ from gradpruner.finetune import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models import ModelSpec
 from gradpruner.pipeline import Pipeline
-from gradpruner.tasks import JsonLines
 
 METHODS = {
     "gradpruner": (GradPruner, {"merge_count": 1, "steps": 2, "batch_size": 2, "lora_rank": 2}),
@@ -216,14 +215,8 @@ def test_bad_settings(build, match):
 
 
 @pytest.fixture
-def make_pipeline(tmp_path):
-    rows = [{"question": f"{n} + 1?", "options": [str(n + 1), "x"], "answer": 0} for n in range(8)]
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = JsonLines(
-        train_file=str(tmp_path / "train.jsonl"), test_file=str(tmp_path / "test.jsonl"), prompt="{question}",
-        choice=" {choice}", answer_field="answer", choices_field="options", max_length=128,
-    )  # fmt: skip
+def make_pipeline(make_sums_task, tmp_path):
+    task = make_sums_task(8)
     training = TrainingSpec(learning_rate=1e-2, batch_size=4, micro_batch_size=4, max_steps=2)
 
     def make(method, model_type="llama"):
