@@ -5,7 +5,6 @@ number tried the model is pruned, merged and repaired as the method says, on row
 of it say how likely their answers are. That takes for granted that a deeper cut does not do better than a lesser one.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_nll
 from gradpruner.plan import PruningPlan
 from gradpruner.repair import repair
+from gradpruner.surgery import sharing_copy
 
 AUTO = "auto"
 HELD_OUT = 5  # every fifth row says how likely the answers are
@@ -104,7 +104,7 @@ def search(
     with tqdm(desc="sparsity=auto", unit="cut") as bar:
 
         def nll(num_pruned_layers: int) -> float:
-            candidate = copy.deepcopy(model)
+            candidate = sharing_copy(model)
             plan = prune(candidate, num_pruned_layers)
             if repairs:
                 repair(candidate, model, plan, fitted)

@@ -5,7 +5,6 @@ is apart from pruning because it is the expensive half and most settings of a sw
 `measurement_settings` does not name can vary without measuring again.
 """
 
-import copy
 import dataclasses
 import logging
 import tempfile
@@ -26,6 +25,7 @@ from gradpruner.models import ModelSpec
 from gradpruner.plan import PruningPlan, check_counts
 from gradpruner.repair import REPAIRS, check_repairable, repair
 from gradpruner.shape import ModelShape, config_shape
+from gradpruner.surgery import sharing_copy
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class Method:
         method.shape(model.config)
         repairs = method.repair_calibration() is not None
         taken: Iterable[Batch] = list(batches) if repairs else batches
-        dense = copy.deepcopy(model) if repairs else None
+        dense = sharing_copy(model) if repairs else None
         with tempfile.TemporaryDirectory() as scratch:
             method.measure(model, taken, Path(scratch))
             compressed = method.prune(model, Path(scratch))

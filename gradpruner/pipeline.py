@@ -34,6 +34,7 @@ from gradpruner.repair import load_repair, read_fits, repair, save_repair
 from gradpruner.shape import ModelShape, config_shape, model_shape
 from gradpruner.speed_comparison import compare, workload_like
 from gradpruner.stage_keys import StageKeys
+from gradpruner.surgery import sharing_copy
 from gradpruner.tasks import Example, Task
 
 logger = logging.getLogger(__name__)
@@ -402,9 +403,10 @@ class _Models:
         return model
 
     def write_repair(self, directory: Path) -> None:
-        pipeline, compressed = self._pipeline, self._compress()
+        pipeline, measured = self._pipeline, self._pipeline._measured()
         self._forget()
         dense = pipeline.base_model.load(pipeline.assets_dir)
+        compressed = pipeline.resolved_method.prune(sharing_copy(dense), measured)
         batches = pipeline._calibration_batches(pipeline.resolved_method.repair_calibration())
         with Cost() as cost:
             fits = repair(compressed.model, dense, compressed.plan, batches)

@@ -43,6 +43,7 @@ DOWN_PROJ = "mlp.down_proj"
 WEIGHTS_FILE, FITS_FILE = "repair.safetensors", "repair.json"
 # Parts of the mean eigenvalue of M'M; the last ones are next to no change.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+BLOCK = 256  # columns of a matrix that are worked on at a time, so that no third one is needed
 HELD_OUT = 5  # every fifth row is held out
 
 
@@ -117,7 +118,7 @@ def repair(
     """Folds a map for every run of pruned layers into a pruned model, in place.
 
     Args:
-        model: what the plan made of the dense model.
+        model: what the plan made of the dense model; may share weights with it, see `surgery.sharing_copy`.
         dense: the dense model; left as it was.
         plan: which layers left.
         batches: calibration rows, dicts of `input_ids` and `attention_mask`, each (B, T); gone through for every run.
@@ -144,17 +145,22 @@ def repair(
         ridge, repaired, dropped = best_ridge(solution, states.held_out())
         applied = repaired < dropped
         if applied:
-            fold(_down_proj(model, plan, run.absorber), solution.map(ridge))
+            fold(_down_proj(model, plan, run.absorber), solution, ridge)
         fits.append(Fit(run.absorber, run.last, solution.num_tokens, ridge, dropped, min(repaired, dropped), applied))
     return fits
 
 
-def fold(linear: nn.Linear, linear_map: Tensor) -> None:
-    """Makes the output of a linear sublayer what it was times the map: y becomes y T."""
-    weight = linear_map.T @ linear.weight.double()
-    linear.weight.copy_(weight.to(linear.weight.dtype))
+def fold(linear: nn.Linear, solution: "Solution", ridge: float) -> None:
+    """Makes the output of a linear sublayer what it was times the map of a lambda: y becomes y T.
+
+    The tensors are replaced, not written to, so that a model that shares them keeps the old ones.
+    """
+    weight = torch.empty_like(linear.weight)
+    for before, after in zip(torch.split(linear.weight, BLOCK, dim=1), torch.split(weight, BLOCK, dim=1), strict=True):
+        after.copy_(solution.apply(before.T.double(), ridge).T)
+    linear.weight.data = weight
     if linear.bias is not None:
-        linear.bias.copy_((linear.bias.double() @ linear_map).to(linear.bias.dtype))
+        linear.bias.data = solution.apply(linear.bias.double(), ridge).to(linear.bias.dtype)
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ class Solution:
     Attributes:
         vectors: V, (d, d) float64.
         values: e, (d,) float64.
-        projected: V' M' R, (d, d) float64, with R what T - T_0 is to make of M.
+        projected: V' M' R, (d, d) float64, with R = Z - Y - M T_0.
         towards: one of `TOWARDS`.
         num_tokens: how many tokens were summed.
     """
@@ -175,14 +181,10 @@ class Solution:
     towards: str
     num_tokens: int
 
-    def map(self, ridge: float) -> Tensor:
-        """T for a lambda, as a part of the mean eigenvalue, (d, d) float64."""
-        change = self.vectors @ (self.projected / (self.values + ridge * self.values.mean())[:, None])
-        return change + torch.eye(len(change), dtype=change.dtype) if self.towards == "identity" else change
-
-    def rest(self, outputs: Tensor, missing: Tensor) -> Tensor:
-        """R: what T - T_0 is to make of M, given M and Z - Y."""
-        return missing - outputs if self.towards == "identity" else missing
+    def apply(self, outputs: Tensor, ridge: float) -> Tensor:
+        """Outputs times T for a lambda, as a part of the mean eigenvalue; (..., d) float64 to the same."""
+        change = (outputs @ self.vectors / (self.values + ridge * self.values.mean())) @ self.projected
+        return change + outputs if self.towards == "identity" else change
 
 
 def solve(pairs: Iterable[tuple[Tensor, Tensor]], towards: str = "identity") -> Solution:
@@ -201,7 +203,9 @@ def solve(pairs: Iterable[tuple[Tensor, Tensor]], towards: str = "identity") -> 
     assert gram is not None
     values, vectors = torch.linalg.eigh(gram)
     del gram
-    return Solution(vectors, values.clamp_min(0.0), vectors.T @ cross, towards, num_tokens)
+    for columns in torch.split(cross, BLOCK, dim=1):
+        columns.copy_(vectors.T @ columns)
+    return Solution(vectors, values.clamp_min(0.0), cross, towards, num_tokens)
 
 
 def best_ridge(solution: Solution, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
@@ -218,10 +222,8 @@ def best_ridge(solution: Solution, pairs: Iterable[tuple[Tensor, Tensor]]) -> tu
     dropped = nothing = 0.0
     for outputs, missing in pairs:
         outputs, missing = outputs.double(), missing.double()
-        rest, turned = solution.rest(outputs, missing), outputs @ solution.vectors
         for number, ridge in enumerate(RIDGES):
-            weights = 1.0 / (solution.values + ridge * solution.values.mean())
-            errors[number] += float(((turned * weights) @ solution.projected - rest).square().sum())
+            errors[number] += float((solution.apply(outputs, ridge) - missing).square().sum())
         dropped += float((outputs - missing).square().sum())
         nothing += float(missing.square().sum())
     best = int(errors.argmin())

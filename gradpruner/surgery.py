@@ -60,6 +60,16 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, igia: IgiaLookup | Non
     return model
 
 
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model with the same weights in the same memory, for a dense model beside the pruned one.
+
+    Carrying out a plan, and LaCo, and repair replace tensors and do not write to them: what changes in one of the two
+    stays as it was in the other. Training does write to them.
+    """
+    shared = {id(weight): nn.Parameter(weight.data, weight.requires_grad) for weight in model.parameters()}
+    return copy.deepcopy(model, {**shared, **{id(buffer): buffer for buffer in model.buffers()}})
+
+
 def drop_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> None:
     """Keeps only `kept_layers` of the model, in place, with cache indices and config to match.
 
@@ -111,13 +121,11 @@ def _merge_into(
     sources = [linear_sublayers(layers[layer]) for layer in merged]
     for name, target in linear_sublayers(layers[absorber]).items():
         device = target.weight.device
-        target.weight.copy_(
-            merge_layers(
-                target.weight,
-                [source[name].weight for source in sources],
-                [igia(layer, name).to(device) for layer in merged],
-                plan.density,
-                plan.merge_rule,
-                kept_igia=igia(absorber, name).to(device) if plan.merge_rule == "fisher" else None,
-            )
+        target.weight.data = merge_layers(
+            target.weight,
+            [source[name].weight for source in sources],
+            [igia(layer, name).to(device) for layer in merged],
+            plan.density,
+            plan.merge_rule,
+            kept_igia=igia(absorber, name).to(device) if plan.merge_rule == "fisher" else None,
         )

@@ -7,12 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.last import Last
 from baselines.shortgpt import ShortGpt
 from gradpruner import repair as repair_module
+from gradpruner.architectures import linear_sublayers
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.finetune import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
@@ -21,13 +24,14 @@ from gradpruner.pipeline import Pipeline
 from gradpruner.plan import PruningPlan
 from gradpruner.repair import RIDGES, Run, best_ridge, fold, pruned_runs, repair, solve
 from gradpruner.streaming import prune_checkpoint
-from gradpruner.surgery import apply_plan
+from gradpruner.surgery import apply_plan, sharing_copy
 
 TINY = {
     "vocab_size": 258, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": 0,
     "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
+EYE = torch.eye(5, dtype=torch.float64)
 PLAN = PruningPlan(num_hidden_layers=6, pruned_layers=(1, 2, 4))
 DATA = [(torch.randn(40, 5), torch.randn(40, 5)) for _ in range(2)]
 
@@ -49,7 +53,7 @@ def test_a_small_lambda_gives_numpys_least_squares():
     m, z = (torch.cat(side).double().numpy() for side in zip(*DATA, strict=True))
     expected, *_ = np.linalg.lstsq(m, z, rcond=None)
     for towards in ("identity", "zero"):
-        ours = solve(DATA, towards).map(0.0).numpy()
+        ours = solve(DATA, towards).apply(EYE, 0.0).numpy()
         np.testing.assert_allclose(ours, expected, rtol=1e-8, atol=1e-10)
 
 
@@ -61,18 +65,18 @@ def test_lambda_is_that_of_the_augmented_problem(towards, origin, ridge):
     rows = np.concatenate([m, np.sqrt(penalty) * np.eye(5)])
     targets = np.concatenate([z - m @ origin, np.zeros((5, 5))])
     change, *_ = np.linalg.lstsq(rows, targets, rcond=None)
-    np.testing.assert_allclose(solve(DATA, towards).map(ridge).numpy(), origin + change, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(solve(DATA, towards).apply(EYE, ridge).numpy(), origin + change, rtol=1e-7, atol=1e-9)
 
 
 def test_a_large_lambda_is_the_plain_drop():
-    assert torch.allclose(solve(DATA).map(1e15), torch.eye(5, dtype=torch.float64), atol=1e-9)
-    assert torch.allclose(solve(DATA, "zero").map(1e15), torch.zeros(5, 5, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(solve(DATA).apply(EYE, 1e15), EYE, atol=1e-9)
+    assert torch.allclose(solve(DATA, "zero").apply(EYE, 1e15), 0 * EYE, atol=1e-9)
 
 
 def test_sums_do_not_depend_on_batches():
     whole = [tuple(torch.cat(side) for side in zip(*DATA, strict=True))]
     single = [(m[None], z[None]) for pairs in DATA for m, z in zip(*pairs, strict=True)]
-    maps = [solve(pairs).map(0.1) for pairs in (DATA, whole, single)]
+    maps = [solve(pairs).apply(EYE, 0.1) for pairs in (DATA, whole, single)]
     assert all(torch.allclose(each, maps[0], rtol=1e-9) for each in maps)
     assert solve(single).num_tokens == 80
 
@@ -82,18 +86,55 @@ def test_held_out_errors_are_those_of_the_maps(towards):
     solution = solve(DATA[:1], towards)
     ridge, repaired, dropped = best_ridge(solution, DATA[1:])
     m, z = (side.double() for side in DATA[1])
-    errors = {each: float((m @ solution.map(each) - z).square().sum() / z.square().sum()) for each in RIDGES}
+    errors = {each: float((m @ solution.apply(EYE, each) - z).square().sum() / z.square().sum()) for each in RIDGES}
     assert repaired == pytest.approx(min(errors.values()), rel=1e-9) and errors[ridge] == min(errors.values())
     assert dropped == pytest.approx(float((m - z).square().sum() / z.square().sum()), rel=1e-9)
 
 
-def test_folding_multiplies_the_output():
-    linear, linear_map = torch.nn.Linear(3, 5), torch.randn(5, 5, dtype=torch.float64)
-    x = torch.randn(7, 3)
-    expected = linear(x).double() @ linear_map
+@pytest.mark.parametrize("towards", ["identity", "zero"])
+def test_folding_multiplies_the_output(towards, monkeypatch):
+    monkeypatch.setattr(repair_module, "BLOCK", 2)  # columns of the weight go through in blocks
+    linear, solution, x = torch.nn.Linear(7, 5), solve(DATA, towards), torch.randn(9, 7)
+    before, expected = linear.weight.data, linear(x).double() @ solution.apply(EYE, 0.1)
+    copied = before.clone()
     with torch.no_grad():
-        fold(linear, linear_map)
+        fold(linear, solution, 0.1)
     torch.testing.assert_close(linear(x).double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(before, copied)  # whoever shares the tensor keeps it
+
+
+class LiveMatrices(TorchDispatchMode):
+    """The most float64 tensors of so many entries that an operation left in memory, but for the decomposition."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.storages, self.most = numel, [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                storage = tensor.untyped_storage()
+                if storage.nbytes() >= 8 * self.numel and storage.data_ptr() not in {ptr for ptr, _ in self.alive()}:
+                    self.storages.append((storage.data_ptr(), StorageWeakRef(storage)))
+        if "eigh" not in str(func):
+            self.most = max(self.most, len(self.alive()))
+        return out
+
+    def alive(self):
+        self.storages = [(ptr, ref) for ptr, ref in self.storages if not ref.expired()]
+        return self.storages
+
+
+def test_a_fit_takes_two_matrices(monkeypatch):
+    monkeypatch.setattr(repair_module, "BLOCK", 8)
+    pairs = [(torch.randn(16, 64), torch.randn(16, 64)) for _ in range(8)]
+    linear = torch.nn.Linear(96, 64)
+    with torch.no_grad(), LiveMatrices(64 * 64) as live:
+        solution = solve(pairs)
+        ridge, *_ = best_ridge(solution, pairs[:2])
+        fold(linear, solution, ridge)
+    assert live.most == 2
 
 
 # ---- on models ----
@@ -175,6 +216,27 @@ def test_the_dense_model_and_all_else_stay(make_batches):
     assert len(changed) == sum(fit.applied for fit in fits)
     assert len(dense.model.layers) == dense.config.num_hidden_layers == 6 and len(model.model.layers) == 3
     assert not any(module._forward_hooks for each in (model, dense) for module in each.modules())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sharing_copy_costs_what_changes(tied, make_batches):
+    """The dense model beside stays itself, and only what was merged or repaired is there twice."""
+    dense, batches = make_model(tie_word_embeddings=tied), make_batches(4, batch_size=4)
+    before = copy.deepcopy(dense)
+    plan = dataclasses.replace(PLAN, absorbed_by={1: 0}, merge_rule="sign_average", density=0.5)
+
+    def igia(layer, name):
+        return linear_sublayers(before.model.layers[layer])[name].weight.abs()
+
+    model, alone = (apply_plan(start, plan, igia) for start in (sharing_copy(dense), copy.deepcopy(before)))
+    assert repair(model, dense, plan, batches) == repair(alone, before, plan, batches)
+    assert all(torch.equal(*both) for both in zip(dense.parameters(), before.parameters(), strict=True))
+    assert all(torch.equal(*both) for both in zip(model.parameters(), alone.parameters(), strict=True))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    shared = {weight.data_ptr() for weight in dense.parameters()}
+    own = {name for name, weight in model.named_parameters() if weight.data_ptr() not in shared}
+    merged = {f"model.layers.0.{name}.weight" for name in linear_sublayers(model.model.layers[0])}
+    assert own == merged | {"model.layers.1.mlp.down_proj.weight"}
 
 
 def test_a_fit_that_does_not_help_is_not_applied(make_batches):
