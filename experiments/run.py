@@ -130,12 +130,18 @@ def build_tasks(cfg: DictConfig) -> tuple[Task, Task | None]:
     """The dataset to train on and, if `dataset.test` names another one, the dataset to test on.
 
     Raises:
-        ConfigError: if there is no such dataset, or there are settings for one and no name.
+        ConfigError: if there is no such dataset, there are settings for one and no name, or validation rows take the
+            place of the test split already.
     """
     node = cfg.dataset.copy()
     with open_dict(node):
         name, settings = node.pop("test", None), node.pop("test_settings", None)
     task: Task = schema.build(node, "dataset")
+    if name is not None and task.validation_fraction is not None:
+        raise schema.ConfigError(
+            f"Test rows are either those of another dataset or validation rows, got dataset.test={name} and "
+            f"dataset.validation_fraction={task.validation_fraction}. Set one of them to null."
+        )
     return task, _other_task(cfg, "dataset.test", name, settings)
 
 

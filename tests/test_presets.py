@@ -21,9 +21,10 @@ from gradpruner.offline_configs import shipped_config, shipped_ids
 from gradpruner.pipeline import Pipeline
 
 SCALES = ("small", "paper")
-NOT_OF_THE_PAPER = {"quickstart", "depth", "width", "paper", "importance", "repair"}
+OURS = {"importance", "repair", "learning_rate"}  # in both scales, too
+NOT_OF_THE_PAPER = {"quickstart", "depth", "width", "paper", *OURS}
 TABLES = {path.stem for path in (CONF / "experiment").glob("*.yaml")} - NOT_OF_THE_PAPER
-PRESETS = [(name, scale) for name in sorted({*TABLES, "importance"}) for scale in SCALES]
+PRESETS = [(name, scale) for name in sorted(TABLES | OURS) for scale in SCALES]
 SMOLLM2 = LlamaConfig(num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
                       num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192)  # fmt: skip
 
@@ -127,8 +128,12 @@ def test_layers_are_the_papers(name, scale, cell, expected, tmp_path):
 
 def test_a_table_gives_methods_what_they_need_at_its_scale():
     small, paper = (config("experiment=table1", f"scale={scale}", "method=gradpruner").method for scale in SCALES)
-    assert (small.merge_rule, small.steps, small.fraction) == ("sign_average", 40, None)
+    assert (small.merge_rule, small.steps, small.fraction) == ("sign_average", 12, None)
     assert (paper.merge_rule, paper.steps, paper.fraction) == ("sign_sum", None, 0.01)
+    ours = ("igia_only", "kernel_igia", "gradpruner_plus")  # of one importance run
+    assert [config("experiment=table1", f"method={name}").method.steps for name in ours] == [12] * 3
+    assert config("experiment=table1", "method=gradpruner_plus").method.repair_rows == 160
+    assert config("experiment=table8", "method=gradpruner", "method.steps=5").method.steps == 5
     assert config("experiment=table1", "method=minitron").method.recover_on is None
     assert config("experiment=table1", "scale=paper", "method=minitron").method.recover_on == "alpaca"
 
@@ -167,10 +172,3 @@ def test_an_unknown_key_to_exclude_is_refused():
 def test_a_table_is_a_sweep_without_asking():
     assert config("experiment=table6").hydra.mode == RunMode.MULTIRUN
     assert config("experiment=paper").hydra.mode != RunMode.MULTIRUN
-
-
-def test_methods_of_the_repair_study_share_an_importance_run(tmp_path):
-    names = ("gradpruner", "igia_only", "gradpruner_plus")
-    shared = [config("experiment=repair", f"method={name}").method for name in names]
-    assert [method.steps for method in shared] == [12] * 3 and shared[2].repair_rows == 160
-    assert check_cell("repair", "small", ["method=dense", "dataset=piqa", "sparsity=0.5"], tmp_path)

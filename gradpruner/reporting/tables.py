@@ -53,6 +53,8 @@ def dataset_name(record: RunRecord) -> str:
     """Name of the dataset of a run, with the one that it was tested on."""
     dataset = record.config["dataset"]
     tested = f", tested on {dataset['test']}" if dataset["test"] else ""
+    if dataset.get("validation_fraction"):
+        tested += ", validation rows"
     return f"{dataset['_target_'].rsplit('.', 2)[-2]}{tested}"
 
 

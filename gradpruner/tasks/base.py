@@ -23,6 +23,7 @@ SPLITS = ("train", "test")
 METRICS = ("accuracy", "rouge_l", "bertscore_f1")
 MAX_LISTED_ROWS = 10
 MAX_BAD_SHARE = 0.01  # of a published dataset, whose rows a user cannot correct
+VALIDATION_SEED = 0  # no run of another seed may train on rows that settings were chosen by
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class Task(ABC):
         max_train_samples: rows drawn from the train split; None for all.
         max_test_samples: rows drawn from the test split; None for all.
         train_fraction: part of those train rows that is used, in (0, 1] (Tables 5 and 10); None for all.
+        validation_fraction: part of the train split that takes the place of the test split and is not trained on, in
+            (0, 1), to choose settings by; the same rows for every seed. None for the test split.
         max_length: tokens of prompt and completion together. A longer prompt is shortened in its context, where the
             dataset has one, and nowhere else.
         max_new_tokens: tokens that a generated answer may have.
@@ -75,6 +78,7 @@ class Task(ABC):
     max_train_samples: int | None = None
     max_test_samples: int | None = None
     train_fraction: float | None = None
+    validation_fraction: float | None = None
     max_length: int = 512
     max_new_tokens: int = 64
     metrics: tuple[str, ...] | None = None
@@ -95,6 +99,12 @@ class Task(ABC):
             raise DataError(
                 f"train_fraction must be in (0, 1] or null for all rows, got {fraction!r}. "
                 "For 10 % write dataset.train_fraction=0.1."
+            )
+        held_out = self.validation_fraction
+        if held_out is not None and not (isinstance(held_out, float) and 0.0 < held_out < 1.0):
+            raise DataError(
+                f"validation_fraction must be a part of the train split, in (0, 1), or null, got {held_out!r}. "
+                "For 10 % write dataset.validation_fraction=0.1."
             )
         for metric in self.metrics or ():
             if metric not in METRICS:
@@ -194,6 +204,21 @@ class Task(ABC):
         """
         if split not in SPLITS:
             raise DataError(f"There is no such split, got {split!r}{guess(split, SPLITS)}. Choose from: train, test.")
+        if self.validation_fraction is None:
+            return self._sample(self._examples(split), split, seed)
+        examples = self._examples("train")
+        count = round(self.validation_fraction * len(examples))
+        if not 0 < count < len(examples):
+            raise DataError(
+                f"validation_fraction must leave rows on both sides, got {self.validation_fraction} of "
+                f"{len(examples)} training rows of {self.name}. Change dataset.validation_fraction, or give more rows."
+            )
+        held_out = set(stratified_sample(_strata(examples), count, VALIDATION_SEED))
+        part = [each for index, each in enumerate(examples) if (index in held_out) == (split == "test")]
+        return self._sample(part, split, seed)
+
+    def _examples(self, split: str) -> list[Example]:
+        """Every row of a split, rendered."""
         examples: list[Example] = []
         places: dict[str, str] = {}  # id -> where
         problems: list[str] = []
@@ -221,7 +246,7 @@ class Task(ABC):
                 f"The {split} split of {self.name} has no rows, read from dataset.source={self.source}. "
                 "Give a split with at least one row."
             )
-        return self._sample(examples, split, seed)
+        return examples
 
     def _render(self, row: Row, default_id: str) -> Example:
         if row.problem is not None:
@@ -259,10 +284,12 @@ class Task(ABC):
         count = len(examples) if wanted is None else min(wanted, len(examples))
         if split == "train" and self.train_fraction is not None:
             count = max(1, round(self.train_fraction * count))
-        # Label 0 of three choices need not mean what it does of seven.
-        labels = [(len(example.choices), example.label) for example in examples]
-        chosen = stratified_sample(labels, count, seed)
-        return [examples[index] for index in chosen]
+        return [examples[index] for index in stratified_sample(_strata(examples), count, seed)]
+
+
+def _strata(examples: list[Example]) -> list[tuple[int, int | None]]:
+    """Labels for sampling: label 0 of three choices need not mean what it does of seven."""
+    return [(len(example.choices), example.label) for example in examples]
 
 
 def list_options(choices: tuple[str, ...]) -> str:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from toys import row, toy, write
 
 from gradpruner.tasks import DataError, Example
+from gradpruner.tasks.base import SPLITS
 from gradpruner.tasks.sampling import stratified_sample
 
 every = settings(derandomize=True, deadline=None, max_examples=200, database=None)
@@ -181,6 +182,40 @@ def test_a_fraction_that_is_none_is_refused(fraction: Any) -> None:
         DataError, match=r"train_fraction must be in \(0, 1\] or null for all rows, got .*\. For 10 % write dataset\.tr"
     ):
         toy(Path("nowhere"), train_fraction=fraction)
+
+
+def test_validation_rows_are_held_out_of_train_for_every_seed(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    (tmp_path / "test.jsonl").unlink()  # never looked at
+    everything = load(tmp_path)
+    halves = {
+        (split, seed): load(tmp_path, split, seed, validation_fraction=0.3) for split in SPLITS for seed in (0, 1)
+    }
+    train, validation = halves["train", 0], halves["test", 0]
+    assert (train, validation) == (halves["train", 1], halves["test", 1])
+    assert len(validation) == 15 and Counter(each.label for each in validation) == {0: 3, 1: 12}
+    assert not set(train) & set(validation) and set(train) | set(validation) == set(everything)
+    fewer = load(tmp_path, "test", max_test_samples=5, validation_fraction=0.3)
+    assert len(fewer) == 5 and set(fewer) < set(validation)
+    assert len(load(tmp_path, max_train_samples=40, train_fraction=0.5, validation_fraction=0.3)) == 18
+
+
+@pytest.mark.parametrize("fraction", [0, 0.0, 1, 1.0, -0.1, float("nan"), True, "0.1"])
+def test_a_part_for_validation_that_is_none_is_refused(fraction: Any) -> None:
+    with pytest.raises(
+        DataError,
+        match=r"validation_fraction must be a part of the train split, in \(0, 1\), or null, got .*\. For 10 % write",
+    ):
+        toy(Path("nowhere"), validation_fraction=fraction)
+
+
+def test_validation_leaves_rows_on_both_sides(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    for fraction in (0.001, 0.999):
+        with pytest.raises(
+            DataError, match=rf"rows on both sides, got {fraction} of 50 training rows of toy\. Change dataset\."
+        ):
+            load(tmp_path, validation_fraction=fraction)
 
 
 @pytest.mark.parametrize("setting", ["max_train_samples", "max_test_samples"])
