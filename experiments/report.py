@@ -149,6 +149,8 @@ def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord]) -> l
         return draw(figure, runs, folder, histories)
     pictures = []
     for name in FIGURES:
+        if name == "8":
+            continue  # one figure with 5
         try:
             pictures += draw(name, runs, folder, histories)
         except ValueError as error:

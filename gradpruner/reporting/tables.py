@@ -60,7 +60,13 @@ def dataset_name(record: RunRecord) -> str:
 
 def setting(record: RunRecord) -> dict[str, Any]:
     """What a run shares with those that it may be compared with: model, data, fine-tuning, evaluation."""
-    return {key: value for key, value in record.config.items() if key not in NOT_SETTING}
+    shared = {key: value for key, value in record.config.items() if key not in NOT_SETTING}
+    return shared | {"dataset": data_settings(record)}
+
+
+def data_settings(record: RunRecord) -> dict[str, Any]:
+    """The settings of the dataset of a run, without those that are null: older records lack some of these."""
+    return {key: value for key, value in record.config["dataset"].items() if value is not None}
 
 
 def _comparison(records: list[RunRecord]) -> Table:

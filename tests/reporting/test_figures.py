@@ -12,9 +12,11 @@ from reporting.test_tables import CONFIG, record
 
 from experiments.run import CONF
 from gradpruner.record import RunRecord
-from gradpruner.reporting.comparison_figures import FIGURES, draw, in_order, measure, plot_losses, run_labels
+from gradpruner.reporting.comparison_figures import FIGURES, draw, in_order, run_labels
+from gradpruner.reporting.comparison_plots import plot_losses
 from gradpruner.reporting.figures import KEPT, LINE_STYLES, MERGED
 from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, sensitivity_curve
+from gradpruner.reporting.means import measure
 
 RECORDS = CONF.parent / "results" / "records"
 HISTORIES = {"a": [{"step": step, "loss": 3.0 / step} for step in range(1, 101)], "b": [{"step": 1, "loss": 2.0}]}
