@@ -5,6 +5,7 @@ python -m experiments.report runs_dir=results/records/depth output=results/table
 python -m experiments.report table=1                                # or any other of the paper, with its values
 python -m experiments.report table=figure6                          # what the paper shows as a picture, as a table
 python -m experiments.report table=2                                # time and memory of finished runs
+python -m experiments.report table=importance                       # importance runs: layers, how sure, what came of it
 python -m experiments.report table=11                               # counted, no runs needed
 python -m experiments.report table=11 model=smollm2_135m plan=results/runs/.../plan.json
 python -m experiments.report figure=plans                           # or importance, 1, 2, 5, 6, 7, 8, 9
@@ -31,6 +32,7 @@ from gradpruner.reporting.comparison_figures import FIGURES, draw
 from gradpruner.reporting.efficiency import counts_table, efficiency_tables
 from gradpruner.reporting.figures import Picture
 from gradpruner.reporting.formats import FORMATS, write_report
+from gradpruner.reporting.importance_table import importance_tables
 from gradpruner.reporting.paper_tables import paper_table
 from gradpruner.reporting.published import Published, load_published
 from gradpruner.reporting.tables import Table, comparisons
@@ -39,7 +41,7 @@ from gradpruner.width_surgery import planned_shape
 
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper"
 TABLES = (*(str(number) for number in range(1, 14)), *(f"figure{number}" for number in (5, 6, 7, 8, 9)))
-ALL = "all"
+IMPORTANCE, ALL = "importance", "all"
 TABLE_SPARSITY = 0.4
 
 
@@ -85,7 +87,7 @@ def build_report(cfg: DictConfig) -> Report:
         ValueError: if there is no such table or figure, nothing to put into it, or no such format.
     """
     table, figure = (None if name is None else str(name) for name in (cfg.table, cfg.figure))
-    for key, name, known in (("table", table, (*TABLES, ALL)), ("figure", figure, (*FIGURES, ALL))):
+    for key, name, known in (("table", table, (*TABLES, IMPORTANCE, ALL)), ("figure", figure, (*FIGURES, ALL))):
         if name is not None and name not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, or null, got {name!r}.")
     form = Path(cfg.output or "report.md").suffix.removeprefix(".")
@@ -105,11 +107,16 @@ def _tables(cfg: DictConfig, table: str | None, records: list[RunRecord]) -> lis
     if table is None:
         return comparisons(records)
     if table == ALL:
-        of_paper = (_paper_tables(name, records) for name in TABLES if name != "11")
-        return [*comparisons(records), *itertools.chain.from_iterable(of_paper), _counts(cfg)]
-    if tables := _paper_tables(table, records):
+        of_paper = itertools.chain.from_iterable(_paper_tables(name, records) for name in TABLES if name != "11")
+        return [*comparisons(records), *of_paper, *importance_tables(records), _counts(cfg)]
+    if tables := importance_tables(records) if table == IMPORTANCE else _paper_tables(table, records):
         return tables
     folder = Path(cfg.runs_dir).absolute()
+    if table == IMPORTANCE:
+        raise ValueError(
+            f"The table of importance runs needs runs that rank layers by gradients, got none among {len(records)} in "
+            f"{folder}. Run `python -m experiments.run -m experiment=importance`, or set runs_dir."
+        )
     if table == "2":
         raise ValueError(
             f"Table 2 compares with the dense model, of which there is no run in {folder}. "

@@ -49,9 +49,9 @@ class WidthPlan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, with runs of units as text: `0-2 5` is 0, 1, 2 and 5."""
         return {
-            "heads": [_runs(units) for units in self.heads],
-            "channels": [_runs(units) for units in self.channels],
-            "hidden": None if self.hidden is None else _runs(self.hidden),
+            "heads": [number_runs(units) for units in self.heads],
+            "channels": [number_runs(units) for units in self.channels],
+            "hidden": None if self.hidden is None else number_runs(self.hidden),
         }
 
     @classmethod
@@ -61,7 +61,8 @@ class WidthPlan:
         return cls(heads, channels, None if data["hidden"] is None else _units(data["hidden"]))
 
 
-def _runs(units: Sequence[int]) -> str:
+def number_runs(units: Sequence[int]) -> str:
+    """Ascending numbers in short: `0-3 7 9-10`."""
     runs: list[list[int]] = []
     for unit in units:
         if runs and unit == runs[-1][1] + 1:

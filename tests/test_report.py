@@ -102,6 +102,7 @@ def test_one_page_with_everything(tmp_path):
     assert done.returncode == 0, done.stderr
     text = page.read_text()
     assert "random-llama on arc_easy, lora" in text and "Table 3: with and" in text and "(Table 11)" in text
+    assert "Importance runs: random-llama on arc_easy" in text
     drawn = {path.stem for path in folder.glob("*.png")}
     assert {"figure1-arc-easy", "figure2", "importance", "plans"} <= drawn
     assert text.count("data:image/png;base64,") == len(list(folder.glob("*.png")))
@@ -113,6 +114,15 @@ def test_one_figure(tmp_path):
     done = report("figure=plans", f"runs_dir={tmp_path}/runs", f"figures_dir={tmp_path}/figures")
     assert done.returncode == 0 and f"Written: {tmp_path}/figures/plans.png" in done.stdout, done.stderr
     assert "random-llama on" not in done.stdout  # no table was asked for
+
+
+def test_importance_runs(tmp_path):
+    run(tmp_path, "method=random")
+    done = report("table=importance", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 1 and "needs runs that rank layers by gradients, got none among 1 in" in done.stderr
+    run(tmp_path, "method=gradpruner")
+    done = report("table=importance", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 0 and "Importance runs: random-llama on arc_easy, lora" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("setting", "match"), [
@@ -128,4 +138,4 @@ def test_other_figures_and_formats_are_refused(setting, match):
 def test_other_tables_are_refused(name, shown):
     done = report(f"table={name}")
     assert done.returncode == 1 and "table must be one of 1, 2, 3, " in done.stderr
-    assert f"figure9, all, or null, got {shown}." in done.stderr
+    assert f"figure9, importance, all, or null, got {shown}." in done.stderr

@@ -149,6 +149,20 @@ def _order(record: RunRecord) -> tuple[int, str, int, str]:
 def _cells(group: list[RunRecord], columns: list[Column], before: bool) -> list[str]:
     first = group[0]
     cells = [str(first.pruning["num_hidden_layers"]), f"{first.pruning['num_parameters'] / 1e6:.1f} M"]
+    cells += cells_of_seeds(group, columns)
+    if before:
+        cells.append(mean_or_dash([record.metrics_before.get("answer_nll") for record in group], 2))
+    gib = 2**30
+    cells.append(mean_or_dash([record.efficiency["compression_seconds"] for record in group], 1))
+    cells.append(mean_or_dash([record.efficiency["compression_peak_memory_bytes"] / gib for record in group], 2))
+    cells.append(mean_or_dash([record.finetune["train_seconds"] for record in group], 0))
+    cells.append(mean_or_dash([record.finetune["peak_memory_bytes"] / gib for record in group], 2))
+    return cells
+
+
+def cells_of_seeds(group: list[RunRecord], columns: list[Column]) -> list[str]:
+    """What runs of several seeds were measured at: mean and standard deviation; of one seed, value and error."""
+    cells = []
     for column in columns:
         own = [record.metrics for record in group if column.cell(record.metrics) != "-"]
         values = [metrics[column.metric] for metrics in own]
@@ -156,16 +170,10 @@ def _cells(group: list[RunRecord], columns: list[Column], before: bool) -> list[
             cells.append(column.cell(own[0]) if own else "-")
         else:
             cells.append(f"{statistics.mean(values):.3f} ±{statistics.stdev(values):.3f} (n={len(values)})")
-    if before:
-        cells.append(_mean([record.metrics_before.get("answer_nll") for record in group], 2))
-    gib = 2**30
-    cells.append(_mean([record.efficiency["compression_seconds"] for record in group], 1))
-    cells.append(_mean([record.efficiency["compression_peak_memory_bytes"] / gib for record in group], 2))
-    cells.append(_mean([record.finetune["train_seconds"] for record in group], 0))
-    cells.append(_mean([record.finetune["peak_memory_bytes"] / gib for record in group], 2))
     return cells
 
 
-def _mean(values: list[float | None], digits: int) -> str:
+def mean_or_dash(values: Sequence[float | None], digits: int) -> str:
+    """The mean of the values that are known."""
     known = [value for value in values if value is not None]
     return f"{statistics.mean(known):.{digits}f}" if known else "-"

@@ -1,0 +1,70 @@
+"""Importance runs side by side: which layers each names, how sure of them it is, and what that was worth."""
+
+import json
+from collections.abc import Sequence
+
+from gradpruner.plan import number_runs
+from gradpruner.record import RunRecord
+from gradpruner.reporting.labels import metric_columns
+from gradpruner.reporting.tables import Table, cells_of_seeds, dataset_name, mean_or_dash, row_labels, setting
+
+HEADERS = ["importance run", "layers pruned", "halves", "half-way", "near the cut", "top steps"]
+
+
+def importance_tables(records: Sequence[RunRecord]) -> list[Table]:
+    """One table for each setting and number of pruned layers, one row for each way to find the importance.
+
+    Args:
+        records: of any runs; those that did not finish, or ranked no layers by gradients, are not looked at.
+
+    Returns:
+        No tables if no run fits.
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if record.status == "finished" and record.pruning.get("report", {}).get("step_importance"):
+            key = [setting(record), record.pruning["num_hidden_layers"]]
+            groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
+    return [_table(groups[key]) for key in sorted(groups)]
+
+
+def _table(records: list[RunRecord]) -> Table:
+    columns = metric_columns([record.metrics for record in records])
+    rows: dict[str, list[RunRecord]] = {}
+    for label, record in zip(row_labels(records), records, strict=True):
+        rows.setdefault(label, []).append(record)
+    first = records[0]
+    layers = f"{first.pruning['num_hidden_layers']} of {first.model['num_hidden_layers']} layers kept"
+    where = f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}"
+    return Table(
+        f"Importance runs: {where}, {layers}",
+        [*HEADERS, *(column.label for column in columns), "NLL before"],
+        [
+            [
+                label,
+                *_found(group),
+                *cells_of_seeds(group, columns),
+                mean_or_dash([record.metrics_before.get("answer_nll") for record in group], 2),
+            ]
+            for label, group in rows.items()
+        ],
+        [
+            "halves: share of pruned layers that the first and the second half of the steps have in common; half-way: "
+            "that of the first half and all; near the cut: layers that resampled steps prune sometimes; top steps: "
+            "share of gradient energy in the strongest tenth of the steps; means over seeds, but layers of the first",
+            "± is the standard deviation over the seeds where their number n is given, else the standard error over "
+            "test rows",
+        ],
+    )
+
+
+def _found(group: list[RunRecord]) -> list[str]:
+    reports = [record.pruning["report"] for record in group]
+    halfway = [report["prefix_overlap"][(len(report["prefix_overlap"]) - 1) // 2] for report in reports]
+    return [
+        number_runs(group[0].pruning["pruned_layers"]),
+        mean_or_dash([report["halves_overlap"] for report in reports], 2),
+        mean_or_dash(halfway, 2),
+        mean_or_dash([len(report["undecided_layers"]) for report in reports if "undecided_layers" in report], 1),
+        mean_or_dash([report["top_step_share"] for report in reports], 2),
+    ]
