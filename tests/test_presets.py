@@ -169,6 +169,13 @@ def test_an_unknown_key_to_exclude_is_refused():
         is_left_out(config())
 
 
+def test_learning_rates_are_chosen_on_validation_rows(tmp_path):
+    values = axes("learning_rate", "small")
+    assert values["finetune"] == ["full"] and len(values["finetune.learning_rate"]) == 3
+    pipeline = check_cell("learning_rate", "small", all_cells("learning_rate", "small")[0], tmp_path)
+    assert pipeline.task.validation_fraction == 0.1 and not pipeline.evaluate_before
+
+
 def test_a_table_is_a_sweep_without_asking():
     assert config("experiment=table6").hydra.mode == RunMode.MULTIRUN
     assert config("experiment=paper").hydra.mode != RunMode.MULTIRUN
