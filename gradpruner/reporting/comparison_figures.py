@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from gradpruner.reporting.figures import Picture
 from gradpruner.reporting.labels import METHODS, METRICS
 from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, plot_sensitivity, sensitivity_curve
 from gradpruner.reporting.means import DENSE, MAIN, Measured, main_metric, measure
-from gradpruner.reporting.tables import data_settings, dataset_name, row_labels, setting
+from gradpruner.reporting.tables import data_settings, dataset_name, row_labels, rows_of_seeds, setting
 
 PAPER_FIGURES = ("1", "2", "5", "6", "7", "8", "9")
 FIGURES = (*PAPER_FIGURES, "importance", "plans")
@@ -32,7 +33,8 @@ def draw(
             every model and kind of fine-tuning has a picture of its own, in 7 and 9 a row of bars.
         records: finished runs.
         folder: made if it is missing.
-        histories: loss of runs by their identity, for figure 1; see `plot_losses`. Every dataset has a picture.
+        histories: loss of runs by their identity, for figure 1; see `plot_losses`. Every dataset has a picture, and
+            seeds are one line.
 
     Raises:
         ValueError: if there is no such figure, no run that belongs into it, or no dataset that all its runs share.
@@ -178,11 +180,23 @@ def _losses(
 ) -> list[Picture]:
     pictures = []
     for name in dict.fromkeys(dataset_name(record) for record in records):
-        group = [record for record in records if dataset_name(record) == name]
-        losses = {label: histories[run.identity] for label, run in zip(run_labels(group), group, strict=True)}
+        rows = rows_of_seeds([record for record in records if dataset_name(record) == name])
+        losses = {
+            label + (f" (mean of {len(runs)} seeds)" if len(runs) > 1 else ""): _mean_history(
+                [histories[run.identity] for run in runs]
+            )
+            for label, runs in zip(run_labels([runs[0] for runs in rows]), rows, strict=True)
+        }
         picture = plot_losses(losses, path.with_stem(f"{path.stem}-{slug(name)}"))
         pictures.append(dataclasses.replace(picture, caption=f"{name}: {picture.caption}"))
     return pictures
+
+
+def _mean_history(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    """Loss by step, over the steps that all have."""
+    by_step = [{entry["step"]: entry["loss"] for entry in history} for history in histories]
+    shared = sorted(set.intersection(*map(set, by_step)))
+    return [{"step": step, "loss": statistics.mean(losses[step] for losses in by_step)} for step in shared]
 
 
 def _lines(records: Sequence[RunRecord], axis: _Axis, path: Path) -> list[Picture]:

@@ -71,7 +71,7 @@ def data_settings(record: RunRecord) -> dict[str, Any]:
 
 def _comparison(records: list[RunRecord]) -> Table:
     columns = metric_columns([record.metrics for record in records])
-    rows = _rows(records)
+    rows = rows_of_seeds(records)
     first = records[0]
     labels = row_labels([group[0] for group in rows])
     before = any(record.metrics_before for record in records)
@@ -106,11 +106,12 @@ def _comparison(records: list[RunRecord]) -> Table:
     )
 
 
-def _rows(records: list[RunRecord]) -> list[list[RunRecord]]:
+def rows_of_seeds(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Records that differ in the seed alone, together."""
     rows: dict[str, dict[int, RunRecord]] = {}
     for record in records:
-        rows.setdefault(json.dumps(_settings(record), sort_keys=True), {})[record.seed] = record
+        key = [setting(record), _settings(record)]
+        rows.setdefault(json.dumps(key, sort_keys=True), {})[record.seed] = record
     return [[group[seed] for seed in sorted(group)] for group in rows.values()]
 
 

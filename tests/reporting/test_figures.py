@@ -264,6 +264,19 @@ def test_every_dataset_has_a_picture_of_losses(tmp_path):
     assert "Dense" in pictures[0].alt and "Last" not in pictures[0].alt
 
 
+def test_losses_of_seeds_are_one_line(tmp_path, drawn):
+    runs = [run("last", [3], seed=seed) for seed in (0, 1)]
+    losses = ([6.0, 4.0, 2.0], [2.0, 2.0])  # one was cut short
+    histories = {
+        each.identity: [{"step": step, "loss": loss} for step, loss in enumerate(own, start=1)]
+        for each, own in zip(runs, losses, strict=True)
+    }
+    draw("1", runs, tmp_path, histories)
+    pale, smooth = drawn[0].axes[0].lines
+    assert list(pale.get_xdata()) == [1, 2] and list(pale.get_ydata()) == [4.0, 3.0]
+    assert smooth.get_label() == "Last but the final one (mean of 2 seeds)"
+
+
 def test_svg_has_no_date(tmp_path):
     for name in ("a", "b"):
         plot_losses(HISTORIES, tmp_path / f"{name}.svg")
