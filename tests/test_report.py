@@ -62,13 +62,18 @@ def test_table_11_takes_any_model_and_plan(tmp_path):
     assert done.returncode == 0 and "by_hand" in done.stdout, done.stderr
 
 
-def test_table_2_wants_a_dense_run(tmp_path):
-    run(tmp_path, "method=last")
-    done = report("table=2", f"runs_dir={tmp_path}/runs")
-    assert done.returncode == 1 and "Run method=dense with the same settings" in done.stderr
-    run(tmp_path, "method=dense")
-    done = report("table=2", f"runs_dir={tmp_path}/runs")
-    assert done.returncode == 0 and "time and memory (Table 2)" in done.stdout
+@pytest.mark.parametrize(("table", "lacks", "match", "wanted", "shown"), [
+    ("2", "last", "Run method=dense with the same settings", "dense", "time and memory (Table 2)"),
+    ("importance", "random", "needs runs that rank layers by gradients, got none among 1 in", "gradpruner",
+     "Importance runs: random-llama on arc_easy, lora"),
+])  # fmt: skip
+def test_tables_that_want_a_certain_run(tmp_path, table, lacks, match, wanted, shown):
+    run(tmp_path, f"method={lacks}")
+    done = report(f"table={table}", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 1 and match in done.stderr
+    run(tmp_path, f"method={wanted}")
+    done = report(f"table={table}", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 0 and shown in done.stdout, done.stderr
 
 
 def test_tables_of_the_paper_with_ours(tmp_path):
@@ -114,15 +119,6 @@ def test_one_figure(tmp_path):
     done = report("figure=plans", f"runs_dir={tmp_path}/runs", f"figures_dir={tmp_path}/figures")
     assert done.returncode == 0 and f"Written: {tmp_path}/figures/plans.png" in done.stdout, done.stderr
     assert "random-llama on" not in done.stdout  # no table was asked for
-
-
-def test_importance_runs(tmp_path):
-    run(tmp_path, "method=random")
-    done = report("table=importance", f"runs_dir={tmp_path}/runs")
-    assert done.returncode == 1 and "needs runs that rank layers by gradients, got none among 1 in" in done.stderr
-    run(tmp_path, "method=gradpruner")
-    done = report("table=importance", f"runs_dir={tmp_path}/runs")
-    assert done.returncode == 0 and "Importance runs: random-llama on arc_easy, lora" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("setting", "match"), [

@@ -188,6 +188,10 @@ def test_trained_on_one_dataset_and_tested_on_another(folders, tmp_path, medmcqa
 @pytest.mark.parametrize(
     ("overrides", "match"),
     [
+        (
+            ["dataset.test=piqa", "dataset.validation_fraction=0.1"],
+            r"another dataset or validation rows, got dataset\.test=piqa and .*=0\.1\. Set one of them to null\.",
+        ),
         (["dataset.test=mmlu_clinical"], r"dataset\.test must name a dataset, got 'mmlu_clinical' \(did you mean"),
         (["dataset.test_settings={path: x}"], r"test_settings belongs to dataset\.test, got .* and dataset\.test=null"),
         (["dataset.test=piqa", "dataset.test_settings={flavour: mild}"], r"Bad value in dataset: Key 'flavour' not in"),
