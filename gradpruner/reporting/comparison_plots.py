@@ -23,7 +23,7 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
         path: of the picture.
     """
     alt = []
-    with canvas(path, 2.3 + 0.12 * ((len(histories) + 1) // 2)) as figure:
+    with canvas(path, 2.1) as figure:
         axes = figure.subplots()
         for index, (label, history) in enumerate(histories.items()):
             style = LINE_STYLES[index % len(LINE_STYLES)]
@@ -55,7 +55,7 @@ def plot_lines(
     """
     dense = METHODS[DENSE]
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines if label != dense))
-    with canvas(path, 2.1 + 0.12 * ((len(labels) + 2) // 2)) as figure:
+    with canvas(path, 1.9) as figure:
         for axes, (metric, lines) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
         ):

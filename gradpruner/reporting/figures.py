@@ -37,6 +37,8 @@ SMALL: dict[Any, Any] = {
     "hatch.linewidth": 0.5,
     "legend.frameon": False,
     "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.7,
+    "legend.handletextpad": 0.5,
 }
 
 
@@ -130,13 +132,23 @@ def wrap_rows(labels: Iterable[str], least: float) -> tuple[list[str], float]:
 
 
 def legend_below(figure: Figure) -> None:
-    """The labels of all axes, each once, below them."""
+    """The labels of all axes, each once, below them, for which the figure grows; in two columns if these fit."""
     found: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    labels = [textwrap.fill(label, 60 if len(found) == 1 else 29) for label in found]
-    figure.legend(handles=list(found.values()), labels=labels, loc="outside lower center", ncols=min(2, len(found)))
+    for num_columns, width in ((2, 28), (1, 60)):
+        legend = figure.legend(
+            handles=list(found.values()),
+            labels=[textwrap.fill(label, width if len(found) > 1 else 60) for label in found],
+            loc="outside lower center",
+            ncols=min(num_columns, len(found)),
+        )
+        size = legend.get_window_extent()
+        if num_columns == 1 or size.width <= figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
+            return
+        legend.remove()
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def plot_sensitivity(curves: Mapping[str, NDArray[np.float64]], num_top_layers: 
         path: of the picture.
     """
     alt = []
-    with canvas(path, 2.2) as figure:
+    with canvas(path, 2.0) as figure:
         axes = figure.subplots()
         for index, (label, curve) in enumerate(curves.items()):
             percent = 100 * np.arange(1, len(curve) + 1) / len(curve)

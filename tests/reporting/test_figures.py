@@ -251,9 +251,22 @@ def test_same_records_same_file_and_nothing_reaches_its_edge(figure, tmp_path):
     pictures = [draw(figure, records, tmp_path / folder, histories) for folder in "ab"]
     for first, second in zip(*pictures, strict=True):
         assert first.path.read_bytes() == second.path.read_bytes() and first.caption and first.alt
-        pixels = imread(first.path)[..., :3]
-        edges = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
-        assert all((edge == 1).all() for edge in edges)  # else a label is cut off
+        assert_nothing_reaches_the_edge(first.path)
+
+
+def assert_nothing_reaches_the_edge(path):
+    pixels = imread(path)[..., :3]
+    edges = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
+    assert all((edge == 1).all() for edge in edges)  # else a label is cut off
+
+
+@pytest.mark.parametrize(
+    "label", ["i", "MMMM MMM MMMMMMMM MMMM MMMMM", "i" * 60, "a few words " * 12], ids=["short", "wide", "word", "text"]
+)
+def test_any_legend_fits_below(label, tmp_path):
+    labels = [f"{index} {label}" for index in range(5)]
+    plot_losses(dict.fromkeys(labels, HISTORIES["a"]), tmp_path / "a.png")
+    assert_nothing_reaches_the_edge(tmp_path / "a.png")
 
 
 def test_every_dataset_has_a_picture_of_losses(tmp_path):
