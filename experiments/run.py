@@ -33,7 +33,7 @@ from gradpruner.efficiency import process_memory_bytes
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.files import write_json, write_text
 from gradpruner.pipeline import PLAN_FILE, Outcome, Pipeline
-from gradpruner.record import RunRecord
+from gradpruner.record import NOT_IDENTITY, RunRecord
 from gradpruner.reporting.figures import plot_importance, plot_loss
 from gradpruner.runtime import environment, quiet_libraries
 from gradpruner.shape import config_shape
@@ -45,10 +45,6 @@ logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.json"  # loss and learning rate by optimizer step
 CONF = Path(__file__).resolve().parents[1] / "conf"
-# What results do not depend on; everything else is part of a run's identity.
-NOT_IDENTITY = (
-    *("tracker", "reference", "dry_run", "save_checkpoint", "measure_speed", "results_dir", "output_dir", "cache_dir"),
-)
 # Where the settings of a second dataset are, by where its name is.
 SETTINGS_OF = {"dataset.test": "dataset.test_settings", "method.recover_on": "method.recover_settings"}
 
@@ -193,9 +189,9 @@ def _check_prunes(pipeline: Pipeline) -> None:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """The part of the config that results depend on; methods name what they use of sparsity and merge_count."""
+    """The part of the config that results depend on."""
     resolved = _resolved(cfg)
-    return {key: value for key, value in resolved.items() if key not in (*NOT_IDENTITY, "sparsity", "merge_count")}
+    return {key: value for key, value in resolved.items() if key not in NOT_IDENTITY}
 
 
 def run_directory(cfg: DictConfig, pipeline: Pipeline) -> Path:

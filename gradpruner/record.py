@@ -10,6 +10,12 @@ from gradpruner.files import write_json
 
 SCHEMA_VERSION = 3  # 3: shapes, recovery
 RECORD_FILE = "record.json"
+# Keys of the config that results do not depend on: they may differ between runs of one identity. Methods have what they
+# use of sparsity and merge_count in settings of their own.
+NOT_IDENTITY = (
+    *("sparsity", "merge_count", "tracker", "reference", "dry_run", "save_checkpoint", "measure_speed"),
+    *("results_dir", "output_dir", "cache_dir"),
+)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradpruner.record import RunRecord
+from gradpruner.record import NOT_IDENTITY, RunRecord
 from gradpruner.reporting.labels import METHODS, Column, describe_origins, metric_columns
 
 # What may differ between the rows of one table; everything else in a config makes another table.
-NOT_SETTING = (
-    *("method", "sparsity", "merge_count", "seed", "reference", "evaluate_before", "measure_speed", "tracker"),
-    *("dry_run", "save_checkpoint", "results_dir", "output_dir", "cache_dir"),
-)
+NOT_SETTING = (*NOT_IDENTITY, "method", "seed", "evaluate_before")
 
 
 @dataclass(frozen=True)
