@@ -12,7 +12,7 @@ from gradpruner.counting import TABLE_11, ModelCounts, count_model
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import METHODS
 from gradpruner.reporting.published import Published
-from gradpruner.reporting.tables import Table, row_labels, setting
+from gradpruner.reporting.tables import Table, row_labels, setting, tell_apart
 from gradpruner.shape import ModelShape
 
 DASH = "-"
@@ -95,8 +95,8 @@ def efficiency_tables(records: Sequence[RunRecord], published: Published | None)
     for group in settings.values():
         for dense in [record for record in group if record.pruning["method"] == "dense"][:1]:
             alike = [record for record in group if _machine(record) == _machine(dense)]
-            tables.append(_efficiency_table(alike, dense, published, len(group) - len(alike)))
-    return tables
+            tables.append((_efficiency_table(alike, dense, published, len(group) - len(alike)), setting(dense)))
+    return tell_apart(tables)
 
 
 def _machine(record: RunRecord) -> tuple[Any, Any]:

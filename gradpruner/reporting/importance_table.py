@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from gradpruner.plan import number_runs
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import metric_columns
-from gradpruner.reporting.tables import Table, cells_of_seeds, dataset_name, mean_or_dash, row_labels, setting
+from gradpruner.reporting.tables import (
+    Table,
+    cells_of_seeds,
+    dataset_name,
+    mean_or_dash,
+    row_labels,
+    setting,
+    tell_apart,
+)
 
 HEADERS = ["importance run", "layers pruned", "halves", "half-way", "near the cut", "top steps"]
 
@@ -25,7 +33,7 @@ def importance_tables(records: Sequence[RunRecord]) -> list[Table]:
         if record.status == "finished" and record.pruning.get("report", {}).get("step_importance"):
             key = [setting(record), record.pruning["num_hidden_layers"]]
             groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
-    return [_table(groups[key]) for key in sorted(groups)]
+    return tell_apart([(_table(groups[key]), setting(groups[key][0])) for key in sorted(groups)])
 
 
 def _table(records: list[RunRecord]) -> Table:

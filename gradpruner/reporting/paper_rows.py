@@ -6,14 +6,14 @@ that its method does not have cannot tell it apart, so a dense run stands in eve
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import METHODS
 from gradpruner.reporting.published import Coordinate, Published, PublishedRow
-from gradpruner.reporting.tables import row_labels, setting
+from gradpruner.reporting.tables import differences, row_labels, setting
 
 DATASETS = {
     "pubmedqa": "PubMedQA",
@@ -238,21 +238,3 @@ def _cell(records: list[RunRecord], row: PublishedRow, column: Column, axis: str
         if axis not in own or _same(axis, column.value, own, row):
             by_seed[record.seed] = record
     return [by_seed[seed] for seed in sorted(by_seed)]
-
-
-def differences(own: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
-    """In what a setting differs from others, as `key=value`."""
-    flat, *rest = (dict(_leaves(each)) for each in [own, *others])
-    return [
-        f"{key.rsplit('.', 1)[-1]}={value}"
-        for key, value in flat.items()
-        if any(other.get(key) != value for other in rest)
-    ]
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -4,15 +4,15 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import METRICS, describe_origins
-from gradpruner.reporting.paper_rows import Column, Row, coordinates, differences, place_runs, shared_setting
+from gradpruner.reporting.paper_rows import Column, Row, coordinates, place_runs, shared_setting
 from gradpruner.reporting.published import Published, PublishedRow
-from gradpruner.reporting.tables import Table
+from gradpruner.reporting.tables import Table, tell_apart
 
 BY_SIMILARITY = ("pubmedqa", "medmcqa", "billsum", "fingpt")  # Section 4.1; where a record has it
 SMALLER_IS_BETTER = ("answer_nll",)
@@ -38,12 +38,7 @@ def paper_table(published: Published, records: Sequence[RunRecord]) -> list[Tabl
         if record.status == "finished" and published.rows and published.axis != "quantity":
             groups.setdefault(json.dumps(shared_setting(record, published.axis), sort_keys=True), []).append(record)
     made = [table for key in sorted(groups) for table in _tables(published, groups[key], json.loads(key))]
-    titles = [table.title for table, _ in made]
-    return [
-        replace(table, title=", ".join([table.title, *differences(shared, others)]))
-        for table, shared in made
-        for others in [[other for title, (_, other) in zip(titles, made, strict=True) if title == table.title]]
-    ]
+    return tell_apart(made)
 
 
 def _tables(

@@ -2,8 +2,8 @@
 
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gradpruner.record import NOT_IDENTITY, RunRecord
@@ -43,7 +43,7 @@ def comparisons(records: Sequence[RunRecord]) -> list[Table]:
     for record in records:
         if record.status == "finished":
             settings.setdefault(json.dumps(setting(record), sort_keys=True), []).append(record)
-    return [_comparison(settings[key]) for key in sorted(settings)]
+    return tell_apart([(_comparison(settings[key]), json.loads(key)) for key in sorted(settings)])
 
 
 def dataset_name(record: RunRecord) -> str:
@@ -64,6 +64,37 @@ def setting(record: RunRecord) -> dict[str, Any]:
 def data_settings(record: RunRecord) -> dict[str, Any]:
     """The settings of the dataset of a run, without those that are null: older records lack some of these."""
     return {key: value for key, value in record.config["dataset"].items() if value is not None}
+
+
+def tell_apart(tables: Sequence[tuple[Table, Mapping[str, Any]]]) -> list[Table]:
+    """Adds to titles that occur more than once in which settings their tables differ.
+
+    Args:
+        tables: each with what its runs share.
+    """
+    return [
+        replace(table, title=", ".join([table.title, *differences(shared, alike)]))
+        for table, shared in tables
+        for alike in [[other for another, other in tables if another.title == table.title]]
+    ]
+
+
+def differences(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In what a setting differs from others, as `key=value`."""
+    flat, *rest = (dict(_leaves(each)) for each in [own, *others])
+    return [
+        f"{key.rsplit('.', 1)[-1]}={value}"
+        for key, value in flat.items()
+        if any(other.get(key) != value for other in rest)
+    ]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _comparison(records: list[RunRecord]) -> Table:

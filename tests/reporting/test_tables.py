@@ -51,6 +51,15 @@ def test_every_method_has_a_name():
     assert {path.stem for path in (CONF / "method").glob("*.yaml")} <= set(METHODS)
 
 
+def test_titles_say_in_what_settings_of_one_dataset_differ():
+    finetune = [{"mode": "lora", "learning_rate": rate} for rate in (1e-3, 3e-3)]
+    tables = comparisons([record("random", config={"finetune": each}) for each in finetune])
+    assert [table.title for table in tables] == [
+        "model on arc_easy, lora, learning_rate=0.001",
+        "model on arc_easy, lora, learning_rate=0.003",
+    ]
+
+
 def test_seeds_are_one_row_with_mean_and_deviation():
     [table] = comparisons([record("random", seed, accuracy) for seed, accuracy in ((0, 0.2), (1, 0.4), (2, 0.6))])
     [row] = table.rows
