@@ -127,7 +127,7 @@ def plot_speed(points: Mapping[float, Mapping[str, Mapping[str, float]]], path: 
 
 def wrap_rows(labels: Iterable[str], least: float) -> tuple[list[str], float]:
     """Labels of rows on several lines, and the height of all rows in inches if none is below `least`."""
-    wrapped = [textwrap.fill(label, 26) for label in labels]
+    wrapped = [textwrap.fill(label, 28) for label in labels]
     return wrapped, len(wrapped) * max(least, 0.03 + 0.11 * max(label.count("\n") + 1 for label in wrapped))
 
 
