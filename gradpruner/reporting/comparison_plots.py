@@ -107,7 +107,7 @@ def plot_bars(groups: Mapping[str, Mapping[str, Mapping[str, Measured]]], path: 
                         _draw_bar(axes, place, panels[metric][label], is_dense=label == METHODS[DENSE])
         for axes, metric in zip(grid[-1], metrics, strict=True):
             ends = [bar.value + bar.error for panels in groups.values() for bar in panels.get(metric, {}).values()]
-            axes.set(xlabel=metric, xlim=(0, 1.5 * max(ends)))  # room for the numbers
+            axes.set(xlabel=metric, xlim=(0, 1.65 * max(ends)))  # room for the numbers
     said = [
         f"{title}, {_said(metric, {label: {0.0: bar} for label, bar in bars.items()})}"
         for title, panels in groups.items()
