@@ -51,6 +51,11 @@ def test_every_method_has_a_name():
     assert {path.stem for path in (CONF / "method").glob("*.yaml")} <= set(METHODS)
 
 
+def test_settings_in_labels_are_short():
+    [table] = comparisons([record("random", sparsity=sparsity) for sparsity in (1 / 3, 0.4)])
+    assert [row[0] for row in table.rows] == ["Random, sparsity=0.3333", "Random, sparsity=0.4"]
+
+
 def test_titles_say_in_what_settings_of_one_dataset_differ():
     finetune = [{"mode": "lora", "learning_rate": rate} for rate in (1e-3, 3e-3)]
     tables = comparisons([record("random", config={"finetune": each}) for each in finetune])
