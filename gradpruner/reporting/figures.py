@@ -137,13 +137,11 @@ def legend_below(figure: Figure) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    for num_columns, width in ((2, 28), (1, 60)):
-        legend = figure.legend(
-            handles=list(found.values()),
-            labels=[textwrap.fill(label, width if len(found) > 1 else 60) for label in found],
-            loc="outside lower center",
-            ncols=min(num_columns, len(found)),
-        )
+    layouts = ((2, 28), (1, 60)) if len(found) > 1 else ((1, 60),)  # columns, letters a line
+    for num_columns, width in layouts:
+        labels = [textwrap.fill(label, width) for label in found]
+        handles = list(found.values())
+        legend = figure.legend(handles=handles, labels=labels, loc="outside lower center", ncols=num_columns)
         size = legend.get_window_extent()
         if num_columns == 1 or size.width <= figure.bbox.width:
             figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)

@@ -161,11 +161,11 @@ def row_labels(records: list[RunRecord]) -> list[str]:
         short = [key for key in differing if not any(_is_nested(each.get(key)) for each in (own, *others))]
         enough = all(any(other.get(key) != own[key] for key in short) for other in others)
         shown = short if enough else differing
-        labels.append(", ".join([METHODS.get(name, name), *(f"{key}={_short(own[key])}" for key in shown)]))
+        labels.append(", ".join([METHODS.get(name, name), *(f"{key}={_four_digits(own[key])}" for key in shown)]))
     return labels
 
 
-def _short(value: Any) -> Any:
+def _four_digits(value: Any) -> Any:
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
