@@ -149,10 +149,11 @@ def test_what_is_no_checkpoint(good, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_good_in_every_dtype(dtype, tiny_llama, tiny_tokenizer, tmp_path, verify_here):
-    model = apply_plan(tiny_llama(dtype=dtype), PLAN)
+    # Weights so large that the first new token is no tie, which other processors may break otherwise.
+    model = apply_plan(tiny_llama(dtype=dtype, seed=3, initializer_range=0.3), PLAN)
     save_checkpoint(model, tiny_tokenizer, PLAN, tmp_path / "checkpoint", "tiny")
     checks = verify_here(tmp_path / "checkpoint")
-    assert all(check.ok for check in checks.values())
+    assert [check for check in checks.values() if not check.ok] == []
     name = str(dtype).removeprefix("torch.")
     assert checks["logits"].details.endswith(f"tolerance {verify.TOLERANCES[name]:g} ({name})")
 
