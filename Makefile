@@ -30,8 +30,9 @@ lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## lint, types, unit tests and one short end-to-end run on the real model
-	$(BIN)/python -m pytest
+# A process a core with one thread each, at most four: each has a model or two in memory.
+test: lint  ## lint, types, unit tests and one short end-to-end run on the real model (about 10 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
