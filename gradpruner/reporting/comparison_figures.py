@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from gradpruner.files import slug
 from gradpruner.record import RunRecord
 from gradpruner.reporting.comparison_plots import plot_bars, plot_lines, plot_losses
@@ -18,6 +20,7 @@ from gradpruner.reporting.tables import data_settings, dataset_name, row_labels,
 
 PAPER_FIGURES = ("1", "2", "5", "6", "7", "8", "9")
 FIGURES = (*PAPER_FIGURES, "importance", "plans")
+MOST_ROWS, MOST_CURVES = 24, 8  # of one picture of several datasets
 
 
 def draw(
@@ -31,7 +34,8 @@ def draw(
     Args:
         figure: one of `FIGURES`. 5 and 8 (accuracy against layers pruned) are one figure of two models. In 5, 6 and 8
             every model and kind of fine-tuning has a picture of its own, in 7 and 9 a row of bars.
-        records: finished runs.
+        records: finished runs. In figures of layers and 2, those that would look alike are there once, and if they are
+            too many for a picture, every dataset has one.
         folder: made if it is missing.
         histories: loss of runs by their identity, for figure 1; see `plot_losses`. Every dataset has a picture, and
             seeds are one line.
@@ -53,9 +57,8 @@ def draw(
     elif figure in AXES:
         pictures = _lines(ordered, AXES[figure], path)
     else:
-        plot, key = (plot_importance_map, "layer_importance") if figure == "importance" else (plot_plans, "method")
-        chosen = [record for record in ordered if record.pruning[key] and record.pruning["method"] != DENSE]
-        pictures = [plot(dict(zip(run_labels(chosen), chosen, strict=True)), path)] if chosen else []
+        plot, shown = (plot_importance_map, _scores) if figure == "importance" else (plot_plans, _plan)
+        pictures = _layers([record for record in ordered if record.pruning["method"] != DENSE], plot, shown, path)
     if not pictures:
         raise ValueError(
             f"Figure {figure} shows {NEEDED[figure]}, got none among {len(records)} records. "
@@ -240,22 +243,86 @@ def _bars(records: Sequence[RunRecord], bars: _Bars, path: Path) -> list[Picture
     return [plot_bars(groups, path, " ".join([bars.title, *captions]))] if groups else []
 
 
+def _layers(
+    records: Sequence[RunRecord],
+    plot: Callable[[Mapping[str, RunRecord], Path], Picture],
+    shown: Callable[[RunRecord], object],
+    path: Path,
+) -> list[Picture]:
+    pictures = []
+    for own, group in _pages(_distinct(records, shown), MOST_ROWS, path).items():
+        labels = run_labels([runs[0] for runs in group])
+        rows = {
+            f"{label} (+{len(runs) - 1} alike)" if len(runs) > 1 else label: runs[0]
+            for label, runs in zip(labels, group, strict=True)
+        }
+        picture = plot(rows, own)
+        if len(rows) < sum(map(len, group)):
+            picture = dataclasses.replace(
+                picture, caption=f"{picture.caption} +1 alike: so many more runs look the same."
+            )
+        pictures.append(picture)
+    return pictures
+
+
+def _distinct(records: Sequence[RunRecord], shown: Callable[[RunRecord], object]) -> list[list[RunRecord]]:
+    """Runs of a dataset and model that a figure shows alike, together; those of which it shows None are left out."""
+    alike: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if (what := shown(record)) is not None:
+            key = json.dumps([dataset_name(record), record.model["name"], what], sort_keys=True)
+            alike.setdefault(key, []).append(record)
+    return list(alike.values())
+
+
+def _pages(groups: list[list[RunRecord]], most: int, path: Path) -> dict[Path, list[list[RunRecord]]]:
+    """Groups of runs by the picture that they go to: one, or one a dataset if they are more than `most`."""
+    pages: dict[Path, list[list[RunRecord]]] = {}
+    for group in groups:
+        own = path.with_stem(f"{path.stem}-{slug(dataset_name(group[0]))}") if len(groups) > most else path
+        pages.setdefault(own, []).append(group)
+    return pages
+
+
+def _scores(record: RunRecord) -> object:
+    """What the heat map of importance shows of a run; None if it has no scores."""
+    scores = record.pruning["layer_importance"]
+    return [scores, record.pruning["pruned_layers"]] if scores else None
+
+
+def _plan(record: RunRecord) -> object:
+    """What the drawing of plans shows of a run."""
+    return [record.pruning.get(key) for key in ("method", "pruned_layers", "absorbed_by", "shape")]
+
+
+def _series(record: RunRecord) -> object:
+    """What a curve of sensitivity is made of; None if there is no importance of every step."""
+    series = record.pruning.get("report", {}).get("step_importance")
+    return [series, record.pruning["num_hidden_layers"]] if series else None
+
+
+def _num_steps(record: RunRecord) -> int:
+    return len(record.pruning["report"]["step_importance"])
+
+
 def _sensitivity(records: Sequence[RunRecord], path: Path) -> list[Picture]:
     # Methods that share an importance run have the same series.
-    runs: dict[str, RunRecord] = {}
-    for record in records:
-        series = record.pruning.get("report", {}).get("step_importance")
-        if series:
-            runs.setdefault(json.dumps([series, record.pruning["num_hidden_layers"]]), record)
-    chosen = list(runs.values())
-    if not chosen:
-        return []
-    tops = [record.pruning["num_hidden_layers"] for record in chosen]
-    labels = run_labels(chosen)
-    if len(set(tops)) > 1:
-        labels = [f"{label}, k = {top}" for label, top in zip(labels, tops, strict=True)]
-    curves = {
-        label: sensitivity_curve(record.pruning["report"]["step_importance"], top)
-        for label, record, top in zip(labels, chosen, tops, strict=True)
-    }
-    return [plot_sensitivity(curves, str(tops[0]) if len(set(tops)) == 1 else "k", path)]
+    distinct = [runs[0] for runs in _distinct(records, _series)]
+    pictures = []
+    lines = [
+        [run for run in runs if _num_steps(run) == length]
+        for runs in rows_of_seeds(distinct)
+        for length in sorted({_num_steps(run) for run in runs})  # steps=auto
+    ]
+    for own, group in _pages(lines, MOST_CURVES, path).items():
+        tops = [runs[0].pruning["num_hidden_layers"] for runs in group]
+        curves = {}
+        for label, runs, top in zip(run_labels([runs[0] for runs in group]), group, tops, strict=True):
+            if len(set(tops)) > 1:
+                label = f"{label}, k={top}"
+            if len(runs) > 1:
+                label = f"{label} (mean of {len(runs)} seeds)"
+            series = [run.pruning["report"]["step_importance"] for run in runs]
+            curves[label] = np.mean([sensitivity_curve(each, top) for each in series], axis=0)
+        pictures.append(plot_sensitivity(curves, str(tops[0]) if len(set(tops)) == 1 else "k", own))
+    return pictures

@@ -138,30 +138,36 @@ def rows_of_seeds(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Records that differ in the seed alone, together."""
     rows: dict[str, dict[int, RunRecord]] = {}
     for record in records:
-        key = [setting(record), _settings(record)]
+        key = [setting(record), record.pruning["method"], _settings(record)]
         rows.setdefault(json.dumps(key, sort_keys=True), {})[record.seed] = record
     return [[group[seed] for seed in sorted(group)] for group in rows.values()]
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
-    return {key: value for key, value in record.config["method"].items() if key != "seed"}
+    return {key: value for key, value in record.config["method"].items() if key not in ("_target_", "seed")}
 
 
 def row_labels(records: list[RunRecord]) -> list[str]:
     """Names of the methods, with the settings in which rows of the same method differ.
 
-    Settings that are themselves made of settings are long, and are only named where the others do not tell rows apart.
+    A value that more than half of these rows share goes without saying. Settings that are themselves made of settings
+    are long, and older records lack some: both are only named where the others do not tell rows apart.
     """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        own, others = _settings(record), rows.setdefault(record.pruning["method"], [])
+        if own not in others:  # of another seed
+            others.append(own)
     labels = []
     for record in records:
-        name = record.pruning["method"]
-        own = _settings(record)
-        others = [_settings(other) for other in records if other.pruning["method"] == name and other is not record]
-        differing = [key for key in own if any(other.get(key) != own[key] for other in others)]
-        short = [key for key in differing if not any(_is_nested(each.get(key)) for each in (own, *others))]
-        enough = all(any(other.get(key) != own[key] for key in short) for other in others)
-        shown = short if enough else differing
-        labels.append(", ".join([METHODS.get(name, name), *(f"{key}={_four_digits(own[key])}" for key in shown)]))
+        own, alike = _settings(record), rows[record.pruning["method"]]
+        short = [key for key in own if all(key in each and not _is_nested(each[key]) for each in alike)]
+        if all(any(other[key] != own[key] for key in short) for other in alike if other != own):
+            shown = [key for key in short if 2 * sum(other[key] == own[key] for other in alike) <= len(alike)]
+        else:
+            shown = [key for key in own if any(other.get(key) != own[key] for other in alike)]
+        name = METHODS.get(record.pruning["method"], record.pruning["method"])
+        labels.append(", ".join([name, *(f"{key}={_four_digits(own[key])}" for key in shown)]))
     return labels
 
 

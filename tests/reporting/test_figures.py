@@ -12,7 +12,7 @@ from reporting.test_tables import CONFIG, record
 
 from experiments.run import CONF
 from gradpruner.record import RunRecord
-from gradpruner.reporting.comparison_figures import FIGURES, draw, in_order, run_labels
+from gradpruner.reporting.comparison_figures import FIGURES, MOST_CURVES, MOST_ROWS, draw, in_order, run_labels
 from gradpruner.reporting.comparison_plots import plot_losses
 from gradpruner.reporting.figures import KEPT, LINE_STYLES, MERGED
 from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, sensitivity_curve
@@ -235,6 +235,45 @@ def test_plan_boxes(drawn, tmp_path):
     assert colors == [KEPT, KEPT, MERGED, MERGED, KEPT, white]  # 5 had no layer to go to
     assert [patch.get_height() for patch in axes.patches[6:12]] == pytest.approx([0.25, 0.125, *[0.25] * 4])
     assert axes.lines[0].get_xdata().tolist() == [1, 3]  # from the last merged layer to what absorbs it
+
+
+def test_runs_that_look_alike_are_one_row(tmp_path):
+    scores = [5, 1, 4, 2, 3, 1]
+    runs = [run("igia_only", [3], scores=scores), run("gradpruner", [3], scores=scores, accuracy=0.6)]
+    [picture] = draw("importance", [*runs, run("gradpruner", [5], scores=scores), run("dense")], tmp_path)
+    assert "GradPruner w/o merging (+1 alike): pruned 3. GradPruner: pruned 5." in picture.alt
+    assert picture.caption.endswith("+1 alike: so many more runs look the same.")
+    [picture] = draw("plans", [*runs, run("igia_only", [3], seed=1)], tmp_path)  # methods have rows of their own
+    assert "GradPruner w/o merging (+1 alike): pruned 3. GradPruner: pruned 3." in picture.alt
+
+
+@pytest.mark.parametrize(
+    ("figure", "stem", "most"),
+    [("importance", "importance", MOST_ROWS), ("plans", "plans", MOST_ROWS), ("2", "figure2", MOST_CURVES)],
+)
+def test_what_is_too_much_for_one_picture_is_one_a_dataset(figure, stem, most, tmp_path):
+    runs = [
+        run("gradpruner", [layer], 0.5, seed, dataset, {str(layer): seed}, [layer, seed, *[1] * 4], layer=[layer, seed])
+        for dataset in ("arc_easy", "piqa")
+        for layer in range(6)
+        for seed in range(most // 12 + 1)
+    ]
+    for each in runs:
+        each.pruning["report"]["step_importance"] = [each.pruning["layer_importance"]]
+    drawn = [picture.path.stem for picture in draw(figure, runs, tmp_path)]
+    assert drawn == [f"{stem}-arc-easy", f"{stem}-piqa"]
+    assert [picture.path.stem for picture in draw(figure, runs[:6], tmp_path)] == [stem]
+
+
+def test_sensitivity_of_seeds_is_one_line(drawn, tmp_path):
+    first, second, longer = (run("gradpruner", [0, 1, 2], seed=seed) for seed in range(3))
+    first.pruning["report"]["step_importance"] = [[0, 0, 0, 1, 2, 3], [9, 0, 0, 0, 2, 3]]  # top 3: 3, 4, 5; 0, 4, 5
+    second.pruning["report"]["step_importance"] = [[0, 0, 0, 1, 2, 3], [0, 0, 0, 1, 2, 3]]
+    longer.pruning["report"]["step_importance"] = [[0, 0, 0, 1, 2, 3]] * 3  # steps=auto
+    draw("2", [first, second, longer], tmp_path)
+    lines = {line.get_label(): line.get_ydata().tolist() for line in drawn[0].axes[0].lines}
+    assert lines["GradPruner / seed 0 (mean of 2 seeds)"] == pytest.approx([100 * (2 / 3 + 1) / 2, 100])
+    assert lines["GradPruner / seed 2"] == [100, 100, 100]
 
 
 def test_no_two_line_styles_are_alike_without_colour():

@@ -82,6 +82,20 @@ def test_rows_of_one_method_say_in_what_they_differ():
     assert [row[0] for row in table.rows] == ["LaCo, rule=code", "LaCo, rule=paper"]
 
 
+def test_what_most_rows_of_a_method_share_goes_without_saying():
+    rows = [("paper", 1), ("code", 1), ("code", 2)]
+    [table] = comparisons([record("laco", rule=rule, interval=interval) for rule, interval in rows])
+    assert sorted(row[0] for row in table.rows) == ["LaCo", "LaCo, interval=2", "LaCo, rule=paper"]
+
+
+def test_what_older_records_lack_is_said_only_where_it_tells_rows_apart():
+    old, new = {"interval": 2, "_target_": "a"}, {"interval": 2, "_target_": "b", "repair": "none"}
+    [table] = comparisons([record("laco", **old), record("laco", **new | {"interval": 3})])
+    assert sorted(row[0] for row in table.rows) == ["LaCo, interval=2", "LaCo, interval=3"]
+    [table] = comparisons([record("laco", **old), record("laco", **new)])
+    assert sorted(row[0] for row in table.rows) == ["LaCo", "LaCo, repair=none"]
+
+
 def test_another_setting_is_another_table():
     other = {"finetune": {"mode": "full"}}
     tables = comparisons([record("dense"), record("gradpruner"), record("gradpruner", config=other)])
