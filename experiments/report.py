@@ -6,6 +6,7 @@ python -m experiments.report table=1                                # or any oth
 python -m experiments.report table=figure6                          # what the paper shows as a picture, as a table
 python -m experiments.report table=2                                # time and memory of finished runs
 python -m experiments.report table=importance                       # importance runs: layers, how sure, what came of it
+python -m experiments.report table=learning_rate                    # which rate is best for each method, and for all
 python -m experiments.report table=11                               # counted, no runs needed
 python -m experiments.report table=11 model=smollm2_135m plan=results/runs/.../plan.json
 python -m experiments.report figure=plans                           # or importance, 1, 2, 5, 6, 7, 8, 9
@@ -21,6 +22,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from experiments import schema
@@ -33,6 +35,7 @@ from gradpruner.reporting.efficiency import counts_table, efficiency_tables
 from gradpruner.reporting.figures import Picture
 from gradpruner.reporting.formats import FORMATS, write_report
 from gradpruner.reporting.importance_table import importance_tables
+from gradpruner.reporting.learning_rate_table import learning_rate_tables
 from gradpruner.reporting.paper_tables import paper_table
 from gradpruner.reporting.published import Published, load_published
 from gradpruner.reporting.tables import Table, comparisons
@@ -41,7 +44,12 @@ from gradpruner.width_surgery import planned_shape
 
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper"
 TABLES = (*(str(number) for number in range(1, 14)), *(f"figure{number}" for number in (5, 6, 7, 8, 9)))
-IMPORTANCE, ALL = "importance", "all"
+ALL = "all"
+# Beyond the paper: what makes each table, and the runs that it needs; `experiment=` makes them.
+OURS = {
+    "importance": (importance_tables, "runs that rank layers by gradients"),
+    "learning_rate": (learning_rate_tables, "runs that differ in the learning rate of the fine-tune alone"),
+}
 TABLE_SPARSITY = 0.4
 
 
@@ -87,7 +95,7 @@ def build_report(cfg: DictConfig) -> Report:
         ValueError: if there is no such table or figure, nothing to put into it, or no such format.
     """
     table, figure = (None if name is None else str(name) for name in (cfg.table, cfg.figure))
-    for key, name, known in (("table", table, (*TABLES, IMPORTANCE, ALL)), ("figure", figure, (*FIGURES, ALL))):
+    for key, name, known in (("table", table, (*TABLES, *OURS, ALL)), ("figure", figure, (*FIGURES, ALL))):
         if name is not None and name not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, or null, got {name!r}.")
     form = Path(cfg.output or "report.md").suffix.removeprefix(".")
@@ -108,14 +116,15 @@ def _tables(cfg: DictConfig, table: str | None, records: list[RunRecord]) -> lis
         return comparisons(records)
     if table == ALL:
         of_paper = itertools.chain.from_iterable(_paper_tables(name, records) for name in TABLES if name != "11")
-        return [*comparisons(records), *of_paper, *importance_tables(records), _counts(cfg)]
-    if tables := importance_tables(records) if table == IMPORTANCE else _paper_tables(table, records):
+        ours = itertools.chain.from_iterable(make(records) for make, _ in OURS.values())
+        return [*comparisons(records), *of_paper, *ours, _counts(cfg)]
+    if tables := OURS[table][0](records) if table in OURS else _paper_tables(table, records):
         return tables
     folder = Path(cfg.runs_dir).absolute()
-    if table == IMPORTANCE:
+    if table in OURS:
         raise ValueError(
-            f"The table of importance runs needs runs that rank layers by gradients, got none among {len(records)} in "
-            f"{folder}. Run `python -m experiments.run -m experiment=importance`, or set runs_dir."
+            f"table={table} needs {OURS[table][1]}, got none among {len(records)} in {folder}. Run "
+            f"`python -m experiments.run -m experiment={table}`, or set runs_dir."
         )
     if table == "2":
         raise ValueError(
@@ -218,17 +227,18 @@ def read_records(folder: Path) -> tuple[dict[Path, RunRecord], list[str]]:
 
 def show(table: Table, console: Console | None = None) -> None:
     """Prints a table."""
-    rich = RichTable(title=table.title)
-    for index, header in enumerate(table.headers):
-        rich.add_column(header, justify="right" if index else "left", no_wrap=True)
+    rich = RichTable(title=escape(table.title))
+    rich.add_column(escape(table.headers[0]), overflow="fold", min_width=16)
+    for header in table.headers[1:]:
+        rich.add_column(escape(header), justify="right", overflow="fold")
     for row in table.rows:
-        rich.add_row(*row, style="bold" if row[0].startswith("GradPruner") else "")
+        rich.add_row(*map(escape, row), style="bold" if row[0].startswith("GradPruner") else "")
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 200)  # a pipe has no width; do not cut columns for it
+        console.width = 1000  # a pipe has no width; do not wrap for it
     console.print(rich)
     for note in table.notes:
-        console.print(f"- {note}", soft_wrap=True)
+        console.print(f"- {escape(note)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """The report over run folders."""
 
+import io
 import subprocess
 import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from rich.console import Console
 
-from experiments.report import read_records
+from experiments.report import read_records, show
 from experiments.run import CONF, run_job
 from gradpruner.files import write_json
 from gradpruner.plan import PruningPlan, WidthPlan
+from gradpruner.reporting.tables import Table
 
 
 def run(tmp_path, *overrides):
@@ -63,17 +66,31 @@ def test_table_11_takes_any_model_and_plan(tmp_path):
 
 
 @pytest.mark.parametrize(("table", "lacks", "match", "wanted", "shown"), [
-    ("2", "last", "Run method=dense with the same settings", "dense", "time and memory (Table 2)"),
-    ("importance", "random", "needs runs that rank layers by gradients, got none among 1 in", "gradpruner",
+    ("2", "last", "Run method=dense with the same settings", ["method=dense"], "time and memory (Table 2)"),
+    ("importance", "random", "needs runs that rank layers by gradients, got none among 1 in", ["method=gradpruner"],
      "Importance runs: random-llama on arc_easy, lora"),
+    ("learning_rate", "last", "needs runs that differ in the learning rate of the fine-tune alone, got none among 1 in",
+     ["method=last", "finetune.learning_rate=0.01"], "Learning rates: random-llama on arc_easy, lora"),
 ])  # fmt: skip
 def test_tables_that_want_a_certain_run(tmp_path, table, lacks, match, wanted, shown):
     run(tmp_path, f"method={lacks}")
     done = report(f"table={table}", f"runs_dir={tmp_path}/runs")
     assert done.returncode == 1 and match in done.stderr
-    run(tmp_path, f"method={wanted}")
+    run(tmp_path, *wanted)
     done = report(f"table={table}", f"runs_dir={tmp_path}/runs")
     assert done.returncode == 0 and shown in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("width", [None, 60], ids=["pipe", "terminal"])
+def test_no_number_is_cut_off(width):
+    values = [f"{index / 7:.3f} ±0.0{index}" for index in range(20)]
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=width is not None, color_system=None)
+    show(Table("a [b] title", ["method", *("[red]" for _ in values)], [["[x]", *values]], ["a [note]"]), console)
+    text = stream.getvalue()
+    assert all(text.count(part) for part in ("a [b] title", "[x]", "a [note]")) and "…" not in text
+    if width is None:
+        assert all(value in text for value in values) and text.count("[red]") == 20
 
 
 def test_tables_of_the_paper_with_ours(tmp_path):
@@ -134,4 +151,4 @@ def test_other_figures_and_formats_are_refused(setting, match):
 def test_other_tables_are_refused(name, shown):
     done = report(f"table={name}")
     assert done.returncode == 1 and "table must be one of 1, 2, 3, " in done.stderr
-    assert f"figure9, importance, all, or null, got {shown}." in done.stderr
+    assert f"figure9, importance, learning_rate, all, or null, got {shown}." in done.stderr

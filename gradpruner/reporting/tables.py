@@ -128,7 +128,7 @@ def _comparison(records: list[RunRecord]) -> Table:
         headers,
         [
             [label, *_cells(group, columns, before)]
-            for label, group in sorted(zip(labels, rows, strict=True), key=lambda pair: _order(pair[1][0]))
+            for label, group in sorted(zip(labels, rows, strict=True), key=lambda pair: row_order(pair[1][0]))
         ],
         notes,
     )
@@ -179,7 +179,8 @@ def _is_nested(value: Any) -> bool:
     return isinstance(value, dict | list)
 
 
-def _order(record: RunRecord) -> tuple[int, str, int, str]:
+def row_order(record: RunRecord) -> tuple[int, str, int, str]:
+    """Sorting key of rows: the paper's order of methods, then the larger models, then by settings."""
     name = record.pruning["method"]
     place = list(METHODS).index(name) if name in METHODS else len(METHODS)
     return place, name, -record.pruning["num_hidden_layers"], json.dumps(_settings(record), sort_keys=True)

@@ -1,0 +1,85 @@
+"""Learning rates of the fine-tune side by side: which is best for each method, and which for all of them together."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from gradpruner.record import RunRecord
+from gradpruner.reporting.labels import metric_columns
+from gradpruner.reporting.tables import (
+    Table,
+    cells_of_seeds,
+    dataset_name,
+    row_labels,
+    row_order,
+    setting,
+    tell_apart,
+)
+
+METRIC = "answer_nll"
+ALL = "mean of all"
+
+
+def learning_rate_tables(records: Sequence[RunRecord]) -> list[Table]:
+    """One table for each setting with two rates or more: a row a method, a column a rate, the answers' NLL in it.
+
+    Args:
+        records: of any runs; those that did not finish, or measured no likelihood, are not looked at.
+
+    Returns:
+        No tables if no setting has two rates.
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if record.status == "finished" and METRIC in record.metrics:
+            groups.setdefault(json.dumps(_shared(record), sort_keys=True), []).append(record)
+    several = [groups[key] for key in sorted(groups) if len({_rate(record) for record in groups[key]}) > 1]
+    return tell_apart([(_table(group), _shared(group[0])) for group in several])
+
+
+def _rate(record: RunRecord) -> float:
+    return float(record.config["finetune"]["learning_rate"])
+
+
+def _shared(record: RunRecord) -> dict[str, Any]:
+    shared = setting(record)
+    finetune = {key: value for key, value in shared["finetune"].items() if key != "learning_rate"}
+    return shared | {"finetune": finetune}
+
+
+def _table(records: list[RunRecord]) -> Table:
+    records = sorted(records, key=row_order)
+    rates = sorted({_rate(record) for record in records})
+    [column] = [each for each in metric_columns([record.metrics for record in records]) if each.metric == METRIC]
+    rows: dict[str, list[RunRecord]] = {}
+    for label, record in zip(row_labels(records), records, strict=True):
+        rows.setdefault(label, []).append(record)
+    cells, complete = [], []
+    for label, runs in rows.items():
+        by_rate = {rate: [run for run in runs if _rate(run) == rate] for rate in rates}
+        values = {rate: statistics.mean(run.metrics[METRIC] for run in own) for rate, own in by_rate.items() if own}
+        texts = [cells_of_seeds(own, [column])[0] for own in by_rate.values()]
+        cells.append([label, *_best_in_bold(texts, [values.get(rate, math.inf) for rate in rates])])
+        if len(values) == len(rates):
+            complete.append(list(values.values()))
+    if len(complete) > 1:
+        means = [statistics.mean(values) for values in zip(*complete, strict=True)]
+        cells.append([ALL, *_best_in_bold([f"{value:.3f}" for value in means], means)])
+    first = records[0]
+    return Table(
+        f"Learning rates: {first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}, "
+        f"{column.label} ↓",
+        ["method", *(f"{rate:g}" for rate in rates)],
+        cells,
+        [
+            f"{first.metrics['num_examples']} rows scored, {first.finetune['steps']} steps of fine-tuning; ± is the "
+            "standard deviation over the seeds where their number n is given, else the standard error over these rows",
+            f"bold: the least of a row; {ALL}: over methods with every rate",
+        ],
+    )
+
+
+def _best_in_bold(texts: Sequence[str], values: Sequence[float]) -> list[str]:
+    return [f"**{text}**" if value == min(values) else text for text, value in zip(texts, values, strict=True)]
