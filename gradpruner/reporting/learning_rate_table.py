@@ -14,6 +14,7 @@ from gradpruner.reporting.tables import (
     dataset_name,
     row_labels,
     row_order,
+    rows_of_seeds,
     setting,
     tell_apart,
 )
@@ -50,20 +51,19 @@ def _shared(record: RunRecord) -> dict[str, Any]:
 
 
 def _table(records: list[RunRecord]) -> Table:
-    records = sorted(records, key=row_order)
+    groups = rows_of_seeds(sorted(records, key=row_order))
     rates = sorted({_rate(record) for record in records})
     [column] = [each for each in metric_columns([record.metrics for record in records]) if each.metric == METRIC]
-    rows: dict[str, list[RunRecord]] = {}
-    for label, record in zip(row_labels(records), records, strict=True):
-        rows.setdefault(label, []).append(record)
+    rows: dict[str, dict[float, list[RunRecord]]] = {}
+    for label, runs in zip(row_labels([runs[0] for runs in groups]), groups, strict=True):
+        rows.setdefault(label, {})[_rate(runs[0])] = runs
     cells, complete = [], []
-    for label, runs in rows.items():
-        by_rate = {rate: [run for run in runs if _rate(run) == rate] for rate in rates}
-        values = {rate: statistics.mean(run.metrics[METRIC] for run in own) for rate, own in by_rate.items() if own}
-        texts = [cells_of_seeds(own, [column])[0] for own in by_rate.values()]
+    for label, by_rate in rows.items():
+        values = {rate: statistics.mean(run.metrics[METRIC] for run in runs) for rate, runs in by_rate.items()}
+        texts = [cells_of_seeds(by_rate.get(rate, []), [column])[0] for rate in rates]
         cells.append([label, *_best_in_bold(texts, [values.get(rate, math.inf) for rate in rates])])
         if len(values) == len(rates):
-            complete.append(list(values.values()))
+            complete.append([values[rate] for rate in rates])
     if len(complete) > 1:
         means = [statistics.mean(values) for values in zip(*complete, strict=True)]
         cells.append([ALL, *_best_in_bold([f"{value:.3f}" for value in means], means)])

@@ -21,6 +21,7 @@ def test_the_best_rate_of_each_method_and_of_all():
         run("dense", 3e-3, 3.0),
     ]
     runs += [run("laco", 1e-4, 1.0), run("apt", 3e-3, 4.0), run("apt", 3e-3, 6.0, seed=1)]
+    runs.append(runs[-1])  # the same run, found twice
     [table] = learning_rate_tables(runs)
     assert table.title == "Learning rates: model on arc_easy, lora, answer NLL ↓"
     assert table.headers == ["method", "0.0001", "0.003"]
