@@ -20,7 +20,6 @@ from gradpruner.reporting.tables import (
 )
 
 METRIC = "answer_nll"
-ALL = "mean of all"
 
 
 def learning_rate_tables(records: Sequence[RunRecord]) -> list[Table]:
@@ -57,16 +56,18 @@ def _table(records: list[RunRecord]) -> Table:
     rows: dict[str, dict[float, list[RunRecord]]] = {}
     for label, runs in zip(row_labels([runs[0] for runs in groups]), groups, strict=True):
         rows.setdefault(label, {})[_rate(runs[0])] = runs
-    cells, complete = [], []
+    cells = []
+    means: dict[float, list[float]] = {rate: [] for rate in rates}
     for label, by_rate in rows.items():
         values = {rate: statistics.mean(run.metrics[METRIC] for run in runs) for rate, runs in by_rate.items()}
         texts = [cells_of_seeds(by_rate.get(rate, []), [column])[0] for rate in rates]
         cells.append([label, *_best_in_bold(texts, [values.get(rate, math.inf) for rate in rates])])
-        if len(values) == len(rates):
-            complete.append([values[rate] for rate in rates])
-    if len(complete) > 1:
-        means = [statistics.mean(values) for values in zip(*complete, strict=True)]
-        cells.append([ALL, *_best_in_bold([f"{value:.3f}" for value in means], means)])
+        for rate, value in values.items():
+            means[rate].append(value)
+    of_all = [statistics.mean(values) if len(values) == len(rows) else math.inf for values in means.values()]
+    if len(rows) > 1 and min(of_all) < math.inf:
+        texts = [f"{mean:.3f}" if mean < math.inf else "-" for mean in of_all]
+        cells.append(["mean of all", *_best_in_bold(texts, of_all)])
     first = records[0]
     return Table(
         f"Learning rates: {first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}, "
@@ -76,7 +77,7 @@ def _table(records: list[RunRecord]) -> Table:
         [
             f"{first.metrics['num_examples']} rows scored, {first.finetune['steps']} steps of fine-tuning; ± is the "
             "standard deviation over the seeds where their number n is given, else the standard error over these rows",
-            f"bold: the least of a row; {ALL}: over methods with every rate",
+            "bold: the least of a row",
         ],
     )
 
