@@ -14,24 +14,23 @@ def run(method, rate, nll, seed=0, mode="lora", **settings):
 
 
 def test_the_best_rate_of_each_method_and_of_all():
-    runs = [
-        run("gradpruner", 1e-4, 8.0),
-        run("gradpruner", 3e-3, 5.0),
-        run("dense", 1e-4, 2.0),
-        run("dense", 3e-3, 3.0),
-    ]
-    runs += [run("laco", 1e-4, 1.0), run("apt", 3e-3, 4.0), run("apt", 3e-3, 6.0, seed=1)]
+    runs = [run("dense", 1e-4, 2.0), run("dense", 3e-3, 3.0), run("dense", 1e-2, 9.0)]
+    runs += [run("gradpruner", 1e-4, 8.0), run("gradpruner", 3e-3, 5.0)]
+    runs += [run("apt", 1e-4, 5.5), run("apt", 3e-3, 4.0), run("apt", 3e-3, 6.0, seed=1)]
     runs.append(runs[-1])  # the same run, found twice
     [table] = learning_rate_tables(runs)
     assert table.title == "Learning rates: model on arc_easy, lora, answer NLL ↓"
-    assert table.headers == ["method", "0.0001", "0.003"]
+    assert table.headers == ["method", "0.0001", "0.003", "0.01"]
     assert table.rows == [
-        ["Dense", "**2.000 ±0.100**", "3.000 ±0.100"],
-        ["LaCo", "**1.000 ±0.100**", "-"],
-        ["APT", "-", "**5.000 ±1.414 (n=2)**"],
-        ["GradPruner", "8.000 ±0.100", "**5.000 ±0.100**"],
-        ["mean of all", "5.000", "**4.000**"],  # of dense and GradPruner, which have both
+        ["Dense", "**2.000 ±0.100**", "3.000 ±0.100", "9.000 ±0.100"],
+        ["APT", "5.500 ±0.100", "**5.000 ±1.414 (n=2)**", "-"],
+        ["GradPruner", "8.000 ±0.100", "**5.000 ±0.100**", "-"],
+        ["mean of all", "5.167", "**4.333**", "-"],
     ]
+    [table] = learning_rate_tables([run("dense", 1, 2.0), run("dense", 2, 3.0), run("laco", 3, 2.0)])
+    assert [row[0] for row in table.rows] == ["Dense", "LaCo"]  # no rate is all methods'
+    [table] = learning_rate_tables(runs[:2])
+    assert [row[0] for row in table.rows] == ["Dense"]
 
 
 def test_settings_of_a_method_are_rows_and_those_of_the_fine_tune_tables():
