@@ -20,7 +20,7 @@ from gradpruner.reporting.tables import data_settings, dataset_name, row_labels,
 
 PAPER_FIGURES = ("1", "2", "5", "6", "7", "8", "9")
 FIGURES = (*PAPER_FIGURES, "importance", "plans")
-MOST_ROWS, MOST_CURVES = 24, 8  # of one picture of several datasets
+MOST_ROWS, MOST_CURVES = 24, 8  # of one picture
 
 
 def draw(
@@ -35,7 +35,7 @@ def draw(
         figure: one of `FIGURES`. 5 and 8 (accuracy against layers pruned) are one figure of two models. In 5, 6 and 8
             every model and kind of fine-tuning has a picture of its own, in 7 and 9 a row of bars.
         records: finished runs. In figures of layers and 2, those that would look alike are there once, and if they are
-            too many for a picture, every dataset has one.
+            too many for a picture, every dataset has one or more.
         folder: made if it is missing.
         histories: loss of runs by their identity, for figure 1; see `plot_losses`. Every dataset has a picture, and
             seeds are one line.
@@ -95,12 +95,21 @@ def run_labels(records: Sequence[RunRecord]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """What lines run along: name of the axis, place of a run on it or None, settings that it stands for, see spread."""
+    """What lines run along.
+
+    Attributes:
+        label: name of the axis.
+        place: of a run on it, or None.
+        settings: that it stands for.
+        spread: see `plot_lines`.
+        least: how many places make a picture.
+    """
 
     label: str
     place: Callable[[RunRecord], float | None]
     settings: tuple[str, ...]
     spread: float = 0.0
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ def _density(record: RunRecord) -> float | None:
 
 
 _DEPTH = _Axis("decoder layers pruned", _num_pruned, ("sparsity", "num_pruned_layers"), spread=0.5)
-AXES = {"5": _DEPTH, "6": _Axis("merge density (%)", _density, ("density",)), "8": _DEPTH}
+AXES = {"5": _DEPTH, "6": _Axis("merge density (%)", _density, ("density",), least=2), "8": _DEPTH}
 BARS = {
     "7": _Bars("GradPruner by merge rule.", ("igia_only", "gradpruner")),
     "9": _Bars("Pruning of layers and of kernels.", ("gradpruner", "kernel_igia")),
@@ -131,7 +140,7 @@ NEEDED = {
     "1": "loss histories",
     "2": "runs with importance of every step",
     "5": "runs of methods that drop layers",
-    "6": "runs that merge layers",
+    "6": "runs that merge layers at two or more densities",
     "7": "runs of GradPruner with two or more merge rules, none among them",
     "8": "runs of methods that drop layers",
     "9": "runs of method=gradpruner and method=kernel_igia in one setting",
@@ -220,7 +229,7 @@ def _lines(records: Sequence[RunRecord], axis: _Axis, path: Path) -> list[Pictur
         )
         points = [(label, x, record) for label, (x, record) in zip(labels, chosen, strict=True)]
         dense = [(METHODS[DENSE], 0.0, record) for record in group if record.pruning["method"] == DENSE]
-        if points:
+        if len({x for _, x, _ in points}) >= axis.least:
             panels, caption = _panels(points + dense)
             own = path.with_stem(f"{path.stem}-{slug(title)}")
             what = f"{' and '.join(panels)} against {axis.label}"
@@ -276,11 +285,15 @@ def _distinct(records: Sequence[RunRecord], shown: Callable[[RunRecord], object]
 
 
 def _pages(groups: list[list[RunRecord]], most: int, path: Path) -> dict[Path, list[list[RunRecord]]]:
-    """Groups of runs by the picture that they go to: one, or one a dataset if they are more than `most`."""
+    """Groups of runs by the picture that they go to: one, or if they are more than `most`, one or more a dataset."""
+    if len(groups) <= most:
+        return {path: groups} if groups else {}
     pages: dict[Path, list[list[RunRecord]]] = {}
-    for group in groups:
-        own = path.with_stem(f"{path.stem}-{slug(dataset_name(group[0]))}") if len(groups) > most else path
-        pages.setdefault(own, []).append(group)
+    for name in dict.fromkeys(dataset_name(group[0]) for group in groups):
+        own = [group for group in groups if dataset_name(group[0]) == name]
+        for first in range(0, len(own), most):
+            number = f"-{1 + first // most}" if first else ""
+            pages[path.with_stem(f"{path.stem}-{slug(name)}{number}")] = own[first : first + most]
     return pages
 
 

@@ -65,7 +65,7 @@ def _table(records: list[RunRecord]) -> Table:
         for rate, value in values.items():
             means[rate].append(value)
     of_all = [statistics.mean(values) if len(values) == len(rows) else math.inf for values in means.values()]
-    if len(rows) > 1 and min(of_all) < math.inf:
+    if len(rows) > 1 and sum(mean < math.inf for mean in of_all) > 1:
         texts = [f"{mean:.3f}" if mean < math.inf else "-" for mean in of_all]
         cells.append(["mean of all", *_best_in_bold(texts, of_all)])
     first = records[0]
@@ -83,4 +83,7 @@ def _table(records: list[RunRecord]) -> Table:
 
 
 def _best_in_bold(texts: Sequence[str], values: Sequence[float]) -> list[str]:
+    """Marks the least; of one value, which is no choice, nothing."""
+    if sum(value < math.inf for value in values) < 2:
+        return list(texts)
     return [f"**{text}**" if value == min(values) else text for text, value in zip(texts, values, strict=True)]

@@ -190,6 +190,8 @@ def test_accuracy_against_density(drawn, tmp_path):
     draw("6", runs, tmp_path)
     points = drawn[0].axes[0].containers[0].lines[0]
     assert points.get_xdata() == pytest.approx([10, 50]) and points.get_ydata() == pytest.approx([0.1, 0.5])
+    with pytest.raises(ValueError, match="shows runs that merge layers at two or more densities, got none among 2"):
+        draw("6", runs[1:], tmp_path)
 
 
 def test_other_rows_of_a_dataset_have_a_picture_of_their_own(tmp_path):
@@ -256,12 +258,12 @@ def test_what_is_too_much_for_one_picture_is_one_a_dataset(figure, stem, most, t
         run("gradpruner", [layer], 0.5, seed, dataset, {str(layer): seed}, [layer, seed, *[1] * 4], layer=[layer, seed])
         for dataset in ("arc_easy", "piqa")
         for layer in range(6)
-        for seed in range(most // 12 + 1)
+        for seed in range(most // 6 + 1)
     ]
     for each in runs:
         each.pruning["report"]["step_importance"] = [each.pruning["layer_importance"]]
     drawn = [picture.path.stem for picture in draw(figure, runs, tmp_path)]
-    assert drawn == [f"{stem}-arc-easy", f"{stem}-piqa"]
+    assert drawn == [f"{stem}{end}" for end in ("-arc-easy", "-arc-easy-2", "-piqa", "-piqa-2")]
     assert [picture.path.stem for picture in draw(figure, runs[:6], tmp_path)] == [stem]
 
 
@@ -286,6 +288,10 @@ def test_no_two_line_styles_are_alike_without_colour():
 @pytest.mark.parametrize("figure", FIGURES)
 def test_same_records_same_file_and_nothing_reaches_its_edge(figure, tmp_path):
     records = committed("methods" if figure in ("7", "9") else "depth")
+    if figure == "6":
+        [merged] = [record for record in records if record.pruning["method"] == "gradpruner"]
+        method = merged.config["method"] | {"density": 0.5}
+        records.append(dataclasses.replace(merged, identity="other", config=merged.config | {"method": method}))
     histories = {record.identity: HISTORIES["a"] for record in records}
     pictures = [draw(figure, records, tmp_path / folder, histories) for folder in "ab"]
     for first, second in zip(*pictures, strict=True):
