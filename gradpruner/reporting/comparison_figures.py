@@ -260,13 +260,11 @@ def _layers(
 ) -> list[Picture]:
     pictures = []
     for own, group in _pages(_distinct(records, shown), MOST_ROWS, path).items():
-        labels = run_labels([runs[0] for runs in group])
         rows = {
-            f"{label} (+{len(runs) - 1} alike)" if len(runs) > 1 else label: runs[0]
-            for label, runs in zip(labels, group, strict=True)
+            f"{label} (+{len(runs) - 1} alike)" if len(runs) > 1 else label: runs[0] for label, runs in group.items()
         }
         picture = plot(rows, own)
-        if len(rows) < sum(map(len, group)):
+        if len(rows) < sum(map(len, group.values())):
             picture = dataclasses.replace(
                 picture, caption=f"{picture.caption} +1 alike: so many more runs look the same."
             )
@@ -284,17 +282,21 @@ def _distinct(records: Sequence[RunRecord], shown: Callable[[RunRecord], object]
     return list(alike.values())
 
 
-def _pages(groups: list[list[RunRecord]], most: int, path: Path) -> dict[Path, list[list[RunRecord]]]:
-    """Groups of runs by the picture that they go to: one, or if they are more than `most`, one or more a dataset."""
+def _pages(groups: list[list[RunRecord]], most: int, path: Path) -> dict[Path, dict[str, list[RunRecord]]]:
+    """Groups of runs by label and by the picture that they go to: one, or of too many one or more a dataset."""
     if len(groups) <= most:
-        return {path: groups} if groups else {}
-    pages: dict[Path, list[list[RunRecord]]] = {}
+        return {path: _labelled(groups)} if groups else {}
+    pages: dict[Path, dict[str, list[RunRecord]]] = {}
     for name in dict.fromkeys(dataset_name(group[0]) for group in groups):
-        own = [group for group in groups if dataset_name(group[0]) == name]
+        own = list(_labelled([group for group in groups if dataset_name(group[0]) == name]).items())
         for first in range(0, len(own), most):
             number = f"-{1 + first // most}" if first else ""
-            pages[path.with_stem(f"{path.stem}-{slug(name)}{number}")] = own[first : first + most]
+            pages[path.with_stem(f"{path.stem}-{slug(name)}{number}")] = dict(own[first : first + most])
     return pages
+
+
+def _labelled(groups: list[list[RunRecord]]) -> dict[str, list[RunRecord]]:
+    return dict(zip(run_labels([runs[0] for runs in groups]), groups, strict=True))
 
 
 def _scores(record: RunRecord) -> object:
@@ -328,9 +330,9 @@ def _sensitivity(records: Sequence[RunRecord], path: Path) -> list[Picture]:
         for length in sorted({_num_steps(run) for run in runs})  # steps=auto
     ]
     for own, group in _pages(lines, MOST_CURVES, path).items():
-        tops = [runs[0].pruning["num_hidden_layers"] for runs in group]
+        tops = [runs[0].pruning["num_hidden_layers"] for runs in group.values()]
         curves = {}
-        for label, runs, top in zip(run_labels([runs[0] for runs in group]), group, tops, strict=True):
+        for (label, runs), top in zip(group.items(), tops, strict=True):
             if len(set(tops)) > 1:
                 label = f"{label}, k={top}"
             if len(runs) > 1:
