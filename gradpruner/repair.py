@@ -10,8 +10,8 @@ is solved, and T folded into that layer's down_proj (W becomes T' W), so the che
 a large lambda is the plain drop. Runs are fitted in order of depth, each on the model repaired so far; the target is
 always the dense model's state, so that a later map also mends what earlier ones left. Sums are kept in float64, two
 (d, d) matrices a run, never activations of more than a batch; padding and the first token of a row, an outlier in most
-models, are left out. Lambda is chosen on rows held out of the fit, and a fit that does not lower their error is not
-applied.
+models, are left out. Lambda is chosen on rows held out of the fit, and a fit that does not lower their error, or finds
+no more than rounding to mend, is not applied.
 """
 
 import json

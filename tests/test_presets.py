@@ -153,6 +153,8 @@ def test_scale_does_nothing_elsewhere(overrides):
         ("table1", ["method=apt", "finetune=full"], True),
         ("table1", ["method=apt", "finetune=lora"], False),
         ("table1", ["method=small_dense", "model=mistral_7b_v0_3"], True),
+        ("learning_rate", ["method=apt", "finetune=full"], True),
+        ("learning_rate", ["method=apt", "finetune=lora"], False),
         ("table4", ["model=mistral_7b_v0_3", "merge_count=3"], True),
         ("table4", ["model=llama3_1_8b", "merge_count=3", "finetune=lora"], False),
     ],

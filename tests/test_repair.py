@@ -252,6 +252,14 @@ def test_a_fit_that_does_not_help_is_not_applied(make_batches):
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, dense.model.layers[0].mlp.down_proj.weight)
 
 
+@pytest.mark.parametrize(("dropped", "applied"), [(1e-15, False), (1e-13, True)])  # float32 rounds at 1.4e-14
+def test_rounding_is_nothing_to_mend(dropped, applied, make_batches, monkeypatch):
+    monkeypatch.setattr(repair_module, "best_ridge", lambda *_: (10.0, dropped / 2, dropped))
+    model = make_model()
+    [fit, *_] = repair(apply_plan(copy.deepcopy(model), PLAN), model, PLAN, make_batches(2, batch_size=4))
+    assert fit.applied == applied
+
+
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2"])
 def test_architectures_with_a_norm_after_down_proj_are_refused(model_type, make_batches):
     config = AutoConfig.for_model(model_type, **TINY)

@@ -13,7 +13,7 @@ from gradpruner.files import slug
 from gradpruner.record import RunRecord
 from gradpruner.reporting.comparison_plots import plot_bars, plot_lines, plot_losses
 from gradpruner.reporting.figures import Picture
-from gradpruner.reporting.labels import METHODS, METRICS
+from gradpruner.reporting.labels import METHODS, METRICS, method_place
 from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, plot_sensitivity, sensitivity_curve
 from gradpruner.reporting.means import DENSE, MAIN, Measured, main_metric, measure
 from gradpruner.reporting.tables import data_settings, dataset_name, row_labels, rows_of_seeds, setting
@@ -69,11 +69,9 @@ def draw(
 
 def in_order(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Every run once, in the paper's order of methods, then by dataset and seed."""
-    order = list(METHODS)
 
-    def place(record: RunRecord) -> tuple[int, str, str, int]:
-        name = record.pruning["method"]
-        return order.index(name) if name in order else len(order), name, dataset_name(record), record.seed
+    def place(record: RunRecord) -> tuple[tuple[int, str], str, int]:
+        return method_place(record.pruning["method"]), dataset_name(record), record.seed
 
     return sorted({record.identity: record for record in records}.values(), key=place)
 

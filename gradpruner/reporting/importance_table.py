@@ -12,6 +12,7 @@ from gradpruner.reporting.tables import (
     dataset_name,
     mean_or_dash,
     row_labels,
+    rows_of_seeds,
     setting,
     tell_apart,
 )
@@ -38,9 +39,8 @@ def importance_tables(records: Sequence[RunRecord]) -> list[Table]:
 
 def _table(records: list[RunRecord]) -> Table:
     columns = metric_columns([record.metrics for record in records])
-    rows: dict[str, list[RunRecord]] = {}
-    for label, record in zip(row_labels(records), records, strict=True):
-        rows.setdefault(label, []).append(record)
+    rows = rows_of_seeds(records)
+    labels = row_labels([runs[0] for runs in rows])
     first = records[0]
     layers = f"{first.pruning['num_hidden_layers']} of {first.model['num_hidden_layers']} layers kept"
     where = f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}"
@@ -54,7 +54,7 @@ def _table(records: list[RunRecord]) -> Table:
                 *cells_of_seeds(group, columns),
                 mean_or_dash([record.metrics_before.get("answer_nll") for record in group], 2),
             ]
-            for label, group in rows.items()
+            for label, group in zip(labels, rows, strict=True)
         ],
         [
             "halves: share of pruned layers that the first and the second half of the steps have in common; half-way: "

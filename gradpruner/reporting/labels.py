@@ -38,6 +38,11 @@ WITH_ENCODER = ("similarity", "bertscore_f1")
 ACCURACY_MODES = {"likelihood": "likeliest option", "generate": "exact match of the generated answer"}
 
 
+def method_place(name: str) -> tuple[int, str]:
+    """Sorting key of methods: the paper's order, then those that it has no place for, by name."""
+    return list(METHODS).index(name) if name in METHODS else len(METHODS), name
+
+
 @dataclass(frozen=True)
 class Column:
     """Values that can be compared.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import metric_columns
+from gradpruner.reporting.labels import METRICS, Column
 from gradpruner.reporting.tables import (
     Table,
     cells_of_seeds,
@@ -20,6 +20,7 @@ from gradpruner.reporting.tables import (
 )
 
 METRIC = "answer_nll"
+COLUMN = Column(METRIC, None, METRICS[METRIC])
 
 
 def learning_rate_tables(records: Sequence[RunRecord]) -> list[Table]:
@@ -52,7 +53,6 @@ def _shared(record: RunRecord) -> dict[str, Any]:
 def _table(records: list[RunRecord]) -> Table:
     groups = rows_of_seeds(sorted(records, key=row_order))
     rates = sorted({_rate(record) for record in records})
-    [column] = [each for each in metric_columns([record.metrics for record in records]) if each.metric == METRIC]
     rows: dict[str, dict[float, list[RunRecord]]] = {}
     for label, runs in zip(row_labels([runs[0] for runs in groups]), groups, strict=True):
         rows.setdefault(label, {})[_rate(runs[0])] = runs
@@ -60,7 +60,7 @@ def _table(records: list[RunRecord]) -> Table:
     means: dict[float, list[float]] = {rate: [] for rate in rates}
     for label, by_rate in rows.items():
         values = {rate: statistics.mean(run.metrics[METRIC] for run in runs) for rate, runs in by_rate.items()}
-        texts = [cells_of_seeds(by_rate.get(rate, []), [column])[0] for rate in rates]
+        texts = [cells_of_seeds(by_rate.get(rate, []), [COLUMN])[0] for rate in rates]
         cells.append([label, *_best_in_bold(texts, [values.get(rate, math.inf) for rate in rates])])
         for rate, value in values.items():
             means[rate].append(value)
@@ -71,7 +71,7 @@ def _table(records: list[RunRecord]) -> Table:
     first = records[0]
     return Table(
         f"Learning rates: {first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}, "
-        f"{column.label} ↓",
+        f"{COLUMN.label} ↓",
         ["method", *(f"{rate:g}" for rate in rates)],
         cells,
         [

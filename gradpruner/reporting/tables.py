@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradpruner.record import NOT_IDENTITY, RunRecord
-from gradpruner.reporting.labels import METHODS, Column, describe_origins, metric_columns
+from gradpruner.reporting.labels import METHODS, Column, describe_origins, method_place, metric_columns
 
 # What may differ between the rows of one table; everything else in a config makes another table.
 NOT_SETTING = (*NOT_IDENTITY, "method", "seed", "evaluate_before")
@@ -63,7 +63,11 @@ def setting(record: RunRecord) -> dict[str, Any]:
 
 def data_settings(record: RunRecord) -> dict[str, Any]:
     """The settings of the dataset of a run, without those that are null: older records lack some of these."""
-    return {key: value for key, value in record.config["dataset"].items() if value is not None}
+    return _given(record.config["dataset"])
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def tell_apart(tables: Sequence[tuple[Table, Mapping[str, Any]]]) -> list[Table]:
@@ -138,7 +142,7 @@ def rows_of_seeds(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Records that differ in the seed alone, together."""
     rows: dict[str, dict[int, RunRecord]] = {}
     for record in records:
-        key = [setting(record), record.pruning["method"], _settings(record)]
+        key = [setting(record), record.pruning["method"], _row_key(record)]
         rows.setdefault(json.dumps(key, sort_keys=True), {})[record.seed] = record
     return [[group[seed] for seed in sorted(group)] for group in rows.values()]
 
@@ -153,14 +157,13 @@ def row_labels(records: list[RunRecord]) -> list[str]:
     A value that more than half of these rows share goes without saying. Settings that are themselves made of settings
     are long, and older records lack some: both are only named where the others do not tell rows apart.
     """
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, dict[str, dict[str, Any]]] = {}  # by method, those of other seeds once
     for record in records:
-        own, others = _settings(record), rows.setdefault(record.pruning["method"], [])
-        if own not in others:  # of another seed
-            others.append(own)
+        rows.setdefault(record.pruning["method"], {}).setdefault(_row_key(record), _settings(record))
     labels = []
     for record in records:
-        own, alike = _settings(record), rows[record.pruning["method"]]
+        of_method = rows[record.pruning["method"]]
+        own, alike = of_method[_row_key(record)], list(of_method.values())
         short = [key for key in own if all(key in each and not _is_nested(each[key]) for each in alike)]
         if all(any(other[key] != own[key] for key in short) for other in alike if other != own):
             shown = [key for key in short if 2 * sum(other[key] == own[key] for other in alike) <= len(alike)]
@@ -171,6 +174,10 @@ def row_labels(records: list[RunRecord]) -> list[str]:
     return labels
 
 
+def _row_key(record: RunRecord) -> str:
+    return json.dumps(_given(_settings(record)), sort_keys=True)
+
+
 def _four_digits(value: Any) -> Any:
     return f"{value:.4g}" if isinstance(value, float) else value
 
@@ -179,11 +186,10 @@ def _is_nested(value: Any) -> bool:
     return isinstance(value, dict | list)
 
 
-def row_order(record: RunRecord) -> tuple[int, str, int, str]:
+def row_order(record: RunRecord) -> tuple[tuple[int, str], int, str]:
     """Sorting key of rows: the paper's order of methods, then the larger models, then by settings."""
-    name = record.pruning["method"]
-    place = list(METHODS).index(name) if name in METHODS else len(METHODS)
-    return place, name, -record.pruning["num_hidden_layers"], json.dumps(_settings(record), sort_keys=True)
+    settings = _row_key(record)
+    return method_place(record.pruning["method"]), -record.pruning["num_hidden_layers"], settings
 
 
 def _cells(group: list[RunRecord], columns: list[Column], before: bool) -> list[str]:

@@ -37,6 +37,11 @@ def test_what_was_found_and_what_it_was_worth():
     ]
 
 
+def test_a_run_found_twice_is_one():
+    [table] = importance_tables([run(), run()])
+    assert table.rows[0][6] == "0.500 ±0.020"
+
+
 def test_each_number_of_layers_has_a_table_of_its_own():
     assert len(importance_tables([run(), run(layers=20)])) == 2
     assert importance_tables([record("random")]) == []

@@ -1,10 +1,14 @@
 """Comparison tables over made-up records."""
 
 import copy
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import METHODS
-from gradpruner.reporting.tables import comparisons
+from gradpruner.reporting.tables import comparisons, row_labels
 
 CONFIG = {
     "model": {"path": "org/model"},
@@ -94,6 +98,19 @@ def test_what_older_records_lack_is_said_only_where_it_tells_rows_apart():
     assert sorted(row[0] for row in table.rows) == ["LaCo, interval=2", "LaCo, interval=3"]
     [table] = comparisons([record("laco", **old), record("laco", **new)])
     assert sorted(row[0] for row in table.rows) == ["LaCo", "LaCo, repair=none"]
+
+
+VALUES = {"rule": st.sampled_from("ab"), "steps": st.integers(1, 3), "repair": st.none() | st.just({"rows": 1})}
+
+
+@given(st.lists(st.fixed_dictionaries({}, optional=VALUES), max_size=8))
+def test_no_two_settings_of_a_method_have_one_label(settings):
+    def given(each):  # older records lack what newer ones have as null
+        return json.dumps({key: value for key, value in each.items() if value is not None}, sort_keys=True)
+
+    labels = row_labels([record("laco", **each) for each in settings])
+    assert len({(given(each), label) for each, label in zip(settings, labels, strict=True)}) == len(set(labels))
+    assert len(set(map(given, settings))) == len(set(labels))
 
 
 def test_another_setting_is_another_table():
