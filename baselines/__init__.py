@@ -3,6 +3,6 @@
 `baselines.load(folder)` loads any checkpoint that a run saved, also one whose layers differ in width.
 """
 
-from gradpruner.checkpoint import load_checkpoint as load
+from gradpruner.checkpoints.checkpoint import load_checkpoint as load
 
 __all__ = ["load"]

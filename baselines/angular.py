@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from baselines.calibration import checked
 from baselines.layer_dropping import CalibratedLayerDropping, Scores
-from gradpruner.architectures import decoder_layers
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import last_hidden_state, watch_layers
+from gradpruner.models.architectures import decoder_layers
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """APT, fast: prune once by APT's scores, before fine-tuning; no distillation (Zhao et al., arXiv:2401.12200).
 
-The authors' variant for LLaMA. Scores are summed over small batches of the downstream task; see `apt_scores`.
+The authors' variant for LLaMA. Scores are summed over small batches of the downstream task; see `scores`.
 """
 
 from collections.abc import Iterable
@@ -10,16 +10,16 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from baselines.apt_hooks import static_scores
-from baselines.apt_pruning import AptPruning, hidden_step
-from baselines.apt_scores import Units, densest_units, keep_one, unit_costs, width_plan
+from baselines.apt.hooks import static_scores
+from baselines.apt.pruning import AptPruning, hidden_step
+from baselines.apt.scores import Units, densest_units, keep_one, unit_costs, width_plan
 from baselines.calibration import Calibrated, checked
 from baselines.width_pruning import load_scores, save_scores
-from gradpruner.architectures import check_finite_weights
 from gradpruner.encoding import Batch
 from gradpruner.method import Compressed
+from gradpruner.models.architectures import check_finite_weights
+from gradpruner.models.shape import config_shape, head_dim
 from gradpruner.plan import PruningPlan
-from gradpruner.shape import config_shape, head_dim
 from gradpruner.surgery import apply_plan
 
 
@@ -34,7 +34,6 @@ class AptFast(Calibrated, AptPruning):
     """
 
     name: ClassVar[str] = "apt_fast"
-    sources: ClassVar[tuple[str, ...]] = ("baselines.apt_scores", "baselines.apt_hooks")
 
     batch_size: int = 2
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gradpruner.checks import check_positive
 from gradpruner.encoding import Batch
 from gradpruner.method import Calibration, Method
 
@@ -36,13 +37,6 @@ class Calibrated(Method):
     def measurement_settings(self) -> dict[str, Any]:
         """The rows; scores serve every budget."""
         return {"num_rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
-
-
-def check_positive(method: Method, *names: str) -> None:
-    """Raises ValueError if one of these settings is below 1."""
-    for name in names:
-        if getattr(method, name) < 1:
-            raise ValueError(f"{name} must be 1 or more, got {getattr(method, name)}. Raise method.{name}.")
 
 
 def checked(batches: Iterable[Batch], method: Method) -> list[Batch]:

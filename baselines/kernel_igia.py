@@ -24,15 +24,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from baselines.width_pruning import highest
-from gradpruner.architectures import decoder_layers, linear_sublayers
 from gradpruner.budget import check_match, solve_size, target_parameters
+from gradpruner.checks import check_choice
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients
-from gradpruner.igia import Factors, check_choice, igia_matrix, step_weights
+from gradpruner.igia import Factors, igia_matrix, step_weights
 from gradpruner.merge import top_fraction_mask
 from gradpruner.method import Compressed, Method
+from gradpruner.models.architectures import decoder_layers, linear_sublayers
+from gradpruner.models.shape import ModelShape, check_width_supported, config_shape
 from gradpruner.plan import PruningPlan, WidthPlan
-from gradpruner.shape import ModelShape, check_width_supported, config_shape
 from gradpruner.surgery import apply_plan
 from gradpruner.width_surgery import READS_HIDDEN, WRITES_HIDDEN
 
@@ -52,7 +53,6 @@ class KernelIgia(GradPruner):
     """
 
     name: ClassVar[str] = "kernel_igia"
-    sources: ClassVar[tuple[str, ...]] = ("baselines.width_pruning",)
     finds_sparsity: ClassVar[bool] = False
 
     merge_count: int = 0

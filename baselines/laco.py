@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from baselines.calibration import check_positive, checked, real_tokens
-from gradpruner.architectures import check_finite_weights, decoder_layers, linear_sublayers
+from baselines.calibration import checked, real_tokens
+from gradpruner.checks import check_choice, check_positive
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
 from gradpruner.hidden_states import last_hidden_state
-from gradpruner.igia import check_choice
 from gradpruner.method import Calibration, Compressed, DepthMethod
+from gradpruner.models.architectures import check_finite_weights, decoder_layers, linear_sublayers
 from gradpruner.plan import PruningPlan, preceding_kept_layer
 from gradpruner.surgery import drop_layers, only_layers
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from baselines.layer_dropping import LayerDropping, Scores
-from gradpruner.architectures import decoder_layers
 from gradpruner.encoding import Batch
+from gradpruner.models.architectures import decoder_layers
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from baselines.calibration import check_positive, checked
+from baselines.calibration import checked
 from baselines.taylor_scores import (
     CRITERIA,
     GROUPINGS,
@@ -45,14 +45,14 @@ from baselines.width_pruning import (
     save_scores,
     training_spec,
 )
-from gradpruner.architectures import check_finite_weights, decoder_layers, linear_sublayers
 from gradpruner.budget import solve_size, target_parameters
-from gradpruner.counting import count_model
+from gradpruner.checks import check_choice, check_positive
 from gradpruner.encoding import IGNORED, Batch
-from gradpruner.igia import check_choice
 from gradpruner.method import Calibration, Compressed, Recovery
+from gradpruner.models.architectures import check_finite_weights, decoder_layers, linear_sublayers
+from gradpruner.models.counting import count_model
+from gradpruner.models.shape import LayerShape, ModelShape, config_shape, head_dim
 from gradpruner.plan import PruningPlan, WidthPlan
-from gradpruner.shape import LayerShape, ModelShape, config_shape, head_dim
 from gradpruner.surgery import apply_plan
 from gradpruner.width_surgery import READS_HIDDEN, head_channels
 
@@ -81,7 +81,6 @@ class LlmPruner(WidthPruning):
     """
 
     name: ClassVar[str] = "llm_pruner"
-    sources: ClassVar[tuple[str, ...]] = ("baselines.taylor_scores", "baselines.calibration")
 
     ratio: float | None = None
     criterion: str = "param_first"

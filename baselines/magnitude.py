@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from baselines.layer_dropping import LayerDropping, Scores
-from gradpruner.architectures import decoder_layers, linear_sublayers
 from gradpruner.encoding import Batch
+from gradpruner.models.architectures import decoder_layers, linear_sublayers
 
 
 @dataclass(frozen=True)

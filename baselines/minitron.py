@@ -28,15 +28,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from baselines.calibration import Calibrated, checked, real_tokens
 from baselines.shortgpt import block_influence
 from baselines.width_pruning import WidthPruning, heads_of, highest, load_scores, save_scores, training_spec
-from gradpruner.architectures import check_finite_weights, decoder_layers, linear_sublayers
 from gradpruner.budget import nearest_size, solve_size, target_parameters
-from gradpruner.distill import Distillation
+from gradpruner.checks import check_choice
 from gradpruner.encoding import Batch
+from gradpruner.finetune.distill import Distillation
 from gradpruner.hidden_states import last_hidden_state
-from gradpruner.igia import check_choice
 from gradpruner.method import Compressed, Recovery
+from gradpruner.models.architectures import check_finite_weights, decoder_layers, linear_sublayers
+from gradpruner.models.shape import LAYER_SIZES, LayerShape, ModelShape, config_shape, head_dim
 from gradpruner.plan import PruningPlan, WidthPlan, check_counts
-from gradpruner.shape import LAYER_SIZES, LayerShape, ModelShape, config_shape, head_dim
 from gradpruner.surgery import apply_plan
 
 AXES = ("width", "depth", "ffn")
@@ -65,7 +65,6 @@ class Minitron(Calibrated, WidthPruning):
     """
 
     name: ClassVar[str] = "minitron"
-    sources: ClassVar[tuple[str, ...]] = ("baselines.shortgpt",)
 
     axes: str = "width"
     target_shape: dict[str, int] | None = None

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from baselines.calibration import checked
 from baselines.layer_dropping import CalibratedLayerDropping, Scores
-from gradpruner.architectures import decoder_layers
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_nll
+from gradpruner.models.architectures import decoder_layers
 from gradpruner.surgery import only_layers
 
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from baselines.layer_dropping import LayerDropping, Scores
-from gradpruner.architectures import decoder_layers
 from gradpruner.encoding import Batch
+from gradpruner.models.architectures import decoder_layers
 
 
 @dataclass(frozen=True)

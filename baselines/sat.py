@@ -38,10 +38,10 @@ from baselines.sat_units import (
     find_blocks,
     select_units,
 )
-from gradpruner.cache import content_hash
-from gradpruner.igia import check_choice
+from gradpruner.checks import check_choice
+from gradpruner.files import content_hash
 from gradpruner.method import Compressed, Method
-from gradpruner.shape import ModelShape, check_width_supported
+from gradpruner.models.shape import ModelShape, check_width_supported
 
 LADDERS = ("steps", "none")
 STATE_FILE = "sat.safetensors"  # in a checkpoint of the Trainer
@@ -68,7 +68,6 @@ class Sat(Method):
     """
 
     name: ClassVar[str] = "sat"
-    sources: ClassVar[tuple[str, ...]] = ("baselines.sat_units",)
 
     omission_rate: float = 0.4
     rungs: int = 4

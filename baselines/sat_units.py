@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from gradpruner.architectures import decoder_layers
-from gradpruner.shape import check_width_supported, head_dim
+from gradpruner.models.architectures import decoder_layers
+from gradpruner.models.shape import check_width_supported, head_dim
 
 OBSERVING_METRICS = ("wanda", "activation")  # these need activations
 METRICS = ("uniform", "magnitude", *OBSERVING_METRICS)

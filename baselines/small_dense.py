@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gradpruner.method import Method
-from gradpruner.models import ModelSpec
+from gradpruner.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

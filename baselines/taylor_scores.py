@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gradpruner.architectures import decoder_layers, linear_sublayers
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import text_loss
-from gradpruner.shape import LayerShape
+from gradpruner.models.architectures import decoder_layers, linear_sublayers
+from gradpruner.models.shape import LayerShape
 
 TAYLOR = ("param_first", "param_second", "param_mix", "vectorize")
 CRITERIA = (*TAYLOR, "l1", "l2", "random")

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from gradpruner.budget import check_match, check_sparsity
-from gradpruner.finetune import TrainingSpec
+from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.method import Method
-from gradpruner.shape import ModelShape, check_width_supported
+from gradpruner.models.shape import ModelShape, check_width_supported
 
 SCORES_FILE = "scores.safetensors"
 

@@ -25,12 +25,13 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from gradpruner import importance
-from gradpruner.efficiency import Cost
+from gradpruner.cost import Cost
 from gradpruner.encoding import IGNORED, Batch
-from gradpruner.importance import ImportanceSpec, record_early_gradients
-from gradpruner.models import ModelSpec
+from gradpruner.finetune.trainer import CompletionTrainer
+from gradpruner.importance import record_early_gradients
+from gradpruner.importance_spec import ImportanceSpec
+from gradpruner.models.spec import ModelSpec
 from gradpruner.runtime import default_device, environment, quiet_libraries, set_seed
-from gradpruner.trainer import CompletionTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = ("plain", "importance")

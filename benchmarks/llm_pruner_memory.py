@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 
 from baselines.llm_pruner import LlmPruner
 from baselines.taylor_scores import MLP, channel_scores, combine
-from gradpruner.architectures import decoder_layers, linear_sublayers
-from gradpruner.efficiency import Cost
+from gradpruner.cost import Cost
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import text_loss
-from gradpruner.models import ModelSpec
+from gradpruner.models.architectures import decoder_layers, linear_sublayers
+from gradpruner.models.spec import ModelSpec
 from gradpruner.runtime import environment, quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -30,7 +30,7 @@ from gradpruner.encoding import Encoder
 from gradpruner.evaluate.base import predict_all
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.files import read_jsonl, write_json, write_jsonl
-from gradpruner.models import ModelSpec
+from gradpruner.models.spec import ModelSpec
 from gradpruner.runtime import environment, quiet_libraries
 from gradpruner.tasks import Example
 from gradpruner.tasks.arc_easy import ArcEasy

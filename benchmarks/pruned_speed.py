@@ -4,7 +4,7 @@
     python -m benchmarks.pruned_speed --output results/figures/speed   # also speed.json and speed.png
 
 Also how much of a dense fine-tune 1 % of the steps costs as importance run, and how near every phase comes to this
-machine's matrix products. All models are measured in turns (`gradpruner.speed`). Exits with 1 if at 40 % a training
+machine's matrix products. All models are measured in turns (`gradpruner.pipeline.speed`). Exits with 1 if at 40 % a training
 step or prefill takes over `MAX_TIME` of dense, or the importance run over `MAX_SHARE` of the dense fine-tune.
 """
 
@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.importance_memory import SPEC, measure_in_fresh_process
-from gradpruner.counting import count_model, measure_matmul_flops
 from gradpruner.files import write_json
-from gradpruner.models import ModelSpec
+from gradpruner.models.counting import count_model, measure_matmul_flops
+from gradpruner.models.shape import config_shape
+from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline.speed import Phase, Workload, measure, ratios
 from gradpruner.reporting.figures import plot_speed
 from gradpruner.runtime import environment, quiet_libraries
-from gradpruner.shape import config_shape
-from gradpruner.speed import Phase, Workload, measure, ratios
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ModelSpec("packaged:smollm2-135m")

@@ -23,13 +23,13 @@ from rich.table import Table
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from baselines.sat import Sat
-from gradpruner import finetune
-from gradpruner.architectures import lora_targets
 from gradpruner.encoding import IGNORED, Batch
-from gradpruner.finetune import TrainingSpec
-from gradpruner.models import ModelSpec
+from gradpruner.finetune import run as finetune
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.finetune.trainer import CompletionTrainer
+from gradpruner.models.architectures import lora_targets
+from gradpruner.models.spec import ModelSpec
 from gradpruner.runtime import environment, quiet_libraries, set_seed
-from gradpruner.trainer import CompletionTrainer
 
 ASSETS_DIR = Path(__file__).resolve().parents[1] / ".cache" / "assets"
 MIN_RATIO = 1.25

@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from experiments.prune_checkpoint import return_memory_at_once
-from gradpruner.architectures import decoder_layers, empty_model, linear_sublayers
-from gradpruner.efficiency import PeakMemory
+from gradpruner.checkpoints.streaming import prune_checkpoint
+from gradpruner.cost import PeakMemory
 from gradpruner.files import write_json
+from gradpruner.models.architectures import decoder_layers, empty_model, linear_sublayers
 from gradpruner.plan import PruningPlan
 from gradpruner.runtime import environment
-from gradpruner.streaming import prune_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = ("copy", "prune", "merge")

@@ -2,8 +2,8 @@
 
     python -m experiments.run dry_run=true model=llama3_1_8b
 
-Hub models need no Hub for this: see `gradpruner.offline_configs`. What is counted, and how memory and time are
-estimated, is said in `gradpruner.counting`.
+Hub models need no Hub for this: see `gradpruner.models.offline_configs`. What is counted, and how memory and time are
+estimated, is said in `gradpruner.models.counting`.
 """
 
 import math
@@ -14,16 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gradpruner.counting import (
-    TABLE_11,
-    ModelCounts,
-    allocator_overhead,
-    count_model,
-    estimate_training_memory,
-    measure_matmul_flops,
-)
-from gradpruner.offline_configs import STAND_IN_TOKENIZER, OfflineModelSpec
-from gradpruner.pipeline import Pipeline
+from gradpruner.models.counting import TABLE_11, ModelCounts, count_model, measure_matmul_flops
+from gradpruner.models.memory import allocator_overhead, estimate_training_memory
+from gradpruner.models.offline_configs import STAND_IN_TOKENIZER, OfflineModelSpec
+from gradpruner.pipeline.run import Pipeline
 from gradpruner.runtime import default_device
 
 LENGTH = 128  # tokens of the forward pass that is counted: the paper's Table 11

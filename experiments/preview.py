@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from gradpruner.pipeline import Pipeline
+from gradpruner.pipeline.run import Pipeline
 
 
 def show_example(pipeline: Pipeline, console: Console | None = None) -> None:

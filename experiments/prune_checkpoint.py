@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradpruner.checkpoints.streaming import prune_checkpoint
 from gradpruner.igia import STEP_WEIGHTINGS
 from gradpruner.plan import PruningPlan
-from gradpruner.streaming import prune_checkpoint
 
 if TYPE_CHECKING:
     from gradpruner.gradients import EarlyGradients

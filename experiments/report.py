@@ -27,7 +27,8 @@ from rich.table import Table as RichTable
 
 from experiments import schema
 from experiments.run import CONF, HISTORY_FILE
-from gradpruner import offline_configs
+from gradpruner.models import offline_configs
+from gradpruner.models.shape import config_shape
 from gradpruner.plan import PruningPlan
 from gradpruner.record import RunRecord
 from gradpruner.reporting.comparison_figures import FIGURES, draw
@@ -39,7 +40,6 @@ from gradpruner.reporting.learning_rate_table import learning_rate_tables
 from gradpruner.reporting.paper_tables import paper_table
 from gradpruner.reporting.published import Published, load_published
 from gradpruner.reporting.tables import Table, comparisons
-from gradpruner.shape import config_shape
 from gradpruner.width_surgery import planned_shape
 
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper"

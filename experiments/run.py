@@ -26,20 +26,20 @@ from experiments.preview import show_example
 from experiments.summary import show_summary
 from experiments.sweep import is_left_out, note_failure
 from experiments.tracker import Tracker
-from gradpruner import offline_configs
-from gradpruner.cache import content_hash
-from gradpruner.checkpoint import save_checkpoint
-from gradpruner.efficiency import process_memory_bytes
+from gradpruner.checkpoints.checkpoint import save_checkpoint
+from gradpruner.checks import guess
+from gradpruner.cost import process_memory_bytes
 from gradpruner.evaluate.base import PREDICTIONS_FILE
-from gradpruner.files import write_json, write_text
-from gradpruner.pipeline import PLAN_FILE, Outcome, Pipeline
+from gradpruner.files import content_hash, write_json, write_text
+from gradpruner.finetune.run import PLAN_FILE
+from gradpruner.finetune.trainer import DivergedError
+from gradpruner.models import offline_configs
+from gradpruner.models.shape import config_shape
+from gradpruner.pipeline.run import Outcome, Pipeline
 from gradpruner.record import NOT_IDENTITY, RunRecord
 from gradpruner.reporting.figures import plot_importance, plot_loss
 from gradpruner.runtime import environment, quiet_libraries
-from gradpruner.shape import config_shape
 from gradpruner.tasks import Task
-from gradpruner.tasks.template import guess
-from gradpruner.trainer import DivergedError
 
 logger = logging.getLogger(__name__)
 

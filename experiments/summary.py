@@ -5,10 +5,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gradpruner.checkpoint import SHAPE_FILE
+from gradpruner.checkpoints.checkpoint import SHAPE_FILE
+from gradpruner.models.shape import ModelShape, describe_shape
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import describe_origins, metric_columns
-from gradpruner.shape import ModelShape, describe_shape
 
 
 def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: Console | None = None) -> None:

@@ -134,7 +134,7 @@ def _depth(folder: Path, config: dict[str, Any]) -> list[Check]:
 
 def _read_probe(folder: Path) -> tuple[dict[str, Any] | None, Check]:
     """The recorded probe if there is one that can be read."""
-    from gradpruner.probe import PROBE_FILE, PROBE_VERSION
+    from gradpruner.checkpoints.probe import PROBE_FILE, PROBE_VERSION
 
     try:
         probe = json.loads((folder / PROBE_FILE).read_text(encoding="utf-8"))
@@ -153,7 +153,7 @@ def _read_probe(folder: Path) -> tuple[dict[str, Any] | None, Check]:
 
 def _in_fresh_process(folder: Path, probe: dict[str, Any] | None) -> list[Check]:
     """Runs the second half of this file by itself."""
-    from gradpruner.probe import NUM_NEW_TOKENS, TEXT
+    from gradpruner.checkpoints.probe import NUM_NEW_TOKENS, TEXT
 
     request = {"folder": str(folder.absolute()), "probe": probe, "text": TEXT, "num_new_tokens": NUM_NEW_TOKENS}
     done = subprocess.run(

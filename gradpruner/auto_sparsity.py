@@ -19,7 +19,6 @@ from gradpruner.plan import PruningPlan
 from gradpruner.repair import repair
 from gradpruner.surgery import sharing_copy
 
-AUTO = "auto"
 HELD_OUT = 5  # every fifth row says how likely the answers are
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from transformers import PreTrainedConfig
 
-from gradpruner.counting import count_model
-from gradpruner.igia import check_choice
-from gradpruner.shape import ModelShape
+from gradpruner.checks import check_choice
+from gradpruner.models.counting import count_model
+from gradpruner.models.shape import ModelShape
 
 MATCHES = ("layers", "total", "native")
 

@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,6 +233,31 @@ def collate(rows: Sequence[TrainingRow], pad_token_id: int) -> Batch:
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions counted over real tokens only, (B, T): a row means the same however far it is padded."""
     return (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)
+
+
+def trim_to_answers(batch: Batch) -> dict[str, Any]:
+    """Model inputs that make it compute logits only where there is loss.
+
+    With answers aligned at the end, everything before the first answer token of the batch needs no logits: for a
+    49k-word vocabulary these would be most of the memory of a step.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels`, each (B, T).
+
+    Returns:
+        The inputs with `position_ids`, `labels` cut to their last k columns, and `logits_to_keep` = k.
+    """
+    labels = batch["labels"]
+    has_loss = (labels != IGNORED).any(dim=0)  # (T,)
+    first = int(has_loss.int().argmax())
+    keep = min(labels.shape[1], labels.shape[1] - first + 1)  # the token before an answer predicts its first token
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "position_ids": position_ids(batch["attention_mask"]),
+        "labels": labels[:, -keep:],
+        "logits_to_keep": keep,
+    }
 
 
 def training_batches(

@@ -1,5 +1,6 @@
-"""Atomic writes: a reader sees the old file or the new one, never half of either."""
+"""Atomic writes: a reader sees the old file or the new one, never half of either. And hashes of JSON-ready data."""
 
+import hashlib
 import json
 import os
 import re
@@ -35,6 +36,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads what `write_jsonl` wrote."""
     # By bytes: text may hold U+2028 and other characters that str.splitlines takes for the end of a line.
     return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def content_hash(data: Any) -> str:
+    """20 hex digits that identify JSON-ready data, whatever the order of its keys."""
+    text = json.dumps(data, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def slug(text: str) -> str:

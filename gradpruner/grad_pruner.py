@@ -13,25 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradpruner import stability
-from gradpruner.architectures import decoder_layers
-from gradpruner.auto_sparsity import AUTO, search
+from gradpruner.auto_sparsity import search
+from gradpruner.checks import AUTO, check_choice
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
 from gradpruner.gradients import EarlyGradients
-from gradpruner.igia import (
-    SCORES,
-    STEP_WEIGHTINGS,
-    check_choice,
-    igia_matrix,
-    layer_importance,
-    step_importance,
-    step_weights,
-)
-from gradpruner.importance import ImportanceSpec, record_early_gradients
+from gradpruner.igia import SCORES, STEP_WEIGHTINGS, igia_matrix, layer_importance, step_importance, step_weights
+from gradpruner.importance import record_early_gradients
+from gradpruner.importance_spec import ImportanceSettings, ImportanceSpec
 from gradpruner.merge import check_rule
 from gradpruner.method import Calibration, Compressed, DepthMethod
+from gradpruner.models.architectures import decoder_layers
+from gradpruner.models.shape import ModelShape
 from gradpruner.plan import check_counts, make_plan
-from gradpruner.shape import ModelShape
 from gradpruner.surgery import apply_plan
 
 logger = logging.getLogger(__name__)
@@ -41,11 +35,11 @@ SEARCH_FILE = "search.json"
 
 
 @dataclass(frozen=True)
-class GradPruner(DepthMethod):
+class GradPruner(DepthMethod, ImportanceSettings):
     """GradPruner (arXiv:2601.19503): prune the layers that early LoRA gradients find unimportant, merge the best.
 
     Give either `sparsity` or `num_pruned_layers`, and either `steps` or `fraction`. The settings of the importance run
-    are those of `importance.ImportanceSpec`. With `sparsity=auto` as many layers leave as the answers' likelihood bears
+    are those of `ImportanceSettings`. With `sparsity=auto` as many layers leave as the answers' likelihood bears
     (see `auto_sparsity`); with `steps=auto` the importance run stops once the pruned set has settled.
 
     Attributes:
@@ -66,7 +60,6 @@ class GradPruner(DepthMethod):
     """
 
     name: ClassVar[str] = "gradpruner"
-    sources: ClassVar[tuple[str, ...]] = ("gradpruner.auto_sparsity", "gradpruner.stability", "gradpruner.repair")
     finds_sparsity: ClassVar[bool] = True
 
     merge_count: int = 3
@@ -81,17 +74,6 @@ class GradPruner(DepthMethod):
     patience: int = 5
     tolerance: float = 0.1
     max_sparsity: float = 0.5
-    batch_size: int = 8
-    accumulation: int = 1
-    learning_rate: float = 1e-5
-    lora_rank: int = 8
-    lora_alpha: int = 32
-    lora_init: str = "default"
-    adapter: str = "lora"
-    max_grad_norm: float = 0.0
-    gradient_estimate: str = "product"
-    gradient_checkpointing: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work or contradict each other."""
@@ -121,8 +103,9 @@ class GradPruner(DepthMethod):
             check_rule(self.merge_rule)
         check_choice("score", self.score, SCORES)
         check_choice("step_weighting", self.step_weighting, STEP_WEIGHTINGS)
+        self.check_importance_settings()
         if self.steps is not None:
-            self._importance_spec()  # checks its own values
+            self._importance_spec()  # checks the number of steps
 
     def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
         """Turns `sparsity` into layers and `fraction` into steps; see `Method.resolve`."""

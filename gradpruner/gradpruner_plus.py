@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gradpruner.auto_sparsity import AUTO
+from gradpruner.checks import AUTO
 from gradpruner.grad_pruner import LEAST_SQUARES, GradPruner
 from gradpruner.method import Method
 

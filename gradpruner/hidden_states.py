@@ -13,9 +13,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from gradpruner.architectures import decoder_layers
-from gradpruner.encoding import IGNORED, Batch, position_ids
-from gradpruner.trainer import trim_to_answers
+from gradpruner.encoding import IGNORED, Batch, position_ids, trim_to_answers
+from gradpruner.models.architectures import decoder_layers
 
 CHUNK_LOGITS = 2**24  # logits that exist at a time: 64 MiB in float32
 OnLayer = Callable[[int, Tensor, Tensor], None]  # (layer, its input, its output), the latter two (B, T, d)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradpruner.checks import check_choice
+
 SCORES = ("sumsq", "frobenius")
 GRADIENT_ESTIMATES = ("product", "tangent")
 STEP_WEIGHTINGS = ("energy", "normalized")
@@ -144,9 +146,3 @@ def step_importance(energies: Tensor, score: str = "sumsq", weighting: str = "en
 def layer_importance(energies: Tensor, score: str = "sumsq", weighting: str = "energy") -> Tensor:
     """Layer importance (Eq. 4): the mean of `step_importance` over the t steps, (L,) float64."""
     return step_importance(energies, score, weighting).mean(dim=0)
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError naming the setting, the value and what is allowed."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

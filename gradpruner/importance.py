@@ -3,13 +3,10 @@
 GradPruner (arXiv:2601.19503), Section 3.1 and Algorithm 1, step 1. The base model is bit-identical afterwards.
 """
 
-import importlib.util
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,96 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gradpruner.architectures import check_finite_weights, decoder_layers, linear_sublayers, lora_targets
-from gradpruner.efficiency import PeakMemory
+from gradpruner.cost import PeakMemory
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.files import write_json
+from gradpruner.finetune.trainer import CompletionTrainer
 from gradpruner.gradients import RESULT_FILE, EarlyGradients, factor_names, step_file
-from gradpruner.igia import GRADIENT_ESTIMATES, Factors, check_choice, simulated_gradient, squared_frobenius
+from gradpruner.igia import Factors, simulated_gradient, squared_frobenius
+from gradpruner.importance_spec import LORA_INITS, PLAIN_INITS, ImportanceSpec
+from gradpruner.models.architectures import check_finite_weights, decoder_layers, linear_sublayers, lora_targets
 from gradpruner.runtime import default_device, set_seed
-from gradpruner.trainer import CompletionTrainer
-
-ADAPTERS = ("lora", "dora", "qlora")
-# Name -> peft's value. `mica` freezes B, so its gradient does not exist; eva, corda, loftq and lora_ga need data first.
-LORA_INITS: dict[str, bool | str] = {
-    "default": True,
-    "gaussian": "gaussian",
-    "pissa": "pissa",
-    "olora": "olora",
-    "orthogonal": "orthogonal",
-}
-PLAIN_INITS = ("default", "gaussian")  # leave the base weights alone
-
-
-@dataclass(frozen=True)
-class ImportanceSpec:
-    """How the early gradients are taken.
-
-    Attributes:
-        steps: optimizer steps, at least 2: the first has grad_A = 0 because LoRA's B starts at zero.
-        batch_size: rows a batch.
-        accumulation: batches an optimizer step.
-        learning_rate: constant rate of AdamW. "Early" means that the model has hardly moved, so keep it small.
-        lora_rank: rank r of the adapters.
-        lora_alpha: their alpha.
-        lora_init: one of `LORA_INITS`.
-        adapter: `lora`; `dora`; or `qlora`, LoRA beside weights in 4 bits, which needs bitsandbytes (Table 13).
-        max_grad_norm: clip the gradient before it is captured, as the authors' code does; 0 does not clip.
-        gradient_estimate: one of `igia.GRADIENT_ESTIMATES`.
-        gradient_checkpointing: recompute activations, for less memory and more time.
-        seed: seeds the adapter's initial values.
-    """
-
-    steps: int = 40
-    batch_size: int = 8
-    accumulation: int = 1
-    learning_rate: float = 1e-5
-    lora_rank: int = 8
-    lora_alpha: int = 32
-    lora_init: str = "default"
-    adapter: str = "lora"
-    max_grad_norm: float = 0.0
-    gradient_estimate: str = "product"
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError on values that cannot work."""
-        if self.steps < 2:
-            raise ValueError(
-                f"The importance run needs at least 2 steps, got steps={self.steps}. LoRA's B starts at zero, so the "
-                "gradient of A, and with it Eq. 2, is zero at step 1. Raise method.steps."
-            )
-        check_choice("adapter", self.adapter, ADAPTERS)
-        check_choice("gradient_estimate", self.gradient_estimate, GRADIENT_ESTIMATES)
-        if self.lora_init == "mica":
-            raise ValueError(
-                "lora_init 'mica' freezes B, so there is no gradient of B to watch. "
-                f"Use one of {', '.join(LORA_INITS)}."
-            )
-        if self.lora_init not in LORA_INITS and not re.fullmatch(r"pissa_niter_\d+", self.lora_init):
-            raise ValueError(
-                f"lora_init must be one of {', '.join(LORA_INITS)} or pissa_niter_<n>, got {self.lora_init!r}."
-            )
-        if self.adapter == "qlora":
-            self._check_qlora()
-        for name in ("batch_size", "accumulation", "lora_rank", "lora_alpha", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
-        if self.max_grad_norm < 0:
-            raise ValueError(f"max_grad_norm must be 0 (no clipping) or above, got {self.max_grad_norm}.")
-
-    def _check_qlora(self) -> None:
-        if self.lora_init not in PLAIN_INITS:
-            raise ValueError(
-                f"adapter=qlora has no full weights for an initial value that is made of them, got lora_init="
-                f"{self.lora_init!r}. Use one of {', '.join(PLAIN_INITS)}, or adapter=lora."
-            )
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError(
-                "adapter=qlora needs bitsandbytes for 4-bit weights, got an environment without it. Run "
-                "`pip install 'gradpruner[qlora]'`, or use adapter=lora."
-            )
 
 
 def record_early_gradients(

@@ -15,16 +15,15 @@ from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
-from gradpruner.architectures import check_model, decoder_layers
-from gradpruner.auto_sparsity import AUTO
-from gradpruner.distill import Distillation
+from gradpruner.checks import AUTO, check_choice
 from gradpruner.encoding import Batch
-from gradpruner.finetune import TrainingSpec
-from gradpruner.igia import check_choice
-from gradpruner.models import ModelSpec
+from gradpruner.finetune.distill import Distillation
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.models.architectures import check_model, decoder_layers
+from gradpruner.models.shape import ModelShape, config_shape
+from gradpruner.models.spec import ModelSpec
 from gradpruner.plan import PruningPlan, check_counts
 from gradpruner.repair import REPAIRS, check_repairable, repair
-from gradpruner.shape import ModelShape, config_shape
 from gradpruner.surgery import sharing_copy
 
 logger = logging.getLogger(__name__)
@@ -97,7 +96,6 @@ class Method:
     """Base of all methods. Building one is cheap and checks its values; work starts in the hooks."""
 
     name: ClassVar[str]
-    sources: ClassVar[tuple[str, ...]] = ()  # modules of its own package that it works with
 
     def __post_init__(self) -> None:
         """Checks values in subclasses, each of which calls this one."""

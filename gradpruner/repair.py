@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gradpruner.architectures import decoder_layers, linear_sublayers
+from gradpruner.checks import check_choice
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
 from gradpruner.hidden_states import decode, watch_layers
-from gradpruner.igia import check_choice
+from gradpruner.models.architectures import decoder_layers, linear_sublayers
 from gradpruner.plan import PruningPlan, preceding_kept_layer
 from gradpruner.surgery import only_layers
 

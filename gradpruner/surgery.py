@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gradpruner.architectures import (
+from gradpruner.merge import merge_layers
+from gradpruner.models.architectures import (
     PER_LAYER_CONFIG_LISTS,
     check_model,
     decoder_layers,
     keep_layers_in_config,
     linear_sublayers,
 )
-from gradpruner.merge import merge_layers
 from gradpruner.plan import PruningPlan
 from gradpruner.width_surgery import narrow
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gradpruner.architectures import decoder_layers, linear_sublayers
-from gradpruner.plan import PruningPlan, WidthPlan
-from gradpruner.shape import (
+from gradpruner.models.architectures import decoder_layers, linear_sublayers
+from gradpruner.models.shape import (
     LayerShape,
     ModelShape,
     check_width_supported,
@@ -23,6 +22,7 @@ from gradpruner.shape import (
     set_linear,
     set_widths,
 )
+from gradpruner.plan import PruningPlan, WidthPlan
 
 READS_HIDDEN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 WRITES_HIDDEN = ("self_attn.o_proj", "mlp.down_proj")

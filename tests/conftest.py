@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from gradpruner.models import ModelSpec
+from gradpruner.models.spec import ModelSpec
 from gradpruner.tasks import JsonLines
 
 # Grouped-query attention (4 heads, 2 key-value heads). 258 is the vocabulary of the byte tokenizer of `random:` models;

@@ -26,7 +26,8 @@ from transformers import (
     ViTConfig,
 )
 
-from gradpruner.architectures import (
+from gradpruner.grad_pruner import GradPruner
+from gradpruner.models.architectures import (
     SUPPORTED_MODEL_TYPES,
     check_model,
     check_supported,
@@ -36,8 +37,7 @@ from gradpruner.architectures import (
     lora_targets,
     shrink_config,
 )
-from gradpruner.grad_pruner import GradPruner
-from gradpruner.models import ModelSpec
+from gradpruner.models.spec import ModelSpec
 from gradpruner.plan import PruningPlan, make_plan
 from gradpruner.surgery import apply_plan, drop_layers
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from gradpruner import assets
-from gradpruner.architectures import check_supported, decoder_layers
-from gradpruner.assets import AssetError, find_wheel
-from gradpruner.models import ModelSpec
+from gradpruner.models import assets
+from gradpruner.models.architectures import check_supported, decoder_layers
+from gradpruner.models.assets import AssetError, find_wheel
+from gradpruner.models.spec import ModelSpec
 
 
 def folder_with(folder, *names, config=None):
@@ -228,7 +228,7 @@ def test_fingerprint_follows_the_content(tiny_llama, tmp_path, assets_dir):
 
 
 def test_fingerprint_of_large_weights_follows_the_files(tiny_llama, tmp_path, assets_dir, monkeypatch):
-    monkeypatch.setattr("gradpruner.models.MAX_HASHED_BYTES", 10)
+    monkeypatch.setattr("gradpruner.models.spec.MAX_HASHED_BYTES", 10)
     spec = ModelSpec(str(tmp_path))
     tiny_llama(seed=0).save_pretrained(tmp_path)
     first = spec.fingerprint(assets_dir)
@@ -239,7 +239,7 @@ def test_fingerprint_of_large_weights_follows_the_files(tiny_llama, tmp_path, as
 
 def test_fingerprint_of_a_hub_model_is_its_commit(monkeypatch, assets_dir):
     config = LlamaConfig()
-    monkeypatch.setattr("gradpruner.models.AutoConfig.from_pretrained", lambda *args, **kwargs: config)
+    monkeypatch.setattr("gradpruner.models.spec.AutoConfig.from_pretrained", lambda *args, **kwargs: config)
     assert ModelSpec("a/b", revision="main").fingerprint(assets_dir) == "a/b@main"
     config._commit_hash = "abc123"
     assert ModelSpec("a/b", revision="main").fingerprint(assets_dir) == "a/b@abc123"
@@ -276,6 +276,6 @@ def test_unsupported_model_type_is_refused_before_weights(gpt2_folder, assets_di
     def fail(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("gradpruner.models.AutoModelForCausalLM.from_pretrained", fail)
+    monkeypatch.setattr("gradpruner.models.spec.AutoModelForCausalLM.from_pretrained", fail)
     with pytest.raises(ValueError, match=UNSUPPORTED):
         ModelSpec(str(gpt2_folder)).load(assets_dir)

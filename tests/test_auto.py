@@ -12,12 +12,13 @@ from baselines.last import Last
 from gradpruner import auto_sparsity
 from gradpruner.auto_sparsity import largest_cut, search
 from gradpruner.evaluate.likelihood import Likelihood
-from gradpruner.finetune import TrainingSpec
+from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients
 from gradpruner.gradpruner_plus import GradPrunerPlus
-from gradpruner.importance import ImportanceSpec, record_early_gradients
-from gradpruner.pipeline import Pipeline
+from gradpruner.importance import record_early_gradients
+from gradpruner.importance_spec import ImportanceSpec
+from gradpruner.pipeline.run import Pipeline
 from gradpruner.plan import PruningPlan
 from gradpruner.stability import has_settled
 from gradpruner.surgery import apply_plan

@@ -2,12 +2,12 @@ import logging
 import multiprocessing
 import os
 import time
-import types
 from pathlib import Path
 
 import pytest
 
-from gradpruner.cache import ENTRY_FILE, StageCache, code_version, content_hash
+from gradpruner.files import content_hash
+from gradpruner.pipeline.cache import ENTRY_FILE, StageCache
 
 KEY = {"model": "abc", "steps": 2}
 
@@ -113,16 +113,3 @@ def test_two_processes_compute_once(tmp_path):
 def test_hash_ignores_the_order_of_keys():
     assert content_hash({"a": 1, "b": [2, None]}) == content_hash({"b": [2, None], "a": 1})
     assert content_hash({"a": 1}) != content_hash({"a": 2})
-
-
-def test_code_version_follows_behaviour_not_prose(tmp_path):
-    def version(source):
-        path = tmp_path / "module.py"
-        path.write_text(source)
-        module = types.ModuleType("module")
-        module.__file__ = str(path)
-        return code_version(module)
-
-    plain = version('def f(x):\n    """Doc."""\n    return x + 1\n')
-    assert version('def f(x):\n    """Other words."""\n\n    return x + 1  # why\n') == plain
-    assert version('def f(x):\n    """Doc."""\n    return x + 2\n') != plain

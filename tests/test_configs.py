@@ -8,7 +8,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 
 from experiments import schema
 from experiments.run import CONF, build_pipeline, identity, run_directory
-from gradpruner.cache import content_hash
+from gradpruner.files import content_hash
 
 GROUPS = ("model", "dataset", "finetune", "method", "evaluation", "tracker", "debug", "experiment")
 CASES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]

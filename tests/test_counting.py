@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from transformers import MistralConfig
 
-from gradpruner import counting
-from gradpruner.architectures import count_parameters, empty_model, shrink_config
-from gradpruner.counting import TABLE_11, count_model, estimate_training_memory, saved_activation_bytes
-from gradpruner.models import ModelSpec
-from gradpruner.offline_configs import OfflineModelSpec, for_dry_run, shipped_config, shipped_ids
+from gradpruner.models import counting, memory
+from gradpruner.models.architectures import count_parameters, empty_model, shrink_config
+from gradpruner.models.counting import TABLE_11, count_model
+from gradpruner.models.memory import estimate_training_memory, saved_activation_bytes
+from gradpruner.models.offline_configs import OfflineModelSpec, for_dry_run, shipped_config, shipped_ids
+from gradpruner.models.shape import config_shape
+from gradpruner.models.spec import ModelSpec
 from gradpruner.plan import PruningPlan
-from gradpruner.shape import config_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_8B, MISTRAL = "meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.3"
@@ -148,7 +149,7 @@ def test_a_plan_is_counted_as_the_model_it_makes():
 
 def test_lora_parameters_are_those_of_peft():
     config = sliding()
-    tuned = counting._empty_training_model(config, config_shape(config), 4, torch.float32)
+    tuned = memory._empty_training_model(config, config_shape(config), 4, torch.float32)
     trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     assert count_model(config).num_lora_parameters(4) == trained
 
@@ -187,7 +188,7 @@ def test_saved_activations_are_those_of_a_real_forward_pass(tiny_llama):
 def test_exact_parts_of_the_memory_estimate(lora_rank):
     config = shipped_config(LLAMA_1B)
     estimate = estimate_training_memory(config, 2, 32, 5, torch.bfloat16, lora_rank=lora_rank, accumulate=True)
-    model = counting._empty_training_model(config, config_shape(config), lora_rank, torch.bfloat16)
+    model = memory._empty_training_model(config, config_shape(config), lora_rank, torch.bfloat16)
     adapter_dtype_bytes = 4 if lora_rank else 2
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * adapter_dtype_bytes
     assert estimate.weights == 2 * 1_235_814_400 + (trained if lora_rank else 0)
@@ -214,10 +215,11 @@ MEASURE = """
 import logging, random, sys, tempfile
 from pathlib import Path
 import psutil, torch
-from gradpruner.efficiency import _release_memory
+from gradpruner.cost import _release_memory
 from gradpruner.encoding import TrainingRow
-from gradpruner.finetune import TrainingSpec, finetune
-from gradpruner.models import ModelSpec
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.finetune.run import finetune
+from gradpruner.models.spec import ModelSpec
 
 assets, kind, num_rows, length, mode, checkpointing = sys.argv[1:]
 num_rows, length = int(num_rows), int(length)
@@ -271,7 +273,7 @@ def test_memory_estimate_against_a_measured_run(num_rows, mode, checkpointing, t
         torch.float32,
         lora_rank=8 if mode == "lora" else None,
         recompute=checkpointing,
-        overhead=counting.allocator_overhead(),
+        overhead=memory.allocator_overhead(),
     )
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(assets), spec.path, str(num_rows), "64", mode, str(checkpointing)],
@@ -288,14 +290,14 @@ def test_memory_estimate_against_a_measured_run(num_rows, mode, checkpointing, t
 def test_allocator_overhead(monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     monkeypatch.setattr(counting, "default_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(counting.platform, "libc_ver", lambda: ("glibc", "2.39"))
-    assert counting.allocator_overhead() == counting.GLIBC_OVERHEAD
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.39"))
+    assert memory.allocator_overhead() == memory.GLIBC_OVERHEAD
     config = sliding()
     plain = estimate_training_memory(config, 2, 16, 4, torch.float32)
     more = estimate_training_memory(config, 2, 16, 4, torch.float32, overhead=0.5)
     assert more.allocator == round(0.5 * (plain.activations + plain.transient))
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    assert counting.allocator_overhead() == 0.0
+    assert memory.allocator_overhead() == 0.0
 
 
 def test_measured_matmul_rate_is_a_rate():
@@ -306,7 +308,7 @@ def test_measured_matmul_rate_is_a_rate():
 
 
 def test_a_hub_model_without_the_hub(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr("gradpruner.offline_configs._hub_answers", lambda: False)
+    monkeypatch.setattr("gradpruner.models.offline_configs._hub_answers", lambda: False)
     model = for_dry_run(ModelSpec(LLAMA_8B, dtype="bfloat16"), tmp_path)
     assert isinstance(model, OfflineModelSpec) and model.dtype == "bfloat16" and model.name == "Llama-3.1-8B"
     assert model.load_config(tmp_path).num_hidden_layers == 32
@@ -319,7 +321,7 @@ def test_a_readable_model_is_left_alone(monkeypatch, tmp_path, tiny_spec):
     assert for_dry_run(tiny_spec, tmp_path) is tiny_spec
     unknown = ModelSpec("org/Unknown")
     assert for_dry_run(unknown, tmp_path) is unknown  # its own error says more
-    monkeypatch.setattr("gradpruner.offline_configs._hub_answers", lambda: True)
+    monkeypatch.setattr("gradpruner.models.offline_configs._hub_answers", lambda: True)
     monkeypatch.setattr(ModelSpec, "load_config", lambda self, folder: None)
     monkeypatch.setattr(ModelSpec, "load_tokenizer", lambda self, folder: None)
     readable = ModelSpec(LLAMA_8B)
@@ -330,7 +332,7 @@ def test_a_gated_model_has_a_stand_in(monkeypatch, tmp_path, caplog):
     def gated(self, folder):
         raise OSError("You are trying to access a gated repo.\nLog in.")
 
-    monkeypatch.setattr("gradpruner.offline_configs._hub_answers", lambda: True)
+    monkeypatch.setattr("gradpruner.models.offline_configs._hub_answers", lambda: True)
     monkeypatch.setattr(ModelSpec, "load_config", gated)
     assert isinstance(for_dry_run(ModelSpec(LLAMA_8B), tmp_path), OfflineModelSpec)
     assert "(You are trying to access a gated repo.)" in caplog.text

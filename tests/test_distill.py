@@ -5,9 +5,10 @@ import torch
 from torch.nn import functional
 
 from gradpruner import hidden_states
-from gradpruner.distill import Distillation, DistillationLoss, add_states_loss, kl_divergence, states_loss
 from gradpruner.encoding import TrainingRow, collate
-from gradpruner.finetune import TrainingSpec, finetune
+from gradpruner.finetune.distill import Distillation, DistillationLoss, add_states_loss, kl_divergence, states_loss
+from gradpruner.finetune.run import finetune
+from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.method import Recovery
 from gradpruner.plan import PruningPlan, WidthPlan
 from gradpruner.surgery import apply_plan

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from experiments import dry_run
 from experiments.run import CONF, build_pipeline
-from gradpruner.models import ModelSpec
-from gradpruner.offline_configs import OfflineModelSpec
+from gradpruner.models.offline_configs import OfflineModelSpec
+from gradpruner.models.spec import ModelSpec
 
 SAMPLES = ["dataset.max_train_samples=40", "dataset.max_test_samples=8"]
 

@@ -12,16 +12,16 @@ from gradpruner.encoding import (
     position_ids,
     split_tokens,
     training_batches,
+    trim_to_answers,
 )
 from gradpruner.tasks import DataError, Example
-from gradpruner.trainer import trim_to_answers
 
 PROMPT, ANSWER = "Question: why?\nAnswer:", " because"
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from gradpruner.models import ModelSpec
+    from gradpruner.models.spec import ModelSpec
 
     config = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     return ModelSpec("random:llama", config=config).load_tokenizer(tmp_path_factory.mktemp("assets"))

@@ -7,9 +7,10 @@ import torch
 from transformers import TrainerCallback
 
 from gradpruner.encoding import TrainingRow
-from gradpruner.finetune import CHECKPOINTS_FOLDER, TrainingSpec, finetune, load_finetuned, read_result
-from gradpruner.models import ModelSpec
-from gradpruner.trainer import DivergedError
+from gradpruner.finetune.run import CHECKPOINTS_FOLDER, finetune, load_finetuned, read_result
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.finetune.trainer import DivergedError
+from gradpruner.models.spec import ModelSpec
 
 CONFIG = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 ROWS = [TrainingRow((*range(2, 4 + index % 5), 60 + index % 7, 1), 2) for index in range(12)]

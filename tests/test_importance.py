@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import set_seed
 
 from gradpruner import importance
-from gradpruner.architectures import linear_sublayers
+from gradpruner.finetune.trainer import DivergedError
 from gradpruner.gradients import EarlyGradients
-from gradpruner.importance import LORA_INITS, ImportanceSpec, record_early_gradients
-from gradpruner.trainer import DivergedError
+from gradpruner.importance import record_early_gradients
+from gradpruner.importance_spec import LORA_INITS, ImportanceSpec
+from gradpruner.models.architectures import linear_sublayers
 
 ADAPTERS = [{"lora_init": init} for init in (*LORA_INITS, "pissa_niter_4")] + [
     {"adapter": "dora"},

@@ -115,7 +115,9 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_said_and_damages_nothing(small_disk, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradpruner.pipeline.Pipeline.check", lambda self, disk=True: None)  # it would refuse at once
+    monkeypatch.setattr(
+        "gradpruner.pipeline.run.Pipeline.check", lambda self, disk=True: None
+    )  # it would refuse at once
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * (31 * 2**19))
     with pytest.raises(OSError, match=r"The disk of .*cache/stages is full .*Free some space, or set cache_dir"):

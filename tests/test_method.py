@@ -8,11 +8,11 @@ import torch
 
 import gradpruner
 from gradpruner import GradPruner
-from gradpruner.architectures import linear_sublayers
 from gradpruner.gradients import EarlyGradients
-from gradpruner.importance import ImportanceSpec
+from gradpruner.importance_spec import ImportanceSpec
 from gradpruner.merge import MERGE_RULES
 from gradpruner.method import Calibration, Method
+from gradpruner.models.architectures import linear_sublayers
 from gradpruner.plan import PruningPlan
 
 

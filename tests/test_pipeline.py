@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from baselines.dense import Dense
-from gradpruner import pipeline as pipeline_module
 from gradpruner.evaluate.base import predict_all
 from gradpruner.evaluate.generate import Generation
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.files import read_jsonl
-from gradpruner.finetune import TrainingSpec
+from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
-from gradpruner.models import ModelSpec
-from gradpruner.pipeline import Pipeline
+from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline import setup
+from gradpruner.pipeline.run import Pipeline
 from gradpruner.tasks import DataError, JsonLines
 
 CONFIG = {
@@ -155,7 +156,7 @@ def test_result_is_the_model_that_was_evaluated(make, tmp_path):
     model = pipeline.load_result()
     assert model.config.num_hidden_layers == 3 and len(model.model.layers) == 3
     path = predict_all(
-        lambda: model, pipeline.resolved_evaluation, pipeline._encoder(pipeline.task), pipeline.questions, tmp_path
+        lambda: model, pipeline.resolved_evaluation, pipeline.encoder(pipeline.task), pipeline.questions, tmp_path
     )
     assert pipeline.resolved_evaluation.measure(read_jsonl(path), pipeline.test_examples)[0] == outcome.metrics
 
@@ -232,7 +233,7 @@ def test_interrupted_fine_tuning_goes_on(make, monkeypatch, tmp_path):
     expected = make(training=training, cache_dir=tmp_path / "whole").run()
     original = Dense.callbacks
 
-    class Kill(pipeline_module.finetune.TrainerCallback):
+    class Kill(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 3:
                 raise KeyboardInterrupt
@@ -253,8 +254,8 @@ def test_bad_data_is_refused_before_weights(make, task, monkeypatch):
 
 
 def test_a_full_disk_is_refused_before_weights(make, monkeypatch):
-    usage = pipeline_module.shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(pipeline_module.shutil, "disk_usage", lambda path: usage)
+    usage = setup.shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"Not enough disk space in .*needed, 0\.0 GB free.*cache_dir"):
         make().check()
 

@@ -16,9 +16,9 @@ from transformers import LlamaConfig
 from experiments.run import CONF, _check_prunes, build_pipeline, run_directory
 from experiments.schema import ConfigError
 from experiments.sweep import is_left_out
-from gradpruner.models import ModelSpec
-from gradpruner.offline_configs import shipped_config, shipped_ids
-from gradpruner.pipeline import Pipeline
+from gradpruner.models.offline_configs import shipped_config, shipped_ids
+from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline.run import Pipeline
 
 SCALES = ("small", "paper")
 OURS = {"importance", "repair", "learning_rate"}  # in both scales, too

@@ -10,12 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gradpruner.architectures import decoder_layers, linear_sublayers
 from gradpruner.evaluate.base import Question
 from gradpruner.evaluate.likelihood import _prediction
 from gradpruner.evaluate.metrics import likelihood_metrics
 from gradpruner.igia import SCORES, STEP_WEIGHTINGS, igia_matrix, layer_importance, squared_frobenius, step_weights
 from gradpruner.merge import MERGE_RULES, merge_layers, top_fraction_mask
+from gradpruner.models.architectures import decoder_layers, linear_sublayers
 from gradpruner.plan import PruningPlan, make_plan
 from gradpruner.surgery import apply_plan
 from gradpruner.tasks.base import Example

@@ -15,15 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from baselines.last import Last
 from baselines.shortgpt import ShortGpt
 from gradpruner import repair as repair_module
-from gradpruner.architectures import linear_sublayers
+from gradpruner.checkpoints.streaming import prune_checkpoint
 from gradpruner.evaluate.likelihood import Likelihood
-from gradpruner.finetune import TrainingSpec
+from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
-from gradpruner.models import ModelSpec
-from gradpruner.pipeline import Pipeline
+from gradpruner.models.architectures import linear_sublayers
+from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline.run import Pipeline
 from gradpruner.plan import PruningPlan
 from gradpruner.repair import RIDGES, Run, best_ridge, fold, pruned_runs, repair, solve
-from gradpruner.streaming import prune_checkpoint
 from gradpruner.surgery import apply_plan, sharing_copy
 
 TINY = {

@@ -115,7 +115,7 @@ def test_another_config_in_the_same_folder_is_refused(folders, tmp_path):
 
 
 def test_a_failed_run_is_recorded_and_can_be_repeated(folders, tmp_path, monkeypatch):
-    from gradpruner.pipeline import Pipeline
+    from gradpruner.pipeline.run import Pipeline
 
     def fail(self):
         raise RuntimeError("power cut")
@@ -131,7 +131,7 @@ def test_a_failed_run_is_recorded_and_can_be_repeated(folders, tmp_path, monkeyp
 
 
 def test_dry_run_loads_no_weights(folders, tmp_path, monkeypatch, capsys):
-    from gradpruner.models import ModelSpec
+    from gradpruner.models.spec import ModelSpec
 
     monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
     assert run("dry_run=true", *folders) is None
@@ -331,7 +331,7 @@ def test_a_bug_in_a_sweep_is_listed_and_an_interruption_stops_it(tmp_path, error
     script = f"""
 import sys
 from experiments import run
-from gradpruner.pipeline import Pipeline
+from gradpruner.pipeline.run import Pipeline
 original = Pipeline.run
 def broken(self):
     if self.seed == 0:

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from gradpruner import speed
-from gradpruner.shape import LayerShape, ModelShape, config_shape, model_shape
-from gradpruner.speed import Phase, Workload, measure, random_model, ratios
+from gradpruner.models.shape import LayerShape, ModelShape, config_shape, model_shape
+from gradpruner.pipeline import speed
+from gradpruner.pipeline.speed import Phase, measure, ratios
+from gradpruner.pipeline.speed_process import Workload, random_model
 
 SMALL = Workload(
     train_rows=2, train_tokens=8, answer_tokens=2, prompt_tokens=6, new_tokens=3, repeats=2, rounds=1, lora_rank=2

@@ -10,17 +10,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from experiments.prune_checkpoint import main
-from gradpruner import streaming, tensor_files
-from gradpruner.architectures import linear_sublayers
+from gradpruner.checkpoints import streaming, tensor_files
+from gradpruner.checkpoints.streaming import load_pruned, prune_checkpoint
+from gradpruner.checkpoints.tensor_files import INDEX_FILE, WEIGHTS_FILE
 from gradpruner.files import write_json
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients
 from gradpruner.igia import igia_matrix, squared_frobenius, step_weights
 from gradpruner.merge import MERGE_RULES
+from gradpruner.models.architectures import linear_sublayers
 from gradpruner.plan import PruningPlan, preceding_kept_layer
-from gradpruner.streaming import load_pruned, prune_checkpoint
 from gradpruner.surgery import apply_plan
-from gradpruner.tensor_files import INDEX_FILE, WEIGHTS_FILE
 
 NUM_LAYERS = 6
 SMALL_SHARD = 20_000  # bytes; a layer of the float32 model takes 31 KB, its largest tensor 6 KB, its embedding 33 KB

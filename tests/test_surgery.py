@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gradpruner.architectures import (
+from gradpruner.merge import MERGE_RULES
+from gradpruner.models.architectures import (
     count_parameters,
     decoder_layers,
     empty_model,
@@ -14,7 +15,6 @@ from gradpruner.architectures import (
     lora_targets,
     shrink_config,
 )
-from gradpruner.merge import MERGE_RULES
 from gradpruner.plan import PruningPlan, make_plan, preceding_kept_layer
 from gradpruner.surgery import apply_plan, drop_layers
 

@@ -1,4 +1,4 @@
-"""`experiments.verify` passes a good checkpoint and names each kind of damage; what `gradpruner.probe` records."""
+"""`experiments.verify` passes a good checkpoint and names each kind of damage; what `gradpruner.checkpoints.probe` records."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ from transformers import GenerationConfig
 
 from experiments import verify
 from experiments.run import CONF
-from gradpruner.checkpoint import save_checkpoint
+from gradpruner.checkpoints.checkpoint import save_checkpoint
+from gradpruner.checkpoints.probe import TEXT, make_probe
 from gradpruner.plan import PruningPlan
-from gradpruner.probe import TEXT, make_probe
 from gradpruner.surgery import apply_plan
 
 PLAN = PruningPlan(num_hidden_layers=6, pruned_layers=(1, 4), method="test")

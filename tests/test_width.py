@@ -7,13 +7,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import baselines
-from gradpruner.architectures import count_parameters
 from gradpruner.budget import solve_size, target_parameters
-from gradpruner.checkpoint import load_checkpoint, save_checkpoint
-from gradpruner.counting import count_model, estimate_training_memory
-from gradpruner.offline_configs import shipped_config
-from gradpruner.plan import PruningPlan, WidthPlan
-from gradpruner.shape import (
+from gradpruner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from gradpruner.models.architectures import count_parameters
+from gradpruner.models.counting import count_model
+from gradpruner.models.memory import estimate_training_memory
+from gradpruner.models.offline_configs import shipped_config
+from gradpruner.models.shape import (
     WIDTH_MODEL_TYPES,
     LayerShape,
     ModelShape,
@@ -23,6 +23,7 @@ from gradpruner.shape import (
     model_shape,
     shaped_config,
 )
+from gradpruner.plan import PruningPlan, WidthPlan
 from gradpruner.surgery import apply_plan
 from gradpruner.width_surgery import narrow
 
@@ -308,7 +309,7 @@ def test_layers_that_are_alike_are_a_stock_checkpoint(model_type, save, make_bat
 
 
 def test_shards(tiny_tokenizer, tmp_path, monkeypatch, make_batches):
-    monkeypatch.setattr("gradpruner.checkpoint.MAX_SHARD_SIZE", "20KB")
+    monkeypatch.setattr("gradpruner.checkpoints.checkpoint.MAX_SHARD_SIZE", "20KB")
     model = make_model()
     plan = PruningPlan(num_hidden_layers=3, method="test", width=UNEVEN)
     save_checkpoint(apply_plan(model, plan), tiny_tokenizer, plan, tmp_path / "saved", "tiny")

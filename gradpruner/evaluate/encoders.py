@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 from bert_score.utils import model2layers
 
-from gradpruner.assets import find_wheel
+from gradpruner.models.assets import find_wheel
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from gradpruner.counting import TABLE_11, ModelCounts, count_model
+from gradpruner.models.counting import TABLE_11, ModelCounts, count_model
+from gradpruner.models.shape import ModelShape
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import METHODS
 from gradpruner.reporting.published import Published
 from gradpruner.reporting.tables import Table, row_labels, setting, tell_apart
-from gradpruner.shape import ModelShape
 
 DASH = "-"
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from gradpruner.checks import guess
 from gradpruner.tasks.columns import DataError, RowError
 from gradpruner.tasks.example import Example, Parsed, fingerprint
 from gradpruner.tasks.sampling import stratified_sample
 from gradpruner.tasks.sources import Row, read_hub, read_local, read_packaged
-from gradpruner.tasks.template import Template, guess
+from gradpruner.tasks.template import Template
 
 __all__ = ["DataError", "Example", "Parsed", "RowError", "Task", "fingerprint"]
 

@@ -6,7 +6,6 @@ conversions or format specifications. `{{` and `}}` are literal braces. Braces i
 a shell passed on as two characters is a line break.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from gradpruner.checks import guess
 from gradpruner.tasks.columns import DataError, RowError, check_encodable
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -100,12 +100,6 @@ class Template:
             if is_field:
                 spans[part] = (start, len(text))
         return text, spans
-
-
-def guess(name: str, known: Iterable[str]) -> str:
-    """Returns `" (did you mean 'x'?)"` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _look_up(values: Mapping[str, Any], name: str) -> str:

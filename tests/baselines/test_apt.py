@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from baselines.apt import Apt
-from baselines.apt_adapters import adapters, grow, narrow_with_adapters
-from baselines.apt_distill import StateMap, distillation_loss, drawn_layers, layer_loss, make_teacher, shared_copy
-from baselines.apt_fast import AptFast
-from baselines.apt_hooks import UnitHooks, _Sums, static_scores
-from baselines.apt_scores import (
+from baselines.apt.adapters import adapters, grow, narrow_with_adapters
+from baselines.apt.distill import StateMap, distillation_loss, drawn_layers, layer_loss, make_teacher
+from baselines.apt.hooks import UnitHooks, _Sums, static_scores
+from baselines.apt.method import Apt
+from baselines.apt.scores import (
     Costs,
     Schedule,
     Units,
@@ -32,17 +31,20 @@ from baselines.apt_scores import (
     unit_costs,
     width_plan,
 )
-from baselines.apt_training import STATE_FILE, AptTraining
-from gradpruner.architectures import count_parameters, decoder_layers, lora_targets
+from baselines.apt.training import STATE_FILE, AptTraining
+from baselines.apt_fast import AptFast
 from gradpruner.budget import target_parameters
-from gradpruner.counting import count_model
 from gradpruner.encoding import TrainingRow
 from gradpruner.evaluate.likelihood import Likelihood
-from gradpruner.finetune import CHECKPOINTS_FOLDER, PLAN_FILE, TrainingSpec, finetune, load_finetuned
-from gradpruner.models import ModelSpec
-from gradpruner.pipeline import Pipeline
+from gradpruner.finetune.run import CHECKPOINTS_FOLDER, PLAN_FILE, finetune, load_finetuned
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.models.architectures import count_parameters, decoder_layers, lora_targets
+from gradpruner.models.counting import count_model
+from gradpruner.models.shape import LayerShape, ModelShape, config_shape, model_shape
+from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline.run import Pipeline
 from gradpruner.plan import PruningPlan
-from gradpruner.shape import LayerShape, ModelShape, config_shape, model_shape
+from gradpruner.surgery import sharing_copy
 from gradpruner.tasks import JsonLines
 from gradpruner.width_surgery import narrow
 
@@ -636,7 +638,7 @@ def test_a_checkpoint_of_another_method_is_refused(load, tmp_path):
 
 def test_the_teacher_shares_weights_and_stays_when_the_student_shrinks():
     dense = make_model()
-    copy = shared_copy(dense)
+    copy = sharing_copy(dense)
     student = with_lora(dense)
     before = logits(student)
     adapter_state = {name: value.clone() for name, value in student.state_dict().items() if "lora_" in name}
@@ -644,7 +646,7 @@ def test_the_teacher_shares_weights_and_stays_when_the_student_shrinks():
     random_state = torch.get_rng_state()
     teacher = make_teacher(copy, LoraConfig(r=2, lora_alpha=3, target_modules=lora_targets(copy)), adapter_state)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert teacher.lm_head.weight is student.get_base_model().lm_head.weight
+    assert teacher.lm_head.weight.data_ptr() == student.get_base_model().lm_head.weight.data_ptr()
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     optimizer = torch.optim.AdamW(parameter for parameter in student.parameters() if parameter.requires_grad)
     plan = width_plan(some_units(teacher.config), 2, Units.full(config_shape(teacher.config), True))

@@ -19,10 +19,10 @@ from baselines.shortgpt import ShortGpt
 from baselines.small_dense import SmallDense
 from baselines.taylor_depth import TaylorDepth
 from gradpruner.evaluate.likelihood import Likelihood
-from gradpruner.finetune import TrainingSpec
+from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
-from gradpruner.models import ModelSpec
-from gradpruner.pipeline import Pipeline
+from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline.run import Pipeline
 
 METHODS = {
     "gradpruner": (GradPruner, {"merge_count": 1, "steps": 2, "batch_size": 2, "lora_rank": 2}),

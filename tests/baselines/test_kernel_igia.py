@@ -14,13 +14,13 @@ from baselines.kernel_igia import (
     column_sums,
     merge_columns,
 )
-from gradpruner.architectures import count_parameters, linear_sublayers
 from gradpruner.budget import target_parameters
-from gradpruner.counting import count_model
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients
 from gradpruner.igia import igia_matrix
-from gradpruner.shape import ModelShape, config_shape, model_shape
+from gradpruner.models.architectures import count_parameters, linear_sublayers
+from gradpruner.models.counting import count_model
+from gradpruner.models.shape import ModelShape, config_shape, model_shape
 
 TINY = {
     "vocab_size": 258, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 5, "num_attention_heads": 6,

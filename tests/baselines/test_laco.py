@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from baselines.laco import LaCo, merged_weight
-from gradpruner.architectures import linear_sublayers
+from gradpruner.models.architectures import linear_sublayers
 
 
 def laco(num_pruned_layers, **settings):

@@ -17,12 +17,12 @@ from baselines.taylor_scores import (
     group_scores,
 )
 from baselines.width_pruning import highest
-from gradpruner.architectures import count_parameters, linear_sublayers
 from gradpruner.budget import target_parameters
-from gradpruner.counting import count_model
 from gradpruner.method import Recovery
-from gradpruner.offline_configs import shipped_config
-from gradpruner.shape import LayerShape, config_shape, model_shape
+from gradpruner.models.architectures import count_parameters, linear_sublayers
+from gradpruner.models.counting import count_model
+from gradpruner.models.offline_configs import shipped_config
+from gradpruner.models.shape import LayerShape, config_shape, model_shape
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B"
 TINY = {

@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from baselines.minitron import Minitron, _Means, kept_heads
 from baselines.shortgpt import block_influence
 from baselines.width_pruning import load_scores
-from gradpruner.architectures import count_parameters
 from gradpruner.budget import target_parameters
-from gradpruner.counting import count_model
-from gradpruner.offline_configs import shipped_config
-from gradpruner.shape import LayerShape, ModelShape, config_shape, model_shape
+from gradpruner.models.architectures import count_parameters
+from gradpruner.models.counting import count_model
+from gradpruner.models.offline_configs import shipped_config
+from gradpruner.models.shape import LayerShape, ModelShape, config_shape, model_shape
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B"
 TINY = {

@@ -25,12 +25,13 @@ from baselines.sat_units import (
     unit_channels,
     wanda_scores,
 )
-from gradpruner.architectures import lora_targets
 from gradpruner.encoding import TrainingRow
 from gradpruner.evaluate.likelihood import Likelihood
-from gradpruner.finetune import CHECKPOINTS_FOLDER, COMPLETE_MARK, TrainingSpec, finetune, load_finetuned, read_result
-from gradpruner.models import ModelSpec
-from gradpruner.pipeline import Pipeline
+from gradpruner.finetune.run import CHECKPOINTS_FOLDER, COMPLETE_MARK, finetune, load_finetuned, read_result
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.models.architectures import lora_targets
+from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline.run import Pipeline
 from gradpruner.tasks import JsonLines
 
 # 4 KV groups of 2 query heads each, 10 MLP channels: at a rate of 0.4, 1 group and 4 channels are left out.

@@ -14,7 +14,7 @@ from baselines.perplexity import Perplexity
 from baselines.random import Random
 from baselines.shortgpt import ShortGpt, block_influence
 from baselines.taylor_depth import TaylorDepth
-from gradpruner.architectures import linear_sublayers
+from gradpruner.models.architectures import linear_sublayers
 
 
 def scripted(inputs, *outputs):

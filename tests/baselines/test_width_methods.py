@@ -11,13 +11,13 @@ from baselines.kernel_igia import KernelIgia
 from baselines.llm_pruner import LlmPruner
 from baselines.minitron import Minitron
 from experiments import verify
-from gradpruner import finetune
-from gradpruner.checkpoint import save_checkpoint
+from gradpruner.checkpoints.checkpoint import save_checkpoint
 from gradpruner.evaluate.likelihood import Likelihood
-from gradpruner.finetune import TrainingSpec
-from gradpruner.models import ModelSpec
-from gradpruner.pipeline import Pipeline
-from gradpruner.shape import model_shape
+from gradpruner.finetune import run as finetune
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.models.shape import model_shape
+from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline.run import Pipeline
 from gradpruner.tasks import JsonLines
 
 TINY = {

@@ -5,9 +5,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from gradpruner.assets import AssetError
 from gradpruner.evaluate import encoders
 from gradpruner.evaluate.encoders import TextEncoder, choose_encoder
+from gradpruner.models.assets import AssetError
 
 
 @pytest.fixture

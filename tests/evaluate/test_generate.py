@@ -14,7 +14,7 @@ from gradpruner.evaluate.base import predict_all
 from gradpruner.evaluate.encoders import TextEncoder
 from gradpruner.evaluate.generate import Generation
 from gradpruner.files import read_jsonl
-from gradpruner.models import ModelSpec
+from gradpruner.models.spec import ModelSpec
 from gradpruner.tasks import Example, JsonLines
 
 CONFIG = {

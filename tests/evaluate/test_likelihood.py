@@ -10,7 +10,7 @@ from gradpruner.evaluate.base import predict_all
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.evaluate.metrics import likelihood_metrics
 from gradpruner.files import read_jsonl
-from gradpruner.models import ModelSpec
+from gradpruner.models.spec import ModelSpec
 from gradpruner.tasks import DataError, Example
 
 CONFIG = {

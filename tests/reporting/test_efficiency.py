@@ -6,10 +6,10 @@ import torch
 from reporting.test_tables import record
 
 from experiments.run import CONF
-from gradpruner.offline_configs import shipped_config
+from gradpruner.models.offline_configs import shipped_config
+from gradpruner.models.shape import LayerShape, ModelShape, config_shape
 from gradpruner.reporting.efficiency import counts_table, efficiency_tables
 from gradpruner.reporting.published import load_published
-from gradpruner.shape import LayerShape, ModelShape, config_shape
 
 PAPER = CONF.parent / "results" / "paper"
 MB = 10**6

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from gradpruner.checkpoint import save_checkpoint
+from gradpruner.checkpoints.checkpoint import save_checkpoint
 from gradpruner.files import write_json
-from gradpruner.models import ModelSpec
+from gradpruner.models.spec import ModelSpec
 from gradpruner.plan import PruningPlan, preceding_kept_layer
 from gradpruner.surgery import apply_plan
 

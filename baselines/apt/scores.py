@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from baselines.width_pruning import heads_of, highest
-from gradpruner.architectures import decoder_layers, empty_model
+from gradpruner.models.architectures import decoder_layers, empty_model
+from gradpruner.models.shape import ModelShape, config_shape, head_dim
 from gradpruner.plan import WidthPlan
-from gradpruner.shape import ModelShape, config_shape, head_dim
 from gradpruner.width_surgery import READS_HIDDEN, WRITES_HIDDEN
 
 DECAY = 0.85  # of running scores

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from gradpruner.checks import check_choice
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.hidden_states import decode, head_logits, sum_over_tokens, watch_layers
-from gradpruner.igia import check_choice
 from gradpruner.plan import PruningPlan
 
 TOKENS = ("all", "answer")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gradpruner.architectures import decoder_layers, empty_model, linear_sublayers, shrink_config
+from gradpruner.models.architectures import decoder_layers, empty_model, linear_sublayers, shrink_config
 
 # Their layers are q, k, v, o, gate, up and down projections, RMSNorms, and at most norms of single heads; nothing is
 # scaled by a rule that depends on a width.

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from baselines.apt_scores import Units, group_scores, outlier_term, salience
-from gradpruner.architectures import decoder_layers
+from baselines.apt.scores import Units, group_scores, outlier_term, salience
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_loss
-from gradpruner.shape import config_shape, head_dim
+from gradpruner.models.architectures import decoder_layers
+from gradpruner.models.shape import config_shape, head_dim
 from gradpruner.width_surgery import WRITES_HIDDEN
 
 Site = tuple[int, str]  # layer, and a projection that writes to the residual stream

@@ -11,7 +11,6 @@ The teacher's frozen weights are the dense model's own tensors; only its adapter
 sliced copies of frozen weights, so from the first cut on memory holds both, until the teacher is not asked any more.
 """
 
-import copy
 import itertools
 import random
 from collections.abc import Mapping
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gradpruner.cache import content_hash
-from gradpruner.distill import kl_divergence
 from gradpruner.encoding import IGNORED, Batch
+from gradpruner.files import content_hash
+from gradpruner.finetune.distill import kl_divergence
 from gradpruner.hidden_states import decode, head_logits, sum_over_tokens, watch_layers
 
 QUARTERS = 4
@@ -49,11 +48,6 @@ class StateMap(nn.Module):
         """Maps states (tokens, width) in float32."""
         mapped: Tensor = states + self.scaling * self.b(self.a(states))
         return mapped
-
-
-def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model with modules of its own around the same weights: what replaces weights of one leaves the other."""
-    return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
 
 def make_teacher(dense: PreTrainedModel, config: LoraConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:

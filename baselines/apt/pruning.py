@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
-from baselines.apt_scores import Costs
+from baselines.apt.scores import Costs
 from baselines.width_pruning import WidthPruning
 from gradpruner.budget import target_parameters
-from gradpruner.finetune import TrainingSpec
-from gradpruner.shape import LayerShape, ModelShape, config_shape
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.models.shape import LayerShape, ModelShape, config_shape
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def hidden_step(config: PreTrainedConfig) -> int:
 
 
 def _narrowed(dense: ModelShape, part: float, step: int) -> ModelShape:
-    """A uniform shape with that part of all units, at least one of each; hidden channels as `apt_scores` keeps them."""
+    """A uniform shape with that part of all units, at least one of each; hidden channels as `scores` keeps them."""
     layer = dense.layers[0]
     rep = layer.num_attention_heads // layer.num_key_value_heads
     groups = max(1, round(part * layer.num_key_value_heads))

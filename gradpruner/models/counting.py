@@ -1,4 +1,4 @@
-"""Parameters, multiply-accumulates, bytes and time of a model, from its config alone; no weights are loaded.
+"""Parameters, multiply-accumulates and bytes of a model, from its config alone; no weights are loaded.
 
 What is counted, for a model of any depth or plan:
 
@@ -12,33 +12,25 @@ What is counted, for a model of any depth or plan:
   vocabulary matrix of two (7,504,924,672 and 4,669,468,672), as of a counter given the model without its output head.
 """
 
-import copy
-import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.func import functional_call
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from gradpruner.architectures import (
+from gradpruner.models.architectures import (
     count_parameters,
     decoder_layers,
     linear_sublayers,
-    lora_targets,
 )
+from gradpruner.models.shape import LayerShape, ModelShape, config_shape, empty_shaped_model, head_dim
 from gradpruner.runtime import default_device
-from gradpruner.shape import LayerShape, ModelShape, config_shape, empty_shaped_model, head_dim
 
 COMPLETE, TABLE_11 = "complete", "table_11"
 COUNTINGS = (COMPLETE, TABLE_11)
 FLOPS_PER_MAC = 2
-GLIBC_OVERHEAD = 0.7
 
 
 @dataclass(frozen=True)
@@ -215,175 +207,6 @@ def _window(config: PreTrainedConfig, index: int) -> int | None:
 
 def _seen(layer: LayerCounts, length: int) -> int:
     return length if layer.window is None else min(length, layer.window)
-
-
-# ---- estimates ----
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes that training needs at its peak, besides Python and its libraries.
-
-    Attributes:
-        weights: of the model, and of the adapters if there are any.
-        gradients: of what is trained.
-        moments: AdamW's two.
-        activations: what the backward pass of one micro batch needs.
-        transient: the largest of what comes and goes: logits with their loss, or the inside of a layer's backward pass.
-        factors: what the importance run holds of a step until it is on disk; otherwise 0.
-        allocator: freed memory that the allocator does not give back, see `allocator_overhead`.
-    """
-
-    weights: int
-    gradients: int
-    moments: int
-    activations: int
-    transient: int
-    factors: int = 0
-    allocator: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(vars(self).values())
-
-
-def estimate_training_memory(
-    config: PreTrainedConfig,
-    batch_size: int,
-    length: int,
-    logit_positions: int,
-    dtype: torch.dtype,
-    *,
-    lora_rank: int | None = None,
-    recompute: bool = False,
-    accumulate: bool = False,
-    keep_factors: bool = False,
-    attn_implementation: str = "auto",
-    overhead: float = 0.0,
-    shape: ModelShape | None = None,
-) -> MemoryEstimate:
-    """Peak memory of fine-tuning.
-
-    Activations are not guessed: one and two layers of each shape run forward on tensors without storage, and what
-    autograd saves is added up; depth is linear.
-
-    Args:
-        config: of the dense model.
-        batch_size: rows of a micro batch.
-        length: tokens of its rows, padding among them.
-        logit_positions: positions of a row that get logits.
-        dtype: of the weights.
-        lora_rank: rank of the adapters on frozen weights; None trains all weights.
-        recompute: activation checkpointing: keep each layer's input only, and one layer's activations at a time.
-        accumulate: several micro batches a step, so that gradients are there while activations are.
-        keep_factors: the importance run, which copies the adapters' gradients in float32.
-        attn_implementation: as in `ModelSpec`; `eager` keeps attention matrices.
-        overhead: what the allocator keeps besides, as a part of all activations; see `allocator_overhead`.
-        shape: of the model that is trained; None is the dense one.
-    """
-    shape = shape or config_shape(config)
-    if attn_implementation == "eager":
-        config = copy.deepcopy(config)
-        config._attn_implementation = "eager"
-    counts, num_layers = count_model(config, shape), len(shape.layers)
-    # peft keeps adapters in float32 even where the weights are not.
-    adapters = 4 * counts.num_lora_parameters(lora_rank) if lora_rank else 0
-    weights = counts.num_parameters * dtype.itemsize
-    trained = adapters if lora_rank else weights
-    own: dict[LayerShape, int] = {}
-    for sizes in set(shape.layers):
-        one, two = (
-            saved_activation_bytes(
-                config, ModelShape(shape.hidden_size, (sizes,) * n), batch_size, length, lora_rank, dtype
-            )
-            for n in (1, 2)
-        )
-        own[sizes], outside = two - one, 2 * one - two
-    layers, layer = sum(own[sizes] for sizes in shape.layers), max(own.values())
-    hidden = batch_size * length * shape.hidden_size * dtype.itemsize
-    activations = outside + (num_layers * hidden + layer if recompute else layers)
-    logits = _loss_bytes(batch_size * logit_positions * counts.vocab_size, dtype)
-    inside = 3 * batch_size * length * max(part.widest for part in counts.layers) * dtype.itemsize
-    transient = max(logits, inside)
-    # Recomputed activations come and go all the same, and leave the same holes.
-    allocator = round(overhead * (outside + layers + transient))
-    gradients = trained
-    if not (accumulate or lora_rank):
-        # Gradients come while activations go: a step peaks either before its backward pass or after it.
-        before, after = activations + transient, max(trained, layer)
-        if before >= after:
-            gradients = 0
-        else:
-            activations, transient = 0, 0
-    return MemoryEstimate(
-        weights=weights + adapters,
-        gradients=gradients,
-        moments=2 * trained,
-        activations=activations,
-        transient=transient,
-        factors=adapters if keep_factors else 0,
-        allocator=allocator,
-    )
-
-
-def allocator_overhead() -> float:
-    """Freed memory that the allocator keeps, as a part of all activations of a micro batch.
-
-    On a CPU glibc serves tensors up to 32 MB from a heap with holes: 0.4 to 0.8 in runs of SmolLM2-135M, LoRA and full,
-    with and without activation checkpointing. MALLOC_MMAP_THRESHOLD_=65536 in the environment makes it 0 (within 6 %),
-    at the price of slower steps. CUDA's allocator counts live tensors.
-    """
-    if default_device().type != "cpu" or platform.libc_ver()[0] != "glibc":
-        return 0.0
-    return 0.0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else GLIBC_OVERHEAD
-
-
-def _loss_bytes(num_logits: int, dtype: torch.dtype) -> int:
-    """Logits, log-probabilities and their gradient, computed in float32; narrower logits have a copy besides."""
-    return num_logits * (3 * 4 + (dtype.itemsize if dtype.itemsize < 4 else 0))
-
-
-def saved_activation_bytes(
-    config: PreTrainedConfig,
-    shape: ModelShape,
-    batch_size: int,
-    length: int,
-    lora_rank: int | None,
-    dtype: torch.dtype,
-) -> int:
-    """Bytes that autograd saves in a forward pass of a model of that shape, without logits; no arithmetic."""
-    model = _empty_training_model(config, shape, lora_rank, dtype)
-    mode, device = FakeTensorMode(allow_non_fake_inputs=True), default_device()
-    values = {
-        name: FakeTensor(mode, tensor.detach(), device).requires_grad_(tensor.requires_grad)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
-    own = {value.untyped_storage()._cdata for value in values.values()}
-    saved: dict[int, torch.UntypedStorage] = {}  # holding a storage keeps its address from being used again
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage
-        return tensor
-
-    with mode, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        tokens = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "position_ids": tokens}
-        functional_call(model, values, kwargs={**inputs, "use_cache": False, "logits_to_keep": 1}, tie_weights=True)
-    return sum(storage.nbytes() for storage in saved.values())
-
-
-def _empty_training_model(
-    config: PreTrainedConfig, shape: ModelShape, lora_rank: int | None, dtype: torch.dtype
-) -> PreTrainedModel:
-    model = empty_shaped_model(config, shape).to(dtype).train()
-    if lora_rank is None:
-        return model
-    lora = LoraConfig(r=lora_rank, target_modules=lora_targets(model), task_type="CAUSAL_LM")
-    with torch.device("meta"):
-        return get_peft_model(model, lora)
 
 
 def measure_matmul_flops(dtype: torch.dtype, seconds: float = 0.3, rows: int = 512, width: int = 1024) -> float:

@@ -1,35 +1,16 @@
-"""APT, adaptive pruning and tuning: prune while LoRA trains, and grow the adapters that matter (Zhao et al., 2024).
-
-The fine-tune starts from the dense model. After a warm-up, KV groups, MLP channels and channels of the residual stream
-leave in several cuts on a cubic schedule, by running scores (`apt_scores`) of what training itself shows. Between two
-cuts, masks of the units that are to leave next move to 0 step by step (`apt_hooks`); at a cut they are set to it,
-weights and adapters are sliced, and the more salient half of the adapters gets higher ranks (`apt_adapters`). The model
-before the first cut teaches the pruned one for a while (`apt_distill`). arXiv:2401.12200.
-
-Deviations from the code (ROIM1998/APT), besides those of `apt_scores` and `apt_distill`: schedules are parts of the
-training steps, in the proportions of its LLaMA script; adapters are on all linear sublayers, as with every method here,
-where the script's are on q and v; weights are sliced at every cut, where the code does so after distillation; masks
-move in every step from the warm-up on, where the code's do in the last 200 before a cut; RMSNorm under masks is that of
-the sliced model; the final model is that of the last step, not of the best evaluation.
-
-In a short run 1 % of the steps hardly tunes the model, which then is no good teacher: raise `prune_start`.
-"""
+"""The settings of APT."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from transformers import TrainerCallback
-
-from baselines.apt_pruning import AptPruning
-from baselines.apt_scores import Schedule
-from baselines.apt_training import AptTraining
-from baselines.calibration import check_positive
-from gradpruner.finetune import TrainingSpec
+from baselines.apt.pruning import AptPruning
+from baselines.apt.scores import Schedule
+from gradpruner.checks import check_positive
+from gradpruner.finetune.spec import TrainingSpec
 
 
 @dataclass(frozen=True)
-class Apt(AptPruning):
-    """Prunes while it trains, so only through `finetune` (or the runner); `compress` alone changes nothing.
+class AptSettings(AptPruning):
+    """When APT prunes, how adapters grow, and what the teacher's part of the loss is.
 
     Attributes:
         prune_start: part of the training steps before masks move.
@@ -45,16 +26,6 @@ class Apt(AptPruning):
         temperature: divides the logits of both.
         seed: of new ranks, and of the layers that are compared.
     """
-
-    name: ClassVar[str] = "apt"
-    sources: ClassVar[tuple[str, ...]] = (
-        "baselines.apt_adapters",
-        "baselines.apt_distill",
-        "baselines.apt_hooks",
-        "baselines.apt_scores",
-        "baselines.apt_training",
-        "gradpruner.distill",
-    )
 
     prune_start: float = 0.01
     prune_end: float = 0.333
@@ -98,7 +69,3 @@ class Apt(AptPruning):
     def schedule(self, num_steps: int) -> Schedule:
         """When what happens in a run of so many optimizer steps."""
         return Schedule.of(num_steps, self.prune_start, self.prune_end, self.distil_end, self.num_cuts)
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """The callback that does the work."""
-        return [AptTraining(self)]

@@ -24,13 +24,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from gradpruner.architectures import check_supported, decoder_layers, empty_model, linear_sublayers, shrink_config
+from gradpruner.checkpoints.model_card import model_card
+from gradpruner.checkpoints.tensor_files import INDEX_FILE, StoredTensor, check_float, find_tensors, locate_tensors
+from gradpruner.checks import check_choice
 from gradpruner.files import write_json, write_text
-from gradpruner.igia import STEP_WEIGHTINGS, Factors, check_choice, igia_matrix, step_weights
+from gradpruner.igia import STEP_WEIGHTINGS, Factors, igia_matrix, step_weights
 from gradpruner.merge import merge_layers, top_fraction_mask
-from gradpruner.model_card import model_card
+from gradpruner.models.architectures import (
+    check_supported,
+    decoder_layers,
+    empty_model,
+    linear_sublayers,
+    shrink_config,
+)
 from gradpruner.plan import PruningPlan
-from gradpruner.tensor_files import INDEX_FILE, StoredTensor, check_float, find_tensors, locate_tensors
 
 if TYPE_CHECKING:  # it pulls in the Trainer, whose libraries take more memory than the work done here
     from gradpruner.gradients import EarlyGradients

@@ -16,12 +16,12 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from gradpruner.checkpoints.model_card import model_card
+from gradpruner.checkpoints.probe import PROBE_FILE, make_probe
+from gradpruner.checkpoints.tensor_files import find_tensors, locate_tensors
 from gradpruner.files import write_json, write_text
-from gradpruner.model_card import model_card
+from gradpruner.models.shape import ModelShape, config_shape, model_shape, resize_layers
 from gradpruner.plan import PruningPlan
-from gradpruner.probe import PROBE_FILE, make_probe
-from gradpruner.shape import ModelShape, config_shape, model_shape, resize_layers
-from gradpruner.tensor_files import find_tensors, locate_tensors
 
 ADAPTER_FOLDER = "adapter"
 SHAPE_FILE = "shape.json"

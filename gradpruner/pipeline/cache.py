@@ -5,7 +5,6 @@ is computed into a `.partial` folder and renamed when it is whole, with a checks
 computed again, and said so. Two processes may share a cache: one computes, the other waits.
 """
 
-import ast
 import errno
 import hashlib
 import json
@@ -15,12 +14,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from filelock import FileLock
 
-from gradpruner.files import write_json
+from gradpruner.files import content_hash, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -90,28 +88,6 @@ def _explain_full_disk(error: Exception, folder: Path) -> None:
             f"The disk of {folder.absolute()} is full ({free / 1e6:.1f} MB free). Free some space, or set cache_dir to "
             "another disk, and run again: finished stages are kept",
         ) from error
-
-
-def content_hash(data: Any) -> str:
-    """20 hex digits that identify JSON-ready data, whatever the order of its keys."""
-    text = json.dumps(data, sort_keys=True, ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def code_version(*modules: ModuleType) -> str:
-    """Hash of what the modules do: comments, docstrings and layout do not count."""
-    digest = hashlib.sha256()
-    for module in modules:
-        assert module.__file__ is not None
-        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                value = body[0].value
-                if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    body[0] = ast.Pass()
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
 
 
 def _checksums(folder: Path) -> dict[str, str]:

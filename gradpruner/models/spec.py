@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gradpruner import assets
-from gradpruner.architectures import check_supported
+from gradpruner.models import assets
+from gradpruner.models.architectures import check_supported
 from gradpruner.runtime import default_device, default_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

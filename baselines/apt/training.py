@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from baselines.apt_adapters import (
+from baselines.apt.adapters import (
     ADAPTER,
     adapters,
     change_parameters,
@@ -22,10 +22,10 @@ from baselines.apt_adapters import (
     num_adapter_parameters,
     take,
 )
-from baselines.apt_distill import StateMap, distillation_loss, drawn_layers, make_teacher, shared_copy
-from baselines.apt_hooks import UnitHooks
-from baselines.apt_pruning import hidden_step
-from baselines.apt_scores import (
+from baselines.apt.distill import StateMap, distillation_loss, drawn_layers, make_teacher
+from baselines.apt.hooks import UnitHooks
+from baselines.apt.pruning import hidden_step
+from baselines.apt.scores import (
     DECAY,
     Costs,
     Schedule,
@@ -39,16 +39,15 @@ from baselines.apt_scores import (
     unit_costs,
     width_plan,
 )
-from gradpruner.cache import content_hash
-from gradpruner.counting import count_model
+from baselines.apt.settings import AptSettings
 from gradpruner.encoding import Batch
-from gradpruner.finetune import REPORT_FILE, PruningCallback
+from gradpruner.files import content_hash
+from gradpruner.finetune.run import REPORT_FILE, PruningCallback
 from gradpruner.hidden_states import answer_loss
+from gradpruner.models.counting import count_model
+from gradpruner.models.shape import LayerShape, ModelShape, config_shape, head_dim
 from gradpruner.plan import PruningPlan
-from gradpruner.shape import LayerShape, ModelShape, config_shape, head_dim
-
-if TYPE_CHECKING:
-    from baselines.apt import Apt
+from gradpruner.surgery import sharing_copy
 
 STATE_FILE = "apt.safetensors"  # in a checkpoint of the Trainer
 STATE_MAP = "state_map"  # module of the trained model; not saved with adapters
@@ -57,7 +56,7 @@ STATE_MAP = "state_map"  # module of the trained model; not saved with adapters
 class AptTraining(PruningCallback):
     """Scores, masks, cuts, grows and teaches."""
 
-    def __init__(self, apt: "Apt") -> None:
+    def __init__(self, apt: AptSettings) -> None:
         self._apt = apt
         self._hooks: UnitHooks | None = None  # until the last cut
         self._teacher: PreTrainedModel | None = None
@@ -80,7 +79,7 @@ class AptTraining(PruningCallback):
         self._unit_costs = unit_costs(self._dense, head_dim(config))
         self._costs, self._target = self._apt.budget(config)
         self._all_costs, self._counts = Costs.of(config, embeddings=True), count_model(config)
-        self._untaught = shared_copy(model) if self._apt.distil else None
+        self._untaught = sharing_copy(model) if self._apt.distil else None
         self._scores, self._masks = Units.full(self._dense, 0.0), Units.full(self._dense, 1.0)
         self._kept = Units.full(self._dense, True)
         self._saved: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from gradpruner.encoding import IGNORED, Batch, position_ids
+from gradpruner.encoding import Batch, trim_to_answers
 
 # The loss of a batch, summed over tokens, and how many these are: as many as have labels behind the first column.
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
@@ -24,31 +24,6 @@ Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 class DivergedError(RuntimeError):
     """The loss became NaN or infinite; the message says where and what to change."""
-
-
-def trim_to_answers(batch: Batch) -> dict[str, Any]:
-    """Model inputs that make it compute logits only where there is loss.
-
-    With answers aligned at the end, everything before the first answer token of the batch needs no logits: for a
-    49k-word vocabulary these would be most of the memory of a step.
-
-    Args:
-        batch: `input_ids`, `attention_mask`, `labels`, each (B, T).
-
-    Returns:
-        The inputs with `position_ids`, `labels` cut to their last k columns, and `logits_to_keep` = k.
-    """
-    labels = batch["labels"]
-    has_loss = (labels != IGNORED).any(dim=0)  # (T,)
-    first = int(has_loss.int().argmax())
-    keep = min(labels.shape[1], labels.shape[1] - first + 1)  # the token before an answer predicts its first token
-    return {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
-        "position_ids": position_ids(batch["attention_mask"]),
-        "labels": labels[:, -keep:],
-        "logits_to_keep": keep,
-    }
 
 
 class CompletionTrainer(Trainer):

@@ -1,7 +1,7 @@
 """Configs of Hub models that ship with the project, so that a dry run needs no network.
 
 Only a dry run may use them, and only when the Hub cannot be read: a real run reads the checkpoint's own config. One
-file a model under `conf/model/hub_configs/`, named by Hub id with `--` for `/`.
+file per model in `hub_configs/`, named by Hub id with `--` for `/`.
 """
 
 import json
@@ -15,13 +15,13 @@ from urllib.request import getproxies
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradpruner.architectures import check_supported
-from gradpruner.assets import PACKAGED_MODELS, find_wheel
-from gradpruner.models import ModelSpec
+from gradpruner.models.architectures import check_supported
+from gradpruner.models.assets import PACKAGED_MODELS, find_wheel
+from gradpruner.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-HUB_CONFIGS = Path(__file__).resolve().parents[1] / "conf" / "model" / "hub_configs"
+HUB_CONFIGS = Path(__file__).resolve().parent / "hub_configs"
 STAND_IN_TOKENIZER = "smollm2-135m"  # name in assets.PACKAGED_MODELS
 
 

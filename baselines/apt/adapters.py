@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from gradpruner.architectures import decoder_layers
+from gradpruner.models.architectures import decoder_layers
+from gradpruner.models.shape import head_dim, model_shape, set_linear
 from gradpruner.plan import WidthPlan
-from gradpruner.shape import head_dim, model_shape, set_linear
 from gradpruner.width_surgery import READS_HIDDEN, WRITES_HIDDEN, head_channels, narrow
 
 ADAPTER = "default"  # peft's name for the only adapter

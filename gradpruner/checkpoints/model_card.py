@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gradpruner.models.shape import ModelShape, describe_shape
 from gradpruner.plan import PruningPlan
-from gradpruner.shape import ModelShape, describe_shape
 
 
 def model_card(

@@ -56,7 +56,7 @@ def check_model(model: PreTrainedModel) -> None:
             config,
             "its layers look like those of a supported model, but what its code derives from a layer's position is "
             "untested",
-            "To support it, see gradpruner/architectures.py.",
+            "To support it, see gradpruner/models/architectures.py.",
         )
 
 
@@ -106,7 +106,7 @@ def _check_per_layer_entries(config: PreTrainedConfig) -> None:
             config,
             f"config entries {', '.join(unknown)} have one value for each of {depth} layers, and what they mean is not "
             "known here",
-            "If they belong to the layers, add them to PER_LAYER_CONFIG_LISTS in gradpruner/architectures.py.",
+            "If they belong to the layers, add them to PER_LAYER_CONFIG_LISTS in gradpruner/models/architectures.py.",
         )
 
 

@@ -1,27 +1,20 @@
-"""How fast a model is and how much memory it takes: training steps, prefill and decode, in processes of their own.
+"""What `speed` starts in a fresh process: builds a model of random weights, times it, prints the phases as JSON.
 
-Time and memory depend on a model's shape and not on what its weights say, so a process builds the shape with random
-weights. It is a fresh one because on a CPU memory is that of the whole process, and what earlier work has touched would
-count. Models are measured in turns, so that a machine that slows down slows all of them.
-
-    echo '{"role": ..., ...}' | python -m gradpruner.speed     # what `measure` starts; see `_main`
+echo '{"role": ..., ...}' | python -m gradpruner.pipeline.speed_process
 """
 
 import dataclasses
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,16 +26,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from gradpruner.efficiency import PeakMemory, process_memory_bytes
+from gradpruner.checks import check_choice
+from gradpruner.cost import PeakMemory, process_memory_bytes
 from gradpruner.encoding import TrainingRow
-from gradpruner.finetune import TrainingSpec, finetune
-from gradpruner.igia import check_choice
-from gradpruner.models import DTYPES
+from gradpruner.finetune.run import finetune
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.models.shape import ModelShape, config_shape, resize_layers, shaped_config
+from gradpruner.models.spec import DTYPES
 from gradpruner.runtime import default_device, quiet_libraries
-from gradpruner.shape import ModelShape, config_shape, resize_layers, shaped_config
 
-ROLES = ("train", "infer")
-Model = tuple[PreTrainedConfig, ModelShape]  # config of the dense model, and the shape made from it
 SKIPPED_STEPS = 2  # the first steps of a training run are slower than the rest
 
 
@@ -91,104 +83,6 @@ class Workload:
             raise ValueError(
                 f"answer_tokens must be fewer than the {self.train_tokens} train_tokens, got {self.answer_tokens}."
             )
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One phase of one model.
-
-    Attributes:
-        seconds: of every timed repeat: a training step, a whole prompt, one decoding step.
-        tokens: that a repeat goes through.
-        peak_memory_bytes: highest memory above what the process had before the model was built.
-    """
-
-    seconds: tuple[float, ...]
-    tokens: int
-    peak_memory_bytes: int
-
-    @property
-    def median_seconds(self) -> float:
-        """Of the repeats."""
-        return statistics.median(self.seconds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: median and quartiles, tokens a second, memory."""
-        low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
-        return {
-            "median_seconds": self.median_seconds,
-            "quartile_seconds": [low, high],
-            "tokens_per_second": self.tokens / self.median_seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "repeats": len(self.seconds),
-        }
-
-
-def measure(
-    models: Mapping[str, Model], workload: Workload, roles: Sequence[str] = ROLES
-) -> dict[str, dict[str, Phase]]:
-    """Measures models in turns.
-
-    Args:
-        models: by name.
-        workload: what to time.
-        roles: `train` gives the phase of that name, `infer` gives `prefill` and `decode`.
-
-    Returns:
-        Phases by model and name. Memory is the highest of all rounds.
-
-    Raises:
-        RuntimeError: if a process fails, with what it wrote to stderr.
-    """
-    found: dict[str, dict[str, Phase]] = {name: {} for name in models}
-    turns = [(role, name) for _ in range(workload.rounds) for role in roles for name in models]
-    for role, name in tqdm(turns, desc="speed", unit="process"):
-        for phase, new in _in_fresh_process(role, *models[name], workload).items():
-            old = found[name].get(phase)
-            found[name][phase] = new if old is None else _pooled(old, new)
-    return found
-
-
-def ratios(own: Mapping[str, Phase], dense: Mapping[str, Phase]) -> dict[str, dict[str, float]]:
-    """Time and memory of a model as parts of the dense model's, by phase."""
-    return {
-        phase: {
-            "time": own[phase].median_seconds / dense[phase].median_seconds,
-            "memory": own[phase].peak_memory_bytes / dense[phase].peak_memory_bytes,
-        }
-        for phase in own
-    }
-
-
-def _pooled(one: Phase, other: Phase) -> Phase:
-    peak = max(one.peak_memory_bytes, other.peak_memory_bytes)
-    return Phase((*one.seconds, *other.seconds), one.tokens, peak)
-
-
-def _in_fresh_process(role: str, config: PreTrainedConfig, shape: ModelShape, workload: Workload) -> dict[str, Phase]:
-    request = {
-        "role": role,
-        "config": json.loads(config.to_json_string(use_diff=False)),
-        "shape": shape.to_dict(),
-        "workload": dataclasses.asdict(workload),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "gradpruner.speed"],
-        input=json.dumps(request),
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"Measuring ({role}) ended with status {done.returncode}:\n{done.stderr}")
-    phases = json.loads(done.stdout.splitlines()[-1])
-    return {
-        name: Phase(tuple(phase["seconds"]), phase["tokens"], phase["peak_bytes"]) for name, phase in phases.items()
-    }
-
-
-# ---- in the fresh process ----
 
 
 def _main() -> None:
@@ -240,7 +134,7 @@ class _StepTimes(TrainerCallback):
 
 
 def _train(model: PreTrainedModel, workload: Workload) -> dict[str, dict[str, Any]]:
-    """Steps of `finetune.finetune`, as a run makes them."""
+    """Steps of `finetune.run.finetune`, as a run makes them."""
     spec = TrainingSpec(
         mode=workload.mode,
         lora_rank=workload.lora_rank,

@@ -1,0 +1,89 @@
+"""How to fine-tune: TrainingSpec.
+
+Defaults are the paper's (Appendix C.2) and, where it is silent, those of the authors' scripts.
+"""
+
+import math
+from dataclasses import dataclass
+
+from gradpruner.checks import check_choice
+
+MODES = ("full", "lora")
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How to fine-tune.
+
+    Attributes:
+        mode: `full` or `lora`.
+        learning_rate: peak rate of AdamW.
+        batch_size: rows an optimizer step.
+        micro_batch_size: rows at once; the rest is accumulation.
+        epochs: passes over the training rows.
+        max_steps: optimizer steps, instead of `epochs`.
+        warmup_fraction: part of the steps in which the rate rises.
+        lr_scheduler: name of a transformers scheduler.
+        min_lr_ratio: part of the peak rate at which a cosine schedule ends.
+        weight_decay: of AdamW.
+        max_grad_norm: clip the gradient to this norm; 0 does not clip.
+        lora_rank: rank of the adapters.
+        lora_alpha: their alpha.
+        lora_dropout: dropout before the adapters.
+        merge_adapter: fold the adapter into the saved checkpoint; else it is saved beside it.
+        group_by_length: batch rows of similar length.
+        gradient_checkpointing: recompute activations, for less memory and more time.
+        save_steps: optimizer steps between checkpoints that an interrupted run resumes from.
+    """
+
+    mode: str = "lora"
+    learning_rate: float = 1e-5
+    batch_size: int = 64
+    micro_batch_size: int = 8
+    epochs: float = 3.0
+    max_steps: int | None = None
+    warmup_fraction: float = 0.03
+    lr_scheduler: str = "cosine"
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    lora_rank: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    merge_adapter: bool = True
+    group_by_length: bool = True
+    gradient_checkpointing: bool = False
+    save_steps: int = 50
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        check_choice("finetune.mode", self.mode, MODES)
+        for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs", "lora_rank", "save_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise finetune.{name}.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be 1 or more, or null to go by epochs, got {self.max_steps}.")
+        if not 0.0 <= self.warmup_fraction < 1.0:
+            raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}. The paper's is 0.03.")
+        if not 0.0 <= self.min_lr_ratio <= 1.0 or (self.min_lr_ratio and self.lr_scheduler != "cosine"):
+            raise ValueError(
+                f"min_lr_ratio is where a cosine schedule ends, in [0, 1], got {self.min_lr_ratio} with "
+                f"lr_scheduler={self.lr_scheduler}. Set finetune.min_lr_ratio=0 or finetune.lr_scheduler=cosine."
+            )
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size must be a multiple of micro_batch_size, got {self.batch_size} and "
+                f"{self.micro_batch_size}. Change finetune.micro_batch_size."
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches an optimizer step."""
+        return self.batch_size // self.micro_batch_size
+
+    def num_steps(self, num_rows: int) -> int:
+        """Optimizer steps of a run over `num_rows` rows, counted as the Trainer does."""
+        if self.max_steps is not None:
+            return self.max_steps
+        micro_batches = math.ceil(num_rows / self.micro_batch_size)
+        return math.ceil(self.epochs * math.ceil(micro_batches / self.accumulation))

@@ -1,0 +1,213 @@
+"""What can be known of a run, and refused, before any weight is loaded."""
+
+import dataclasses
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from gradpruner.encoding import Encoder, TrainingRow, encode_training_rows
+from gradpruner.evaluate.base import Evaluation, Question
+from gradpruner.files import content_hash
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.method import Method, Recovery
+from gradpruner.models.architectures import count_parameters, empty_model
+from gradpruner.models.shape import ModelShape
+from gradpruner.models.spec import ModelSpec
+from gradpruner.tasks import Example, Task
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that decides a run.
+
+    Attributes:
+        model: the dense model.
+        task: training data, and test data unless there is a `test_task`.
+        method: what to do to the model.
+        training: how to fine-tune.
+        evaluation: how to evaluate.
+        seed: of data order, adapters and draws.
+        cache_dir: folder for stages and converted models.
+        evaluate_before: also evaluate before fine-tuning.
+        test_task: another dataset to test on (Table 12).
+        recovery_task: data for the method's training between pruning and the fine-tune.
+        measure_speed: time training steps and inference, beside the dense model.
+    """
+
+    model: ModelSpec
+    task: Task
+    method: Method
+    training: TrainingSpec
+    evaluation: Evaluation
+    seed: int
+    cache_dir: Path
+    evaluate_before: bool = True
+    test_task: Task | None = None
+    recovery_task: Task | None = None
+    measure_speed: bool = False
+
+    # ---- data ----
+
+    @cached_property
+    def train_examples(self) -> list[Example]:
+        """Rendered training examples."""
+        return self.task.load("train", self.seed)
+
+    @cached_property
+    def test_examples(self) -> list[Example]:
+        """Rendered test examples."""
+        return self.tested_task.load("test", self.seed)
+
+    @cached_property
+    def rows(self) -> list[TrainingRow]:
+        """Tokenized training rows."""
+        return encode_training_rows(self.train_examples, self.encoder(self.task))
+
+    @cached_property
+    def rows_hash(self) -> str:
+        """Identifies the training rows in keys of stages."""
+        return hash_rows(self.rows)
+
+    @cached_property
+    def recovery_rows(self) -> list[TrainingRow]:
+        """Tokenized rows for `recovery`; empty if there is none."""
+        if self.recovery_task is None or self.recovery is None:
+            return []
+        task, distillation = self.recovery_task, self.recovery.distillation
+        rows = encode_training_rows(task.load("train", self.seed), self.encoder(task))
+        if distillation is None or distillation.tokens == "answer":
+            return rows
+        # The first token of a row is predicted from nothing.
+        return [dataclasses.replace(row, num_answer_tokens=len(row.input_ids) - 1) for row in rows]
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """Tokenized test examples."""
+        return self.resolved_evaluation.questions(self.test_examples, self.encoder(self.tested_task))
+
+    @property
+    def tested_task(self) -> Task:
+        """Dataset of the test examples."""
+        return self.test_task or self.task
+
+    @property
+    def dataset_name(self) -> str:
+        """Name of the training data, with that of the test data where it is other data."""
+        return self.task.name + (f"-to-{self.test_task.name}" if self.test_task else "")
+
+    def encoder(self, task: Task) -> Encoder:
+        """How examples of a dataset become tokens."""
+        return Encoder(self.tokenizer, task.max_length, self.model.chat_template)
+
+    # ---- models ----
+
+    @property
+    def assets_dir(self) -> Path:
+        """Folder of converted and random models."""
+        return self.cache_dir / "assets"
+
+    @cached_property
+    def base_model(self) -> ModelSpec:
+        """The model that the method starts from: the dense one, except with `small_dense`."""
+        return self.method.base_model(self.model)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """Config of the model that the method starts from."""
+        return self.base_model.load_config(self.assets_dir)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the model that the method starts from."""
+        return self.base_model.load_tokenizer(self.assets_dir)
+
+    @cached_property
+    def dense_config(self) -> PreTrainedConfig:
+        """Config of the dense model."""
+        return self.config if self.base_model == self.model else self.model.load_config(self.assets_dir)
+
+    @cached_property
+    def num_dense_parameters(self) -> int:
+        """Parameters of the dense model, tied ones once."""
+        return count_parameters(empty_model(self.dense_config))
+
+    # ---- the method and the evaluation, with nothing left open ----
+
+    @cached_property
+    def resolved_method(self) -> Method:
+        """The method with counts and steps made definite for this model and this training length."""
+        return self.method.resolve(self.config.num_hidden_layers, self.training.num_steps(len(self.rows)))
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Shape of the compressed model."""
+        return self.resolved_method.shape(self.config)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the method repairs the pruned model in closed form."""
+        return self.resolved_method.repair_calibration() is not None
+
+    @cached_property
+    def recovery(self) -> Recovery | None:
+        """The method's training between pruning and the fine-tune; None without data for it."""
+        return self.resolved_method.recovery() if self.recovery_task is not None else None
+
+    @cached_property
+    def resolved_evaluation(self) -> Evaluation:
+        """The evaluation with everything that depends on the task and this machine made definite."""
+        return self.evaluation.resolve(self.tested_task, self.test_examples)
+
+    # ---- checks ----
+
+    def check(self, disk: bool = True) -> None:
+        """Reads config and data and resolves the method; raises what `ModelSpec`, `Task` and `Method` raise.
+
+        Args:
+            disk: also check that there is disk space for what the run will write.
+
+        Raises:
+            ValueError: also if started by torchrun, if `max_length` is over the model's positions, or if the disk has
+                no room for what the run will write.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"A run is one process, got WORLD_SIZE={os.environ['WORLD_SIZE']} from torchrun or accelerate. "
+                "Start it with plain python; spread a sweep over processes with hydra/launcher=joblib."
+            )
+        self._check_positions()
+        self.method.check_training(self.training)
+        _ = self.resolved_method, self.shape, self.questions, self.recovery_rows
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        if disk:
+            self._check_disk()
+
+    def _check_positions(self) -> None:
+        limit = getattr(self.config, "max_position_embeddings", None)
+        tasks = [task for task in (self.task, self.test_task, self.recovery_task) if task is not None]
+        longest = max(task.max_length for task in tasks)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"dataset.max_length must be at most the {limit} positions that {self.base_model.name} was made for, "
+                f"got {longest}. Lower dataset.max_length."
+            )
+
+    def _check_disk(self) -> None:
+        # Weights in float32; full fine-tuning keeps two checkpoints with two optimizer moments besides.
+        trains_all = "full" in (self.training.mode, self.recovery and self.recovery.training.mode)
+        copies = 8 if trains_all else 1
+        needed, free = 4 * self.num_dense_parameters * copies, shutil.disk_usage(self.cache_dir).free
+        if needed > free:
+            raise ValueError(
+                f"Not enough disk space in {self.cache_dir.absolute()}: about {needed / 1e9:.1f} GB needed, "
+                f"{free / 1e9:.1f} GB free. Free some, or set cache_dir to another disk."
+            )
+
+
+def hash_rows(rows: list[TrainingRow]) -> str:
+    """Identifies tokenized rows in keys of stages."""
+    return content_hash([[row.input_ids, row.num_answer_tokens] for row in rows])

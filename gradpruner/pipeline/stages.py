@@ -1,0 +1,388 @@
+"""The stages of a run. One function makes each of them: what a stage computes, and the key that says on what that depends.
+
+A key holds everything that the result depends on, code and libraries included, and nothing else: what is left out of it
+may vary within a sweep without the stage being computed again. A later stage depends on the key of the one before it.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from gradpruner.cost import Cost
+from gradpruner.encoding import Batch, training_batches
+from gradpruner.evaluate.base import PREDICTIONS_FILE, predict_all
+from gradpruner.files import content_hash, read_jsonl, write_json, write_jsonl
+from gradpruner.finetune.distill import DistillationLoss
+from gradpruner.finetune.run import PLAN_FILE, REPORT_FILE, finetune, load_finetuned
+from gradpruner.method import Calibration, Compressed
+from gradpruner.models.architectures import check_finite_weights, count_parameters
+from gradpruner.models.shape import ModelShape, config_shape, model_shape
+from gradpruner.pipeline.cache import StageCache
+from gradpruner.pipeline.code_version import code_version
+from gradpruner.pipeline.setup import Setup, hash_rows
+from gradpruner.pipeline.speed import ROLES, compare, workload_like
+from gradpruner.plan import PruningPlan
+from gradpruner.repair import load_repair, repair, save_repair
+from gradpruner.runtime import default_device, environment
+from gradpruner.surgery import sharing_copy
+from gradpruner.tasks import fingerprint
+
+COST_FILE = "cost.json"
+METRICS_FILE = "metrics.json"
+SECONDS_FILE = "seconds.json"
+SPEED_FILE = "speed.json"
+LIBRARIES = ("torch", "transformers", "peft")
+
+Key = dict[str, Any]  # JSON-ready
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run, whose result is a folder.
+
+    Attributes:
+        name: of its folder in the cache.
+        key: everything that the result depends on, and nothing else.
+        compute: writes the result into the folder that it is given.
+        resumable: give `compute` what an interrupted call left behind, instead of an empty folder.
+    """
+
+    name: str
+    key: Key
+    compute: Callable[[Path], None]
+    resumable: bool = False
+
+    @property
+    def id(self) -> str:
+        """Hash of the key."""
+        return content_hash(self.key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStage(Stage):
+    """A stage whose result is a model.
+
+    Attributes:
+        load: makes the model from the stage's folder.
+        is_final: no later stage starts from the model, so it is not held once it was used.
+    """
+
+    load: Callable[[Path], PreTrainedModel]
+    is_final: bool = False
+
+
+class StageRunner:
+    """Computes the stages that the cache lacks, and holds at most one model for the stages that start from it.
+
+    Args:
+        cache: of finished stages.
+    """
+
+    def __init__(self, cache: StageCache) -> None:
+        self._cache = cache
+        self._folders: dict[tuple[str, str], Path] = {}
+        self._held: tuple[str, PreTrainedModel] | None = None  # by the id of its stage
+
+    def is_cached(self, stage: Stage) -> bool:
+        """Whether the cache holds the stage, whole."""
+        return self._cache.find(stage.name, stage.key) is not None
+
+    def folder(self, stage: Stage) -> Path:
+        """The folder of the stage's result; computes it unless it is cached."""
+
+        def timed(directory: Path) -> None:
+            start = time.perf_counter()
+            stage.compute(directory)
+            write_json(directory / SECONDS_FILE, time.perf_counter() - start)
+
+        place = (stage.name, stage.id)
+        if place not in self._folders:  # once a run: looking an entry up verifies its checksums
+            self._folders[place] = self._cache.get(stage.name, stage.key, timed, stage.resumable)
+        return self._folders[place]
+
+    def seconds(self, stage: Stage) -> float:
+        """Wall time of the stage when it was computed."""
+        return float(json.loads((self.folder(stage) / SECONDS_FILE).read_text()))
+
+    def model(self, stage: ModelStage) -> PreTrainedModel:
+        """The stage's model. It stays held unless it is final, so do not change it."""
+        folder = self.folder(stage)
+        if self._held is None or self._held[0] != stage.id:
+            self.hold(stage.key, stage.load(folder))  # which takes the model that is held, if it starts from that
+        assert self._held is not None
+        _, model = self._held
+        if stage.is_final:
+            self.release()
+        return model
+
+    def take(self, stage: ModelStage) -> PreTrainedModel:
+        """The stage's model, to be changed: it is not held any more."""
+        model = self.model(stage)
+        self.release()
+        return model
+
+    def hold(self, key: Key, model: PreTrainedModel) -> None:
+        """Holds the model of the stage with this key in place of the one that is held."""
+        self._held = content_hash(key), model
+
+    def release(self) -> None:
+        """Holds no model any more."""
+        self._held = None
+
+
+# ---- one function a stage ----
+
+
+def measure_stage(setup: Setup) -> Stage:
+    """What the method looks at before it prunes.
+
+    Neither counts nor rules are part of the key unless the method says so: one measurement serves a sweep over them.
+    """
+    method, model = setup.resolved_method, setup.base_model
+    calibration = method.calibration()
+
+    def compute(directory: Path) -> None:
+        dense = model.load(setup.assets_dir)
+        with Cost() as cost:
+            method.measure(dense, _batches(setup, calibration), directory)
+        cost.save(directory / COST_FILE)
+
+    key = {
+        "model": model.fingerprint(setup.assets_dir),
+        "dtype": str(model.torch_dtype),  # not `auto`: a CPU and a GPU may share a cache
+        "attn_implementation": model.attn_implementation,
+        "method": method.measured_as.name,
+        "settings": method.measurement_settings(),
+        "rows": None if calibration is None else setup.rows_hash,
+        "code": code_version(measure_stage, method.measured_as),
+        "libraries": _libraries(),
+    }
+    return Stage("measure", key, compute)
+
+
+def prune_stage(setup: Setup, runner: StageRunner, measured: Stage) -> ModelStage:
+    """Prunes and merges by what was measured; keeps the plan, since the dense weights are at hand to repeat it."""
+    method = setup.resolved_method
+
+    def prune() -> tuple[Compressed, Cost]:
+        measurements = runner.folder(measured)
+        runner.release()
+        model = setup.base_model.load(setup.assets_dir)
+        check_finite_weights(model)
+        with Cost() as cost:
+            return method.prune(model, measurements), cost
+
+    def compute(directory: Path) -> None:
+        compressed, cost = prune()
+        compressed.log_warnings()
+        compressed.plan.save(directory / PLAN_FILE)
+        size = {"num_parameters": count_parameters(compressed.model), "shape": model_shape(compressed.model).to_dict()}
+        write_json(directory / REPORT_FILE, {**compressed.report, **size})
+        cost.save(directory / COST_FILE)
+        runner.hold(key, compressed.model)
+
+    def load(directory: Path) -> PreTrainedModel:
+        compressed, _ = prune()
+        return compressed.model
+
+    key = {
+        "measure": measured.id,
+        "method": method.name,
+        "settings": method.prune_settings(),
+        "code": code_version(prune_stage, type(method)),
+        "libraries": _libraries(),
+    }
+    return ModelStage("prune", key, compute, load=load)
+
+
+def repair_stage(setup: Setup, runner: StageRunner, measured: Stage, pruned: ModelStage) -> ModelStage:
+    """Fits and folds in the linear maps that repair the pruned model, on rows of the training split."""
+    method = setup.resolved_method
+    calibration = method.repair_calibration()
+    assert calibration is not None
+
+    def compute(directory: Path) -> None:
+        measurements = runner.folder(measured)
+        runner.release()
+        dense = setup.base_model.load(setup.assets_dir)
+        compressed = method.prune(sharing_copy(dense), measurements)
+        batches = _batches(setup, calibration)
+        with Cost() as cost:
+            fits = repair(compressed.model, dense, compressed.plan, batches)
+        save_repair(compressed.model, compressed.plan, fits, directory)
+        cost.save(directory / COST_FILE)
+
+    def load(directory: Path) -> PreTrainedModel:
+        model = runner.take(pruned)
+        load_repair(model, _plan(runner, pruned), directory)
+        return model
+
+    key = {
+        "prune": pruned.id,
+        "calibration": dataclasses.asdict(calibration),
+        "rows": setup.rows_hash,
+        "code": code_version(repair_stage, type(method)),
+        "libraries": _libraries(),
+    }
+    return ModelStage("repair", key, compute, load=load)
+
+
+def recover_stage(setup: Setup, runner: StageRunner, pruned: ModelStage, compressed: ModelStage) -> ModelStage:
+    """Trains on the method's other data, between pruning and the fine-tune.
+
+    Args:
+        setup: the run.
+        runner: of its stages.
+        pruned: where the plan is.
+        compressed: the model that the training starts from.
+    """
+    recovery = setup.recovery
+    assert recovery is not None
+
+    def compute(directory: Path) -> None:
+        loss, model = None, runner.take(compressed)
+        if recovery.distillation is not None:
+            teacher = setup.base_model.load(setup.assets_dir)
+            loss = DistillationLoss(teacher, recovery.distillation, _plan(runner, pruned))
+        finetune(
+            model,
+            setup.recovery_rows,
+            setup.tokenizer.pad_token_id,
+            recovery.training,
+            directory,
+            setup.seed,
+            loss=loss,
+            description="recover" if loss is None else "distil",
+        )
+
+    def load(directory: Path) -> PreTrainedModel:
+        return load_finetuned(runner.take(compressed), recovery.training, directory)
+
+    key = {
+        "compressed": compressed.id,
+        "recovery": dataclasses.asdict(recovery),
+        "rows": hash_rows(setup.recovery_rows),
+        "seed": setup.seed,
+        "code": code_version(recover_stage),
+        "libraries": _libraries(),
+    }
+    return ModelStage("recover", key, compute, resumable=True, load=load)
+
+
+def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage) -> ModelStage:
+    """Fine-tunes on the task, with the callbacks of methods that act while the model trains."""
+    method = setup.resolved_method
+
+    def compute(directory: Path) -> None:
+        finetune(
+            runner.take(untuned),
+            setup.rows,
+            setup.tokenizer.pad_token_id,
+            setup.training,
+            directory,
+            setup.seed,
+            method.callbacks(),
+        )
+
+    def load(directory: Path) -> PreTrainedModel:
+        # From disk even right after training, so that a run and its continuation go the same way.
+        return method.finish(load_finetuned(runner.take(untuned), setup.training, directory))
+
+    key = {
+        "untuned": untuned.id,
+        "training": dataclasses.asdict(setup.training),
+        "rows": setup.rows_hash,
+        "seed": setup.seed,
+        "code": code_version(finetune_stage, type(method)),
+        "libraries": _libraries(),
+    }
+    return ModelStage("finetune", key, compute, resumable=True, load=load, is_final=True)
+
+
+def predict_stage(setup: Setup, runner: StageRunner, weights: ModelStage) -> Stage:
+    """What a model answers to the test examples."""
+    evaluation = setup.resolved_evaluation
+
+    def compute(directory: Path) -> None:
+        encoder = setup.encoder(setup.tested_task)
+        predict_all(lambda: runner.model(weights), evaluation, encoder, setup.questions, directory)
+
+    key = {
+        "weights": weights.id,
+        "examples": fingerprint(setup.test_examples),
+        "max_length": setup.tested_task.max_length,
+        "chat_template": setup.model.chat_template,
+        "evaluation": {"name": evaluation.name, **evaluation.prediction_settings()},
+        "code": code_version(predict_stage, type(evaluation)),
+        "libraries": _libraries(),
+    }
+    return Stage("predict", key, compute, resumable=True)
+
+
+def evaluate_stage(setup: Setup, runner: StageRunner, predicted: Stage) -> Stage:
+    """Metrics of given answers, and what each answer scored."""
+    evaluation = setup.resolved_evaluation
+
+    def compute(directory: Path) -> None:
+        predictions = read_jsonl(runner.folder(predicted) / PREDICTIONS_FILE)
+        measured, rows = evaluation.measure(predictions, setup.test_examples)
+        write_jsonl(directory / PREDICTIONS_FILE, rows)
+        write_json(directory / METRICS_FILE, measured)
+
+    key = {
+        "predictions": predicted.id,
+        "evaluation": evaluation.measurement_settings(),
+        "code": code_version(evaluate_stage, type(evaluation)),
+        "libraries": _libraries(),
+    }
+    return Stage("evaluate", key, compute)
+
+
+def speed_stage(setup: Setup, shape: ModelShape) -> Stage:
+    """Training steps and inference of the dense model and of one of `shape`, timed in turns; all runs alike share it.
+
+    A method that acts while the model trains has training steps unlike another's: those are left out then.
+    """
+    workload = workload_like(setup.base_model, setup.training, setup.rows)
+    roles = ("infer",) if setup.resolved_method.callbacks() else ROLES
+    dense, own = (setup.dense_config, config_shape(setup.dense_config)), (setup.config, shape)
+
+    def compute(directory: Path) -> None:
+        write_json(directory / SPEED_FILE, compare(dense, own, workload, roles))
+
+    machine = environment()
+    models = {"dense": dense, "own": own}
+    key = {
+        "models": {name: [config.to_dict(), sizes.to_dict()] for name, (config, sizes) in models.items()},
+        "workload": dataclasses.asdict(workload),
+        "roles": list(roles),
+        "machine": {name: machine[name] for name in ("device", "platform", "num_threads", "packages")},
+        "code": code_version(speed_stage),
+    }
+    return Stage("speed", key, compute)
+
+
+def _batches(setup: Setup, calibration: Calibration | None) -> Iterable[Batch]:
+    """The training batches that a method looks at."""
+    if calibration is None:
+        return ()
+    num_rows = calibration.count(len(setup.rows))
+    return training_batches(
+        setup.rows, calibration.batch_size, num_rows, setup.tokenizer.pad_token_id, calibration.seed
+    )
+
+
+def _plan(runner: StageRunner, pruned: Stage) -> PruningPlan:
+    return PruningPlan.load(runner.folder(pruned) / PLAN_FILE)
+
+
+def _libraries() -> dict[str, str]:
+    """Versions of what the arithmetic is done with, and the kind of device."""
+    return {"device": default_device().type, **{name: metadata.version(name) for name in LIBRARIES}}
