@@ -16,7 +16,7 @@ from gradpruner.files import read_jsonl
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.spec import ModelSpec
-from gradpruner.pipeline import setup
+from gradpruner.pipeline import setup, stages
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.tasks import DataError, JsonLines
 
@@ -135,6 +135,41 @@ def test_a_second_run_computes_nothing(make, monkeypatch):
 def test_a_change_recomputes_what_depends_on_it(make, changes, recomputed):
     make().run()
     assert {stage for stage, found in make(**changes).stages().items() if not found} == recomputed
+
+
+@pytest.mark.parametrize("change", ["version", "device"])
+def test_other_libraries_or_another_device_recompute(make, monkeypatch, change):
+    make().run()
+    if change == "version":
+        monkeypatch.setattr(stages.metadata, "version", lambda name: f"9.{name}")
+    else:
+        monkeypatch.setattr(stages, "default_device", lambda: torch.device("cuda"))
+    assert not any(make().stages().values())
+
+
+REPAIRED = dataclasses.replace(GRADPRUNER, merge_count=0, merge_rule="none", repair="least_squares")
+
+
+@pytest.mark.parametrize(
+    ("method", "num_loads"),
+    [
+        (GRADPRUNER, 3),  # to measure; to prune, evaluate and fine-tune; to evaluate again
+        (REPAIRED, 5),  # also to fit the maps beside the dense model, and to fold them in
+    ],
+)
+def test_a_model_is_loaded_only_where_none_is_at_hand(make, monkeypatch, method, num_loads):
+    loads, original = [], ModelSpec.load
+    monkeypatch.setattr(ModelSpec, "load", lambda self, folder: loads.append(1) or original(self, folder))
+    make(method).run()
+    assert len(loads) == num_loads
+
+
+def test_a_finished_run_holds_no_model(make):
+    pipeline = make()
+    pipeline.run()
+    assert pipeline._runner._held is None
+    pipeline.load_result()
+    assert pipeline._runner._held is None
 
 
 def test_changed_data_recomputes(make, task):

@@ -17,14 +17,12 @@ from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.finetune.run import PLAN_FILE, REPORT_FILE, read_result
 from gradpruner.models.shape import ModelShape
 from gradpruner.pipeline.cache import StageCache
+from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner
 from gradpruner.pipeline.setup import Setup
 from gradpruner.pipeline.stages import (
     COST_FILE,
     METRICS_FILE,
     SPEED_FILE,
-    ModelStage,
-    Stage,
-    StageRunner,
     evaluate_stage,
     finetune_stage,
     measure_stage,
