@@ -1,8 +1,9 @@
-"""Angular distance: drop the block of layers that turns the last token the least (Gromov et al., arXiv:2403.17887).
+"""Angular distance: prune the block of layers that rotates the last token the least (Gromov et al., arXiv:2403.17887).
 
-d(l, n) = mean over rows of arccos(cos(x_l, x_l+n)) / pi at the last token, x_l being the input of layer l and x_L the
-raw output of the last one; the n layers from the l with the smallest d leave. Deviations from arcee-ai/PruneMe: layer 0
-may be in the block (there the embedding state is discarded), and the last token is the last real one.
+d(l, n) = mean over rows of arccos(cos(x_l, x_l+n)) / pi at the last token, where x_l is the input of layer l and x_L
+the raw output of the last layer. The n layers from the l with the smallest d are pruned. Deviations from
+arcee-ai/PruneMe: layer 0 may be in the block (PruneMe discards the embedding state), and the last token is the last
+real one.
 """
 
 from collections.abc import Iterable
@@ -23,23 +24,23 @@ from gradpruner.models.architectures import decoder_layers
 
 @dataclass(frozen=True)
 class Angular(CalibratedLayerDropping):
-    """Chooses a contiguous block; the scores of single layers, d(l, 1), are only for the report."""
+    """Pruning of one contiguous block; the scores of single layers, d(l, 1), are only reported."""
 
     name: ClassVar[str] = "angular"
 
     def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
-        """Distances between all pairs of states, so that one measurement serves every block length."""
+        """Measures the distances between all pairs of states, so that one measurement serves every block length."""
         distances = angular_distances(model, checked(batches, self))
         single = [distances[layer][layer + 1] for layer in range(len(distances) - 1)]
         return Scores(single, {"angular_distances": distances})
 
     def choose(self, scores: Scores, num_pruned_layers: int) -> tuple[int, ...]:
-        """The block with the smallest distance between its ends; of equal ones the first."""
+        """Returns the block with the smallest distance between its ends; the first of equal ones."""
         return nearest_block(scores.details["angular_distances"], num_pruned_layers)
 
 
 def nearest_block(distances: list[list[float]], length: int) -> tuple[int, ...]:
-    """The `length` layers from the l with the smallest d(l, length).
+    """Returns the `length` layers from the l with the smallest d(l, length).
 
     Args:
         distances: (L+1, L+1), between the states before and after every layer.
@@ -51,14 +52,14 @@ def nearest_block(distances: list[list[float]], length: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def angular_distances(model: PreTrainedModel, batches: list[Batch]) -> list[list[float]]:
-    """Mean angle over pi between the states of the last token before and after every layer, (L+1, L+1)."""
+    """Returns the mean angle / pi between any two states of the last token, before or after a layer, (L+1, L+1)."""
     num_states = len(decoder_layers(model)) + 1
     sums = torch.zeros(num_states, num_states, dtype=torch.float64)
     num_rows = 0
     for batch in tqdm(batches, desc="angular distance", unit="batch"):
         states = _last_token_states(model, batch)  # (B, L+1, d)
         unit = torch.nn.functional.normalize(states, dim=-1)
-        cosines = (unit @ unit.transpose(1, 2)).clamp(-1.0, 1.0)  # rounding leads out of [-1, 1], where arccos is NaN
+        cosines = (unit @ unit.transpose(1, 2)).clamp(-1.0, 1.0)  # rounding can exceed [-1, 1], where arccos is NaN
         sums += (cosines.arccos() / torch.pi).sum(dim=0).cpu()
         num_rows += len(unit)
     distances: list[list[float]] = (sums / num_rows).tolist()
@@ -66,7 +67,7 @@ def angular_distances(model: PreTrainedModel, batches: list[Batch]) -> list[list
 
 
 def _last_token_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """States of every row's last real token before each layer and after the last one, (B, L+1, d) float64."""
+    """Returns every row's states of the last real token, before each layer and after the last, (B, L+1, d) float64."""
     mask = batch["attention_mask"].to(model.device)
     last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (B,)
     rows = torch.arange(len(last), device=model.device)

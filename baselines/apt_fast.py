@@ -1,6 +1,6 @@
-"""APT, fast: prune once by APT's scores, before fine-tuning; no distillation (Zhao et al., arXiv:2401.12200).
+"""APT, fast: prune once by APT's scores before fine-tuning, without distillation (Zhao et al., arXiv:2401.12200).
 
-The authors' variant for LLaMA. Scores are summed over small batches of the downstream task; see `scores`.
+The authors' variant for LLaMA. Scores are summed over small batches of the downstream task; see `apt.scores`.
 """
 
 from collections.abc import Iterable
@@ -25,12 +25,12 @@ from gradpruner.surgery import apply_plan
 
 @dataclass(frozen=True)
 class AptFast(Calibrated, AptPruning):
-    """Prunes KV groups, MLP channels and channels of the residual stream by salience and outliers, in one cut.
+    """Pruning of KV groups, MLP channels and channels of the residual stream by salience and outliers, in one cut.
 
     Attributes:
-        num_rows: training rows to look at.
-        batch_size: rows of a batch; part of the scores, which multiply sums over a batch.
-        seed: of the draw of rows.
+        num_rows: training rows to use.
+        batch_size: rows per batch; changes the scores, which multiply sums over a batch.
+        seed: seed of the row sample.
     """
 
     name: ClassVar[str] = "apt_fast"
@@ -44,7 +44,7 @@ class AptFast(Calibrated, AptPruning):
         save_scores(scores.tensors(), directory, self.name)
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
-        """Keeps the units with the highest scores for their size."""
+        """Keeps the units with the highest scores relative to their cost."""
         config, dense = model.config, config_shape(model.config)
         costs, budget = self.budget(config)
         scores, step = Units.from_tensors(load_scores(directory)), hidden_step(config)

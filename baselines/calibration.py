@@ -1,4 +1,4 @@
-"""The rows of the downstream training split that baselines look at (Section 4.2)."""
+"""Calibration rows: the rows of the downstream training split that baselines use (Section 4.2)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from gradpruner.method import Calibration, Method
 
 @dataclass(frozen=True)
 class Calibrated(Method):
-    """Base of the methods that look at rows, each at most once.
+    """Base of the methods that use calibration rows, each row at most once.
 
     Attributes:
-        num_rows: training rows to look at, at most all.
-        batch_size: rows at once; changes speed and memory, not scores, unless the method says so.
-        seed: of the draw of rows.
+        num_rows: training rows to use; all of them if there are fewer.
+        batch_size: rows per batch; changes speed and memory, not scores, unless the method says so.
+        seed: seed of the row sample.
     """
 
     num_rows: int = 256
@@ -31,19 +31,19 @@ class Calibrated(Method):
         check_positive(self, "num_rows", "batch_size")
 
     def calibration(self) -> Calibration:
-        """Rows of the training split, each at most once."""
+        """Returns which rows of the training split to use, each at most once."""
         return Calibration(self.batch_size, self.num_rows, self.seed, once=True)
 
     def measurement_settings(self) -> dict[str, Any]:
-        """The rows; scores serve every budget."""
+        """Returns the row settings; scores serve every budget."""
         return {"num_rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
 
 
 def checked(batches: Iterable[Batch], method: Method) -> list[Batch]:
-    """The batches as a list.
+    """Returns the batches as a list.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no batches.
     """
     taken = list(batches)
     if not taken:
@@ -52,5 +52,5 @@ def checked(batches: Iterable[Batch], method: Method) -> list[Batch]:
 
 
 def real_tokens(batch: Batch, device: torch.device) -> torch.Tensor:
-    """Where there is no padding, (B, T) bool."""
+    """Returns a mask of the tokens that are not padding, (B, T) bool."""
     return batch["attention_mask"].to(device).bool()

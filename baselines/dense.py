@@ -1,4 +1,4 @@
-"""The dense model: nothing is pruned. The reference of every table."""
+"""The dense model, with nothing pruned: the reference in every table."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,6 +8,6 @@ from gradpruner.method import Method
 
 @dataclass(frozen=True)
 class Dense(Method):
-    """Leaves the model as it is."""
+    """A method that leaves the model unchanged."""
 
     name: ClassVar[str] = "dense"

@@ -9,14 +9,14 @@ from gradpruner.method import Method
 
 @dataclass(frozen=True)
 class IgiaOnly(GradPruner):
-    """Prunes what GradPruner prunes and discards it; the importance run of the two is one."""
+    """GradPruner that discards the pruned layers; the two methods share one importance run."""
 
     name: ClassVar[str] = "igia_only"
 
     merge_count: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError if something is to merge."""
+        """Raises ValueError if the settings ask for a merge."""
         super().__post_init__()
         if self.merge_count or self.merged_layers:
             raise ValueError(
@@ -26,5 +26,5 @@ class IgiaOnly(GradPruner):
 
     @property
     def measured_as(self) -> type[Method]:
-        """GradPruner's importance run."""
+        """Returns `GradPruner`, whose importance run this method shares."""
         return GradPruner

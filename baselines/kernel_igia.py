@@ -1,18 +1,19 @@
 """Kernel pruning by the IGIA-Matrix: channels of the residual stream instead of layers (Appendix D, Figure 9).
 
 The paper: "we used IGIA-Matrix to compute the importance of each hidden size, pruned the less important parts, and
-merged the pruned hidden sizes with the unpruned ones". It says neither how channels are paired nor what is counted as
-one; here:
+merged the pruned hidden sizes with the unpruned ones". The paper says neither how channels are paired nor which weights
+belong to a channel. Here:
 
-- Importance of a channel: sum of F (Eq. 3) over the columns of the linear sublayers that read it and the rows of those
-  that write it, in all layers.
-- Every pruned channel merges into one kept channel: `similarity`, that whose weights point most the same way (cosine of
-  the channel's columns and rows in all layers and in the embedding), or `preceding`, the nearest one before it, as for
-  layers. A channel before the first kept one merges into none.
-- An entry of a pruned column or row merges if it is among the top `density` of F of the pruned part of its matrix and
-  has the sign of the kept entry (Eq. 5, 6). Embedding, output head and norms have no F: kept channels stay as they are.
+- The importance of a channel is the sum of F (Eq. 3) over the columns of the linear sublayers that read it and the rows
+  of those that write it, in all layers.
+- Every pruned channel merges into one kept channel. `similarity` takes the channel with the highest cosine of weights
+  (the channel's columns and rows in all layers and in the embedding). `preceding` takes the nearest kept channel before
+  the pruned one, as for layers; a channel before the first kept one merges into none.
+- An entry of a pruned column or row merges if it is among the top `density` of F in the pruned part of its matrix and
+  has the sign of the kept entry (Eq. 5, 6). Embedding, output head and norms have no F: their kept channels are
+  unchanged.
 
-The importance run is GradPruner's, and so is the budget: as many parameters as are left with the same `sparsity`.
+Importance run and budget are GradPruner's: as many parameters are kept as by GradPruner with the same `sparsity`.
 """
 
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ class KernelIgia(GradPruner):
     The settings of the importance run, `density` and `merge_rule` are GradPruner's.
 
     Attributes:
-        match: as in `WidthPruning`, but for `native`.
-        pairing: which kept channel a pruned one merges into, one of `PAIRINGS`.
+        match: as in `WidthPruning`, except `native`.
+        pairing: how the kept channel that a pruned one merges into is chosen, one of `PAIRINGS`.
     """
 
     name: ClassVar[str] = "kernel_igia"
@@ -80,34 +81,34 @@ class KernelIgia(GradPruner):
             )
 
     def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
-        """Turns `fraction` into steps; see `Method.resolve`."""
+        """Converts `fraction` to steps; see `Method.resolve`."""
         return self._with_steps(training_steps)
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """A narrower residual stream that meets the budget; see `Method.shape`."""
+        """Returns the shape with a narrower residual stream that meets the budget; see `Method.shape`."""
         assert isinstance(self.sparsity, float | int)
         check_width_supported(config, self.name)
         layers, step = config_shape(config).layers, config.num_attention_heads
         target = target_parameters(config, self.sparsity, self.match)
-        # A multiple of the heads, because transformers refuses another Llama config.
+        # A multiple of the number of heads: transformers refuses any other Llama config.
         size = solve_size(
             "hidden size", lambda size: ModelShape(size, layers), config, target, config.hidden_size, step
         )
         return ModelShape(size, layers)
 
     def variant(self) -> str:
-        """How much is pruned, and how it merges."""
+        """Returns how much is pruned and how it merges."""
         match = "" if self.match == "layers" else f"-{self.match}"
         return f"sparsity{self.sparsity}{match}-{self.merge_rule}-{self.pairing}"
 
     @property
     def measured_as(self) -> type[Method]:
-        """GradPruner's importance run."""
+        """Returns `GradPruner`, whose importance run this method shares."""
         return GradPruner
 
     @torch.no_grad()
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
-        """Scores channels, pairs and merges them, and makes the residual stream narrower."""
+        """Scores, pairs and merges channels, then narrows the residual stream."""
         gradients, shape, dense = EarlyGradients.load(directory), self.shape(model.config), config_shape(model.config)
         weights = step_weights(gradients.energies, self.step_weighting).tolist()
         importance = channel_importance(gradients, len(dense.layers), dense.hidden_size, weights)
@@ -145,7 +146,7 @@ class KernelIgia(GradPruner):
         return Compressed(apply_plan(model, plan), plan, report)
 
     def _partners(self, model: PreTrainedModel, kept: tuple[int, ...], pruned: tuple[int, ...]) -> list[int | None]:
-        """For every pruned channel the kept one that it merges into, or None."""
+        """Returns for every pruned channel the kept channel that it merges into, or None."""
         if self.pairing == "preceding":
             return [max((channel for channel in kept if channel < gone), default=None) for gone in pruned]
         products = channel_products(model)
@@ -155,7 +156,7 @@ class KernelIgia(GradPruner):
 
 
 def channel_importance(gradients: EarlyGradients, num_layers: int, hidden_size: int, weights: list[float]) -> Tensor:
-    """Sum of F over all that reads or writes a channel of the residual stream, (d,) float64."""
+    """Returns the sum of F over all weights that read or write each channel of the residual stream, (d,) float64."""
     total = torch.zeros(hidden_size, dtype=torch.float64)
     for layer in range(num_layers):
         for name in gradients.sublayers:
@@ -167,11 +168,11 @@ def channel_importance(gradients: EarlyGradients, num_layers: int, hidden_size: 
 
 
 def column_sums(factors: list[Factors], weights: list[float]) -> Tensor:
-    """Column sums of F = 1/t sum_i w_i (left_i @ right_i)^2 (Eq. 3), by Gram matrices: F is not formed.
+    """Returns the column sums of F = 1/t sum_i w_i (left_i @ right_i)^2 (Eq. 3) by Gram matrices, without forming F.
 
     Args:
-        factors: one pair a step, (out, k) and (k, in).
-        weights: one a step.
+        factors: one pair per step, (out, k) and (k, in).
+        weights: one per step.
 
     Returns:
         (in,) float64.
@@ -184,7 +185,7 @@ def column_sums(factors: list[Factors], weights: list[float]) -> Tensor:
 
 
 def channel_products(model: PreTrainedModel) -> Tensor:
-    """Inner products of the channels' weights, over all layers and the embedding, (d, d) float64."""
+    """Returns the inner products of the channels' weights, over all layers and the embedding, (d, d) float64."""
     embedding = model.get_input_embeddings().weight.float()
     products: Tensor = (embedding.T @ embedding).double()
     for layer in decoder_layers(model):
@@ -208,9 +209,9 @@ def merge_columns(
     Args:
         weight: (rows, d).
         igia: F of the weight, (rows, d).
-        kept: columns that stay.
-        pruned: columns that leave.
-        partners: for each of `pruned` the kept column that it merges into, or None.
+        kept: columns that are kept.
+        pruned: columns that are pruned.
+        partners: for each of `pruned`, the kept column that it merges into, or None.
         density: fraction of the entries of the pruned columns that may merge.
         rule: one of `CHANNEL_RULES`.
 

@@ -1,15 +1,16 @@
-"""LaCo: rear layers collapse into a prior one while the model still says the same (Yang et al., arXiv:2402.11187).
+"""LaCo: collapse rear layers into an earlier one while the output stays similar (Yang et al., arXiv:2402.11187).
 
 Layer l absorbs the m layers after it. Its linear sublayers become
 - rule `paper`: W_l + sum over k of (W_l+k - W_l);
-- rule `code`: W_l+m. The authors' notebook overwrites the base inside its loop, so that the sum telescopes and the
-  block is replaced by its last layer (issues 4 and 5 of their repository). The published numbers probably come from it,
-  and for m = 1 the two are the same. Default, and any report of ours says which. Norms stay those of layer l. A merge
-  is kept if the final hidden states still point where the dense model's do: cosine of whole sequences, flattened, mean
-  over rows, above the threshold.
+- rule `code`, the default: W_l+m. The authors' notebook overwrites the base inside its loop, so that the sum telescopes
+  and the block is replaced by its last layer (issues 4 and 5 of their repository). The published numbers probably come
+  from this rule. For m = 1 both rules are the same. Our reports name the rule.
 
-The method has no target size. To meet one (deviation), no merge takes more layers than are left to take, and if a sweep
-ends too early, the threshold is lowered by 0.05 and the sweep starts again from the model as it is.
+Norms stay those of layer l. A merge is accepted if the final hidden states are similar enough to the dense model's: the
+cosine of whole flattened sequences, averaged over rows, must be above the threshold.
+
+The method has no target size. To meet one (deviation), no merge absorbs more layers than are still to be pruned. If a
+sweep ends too early, the threshold is lowered by 0.05 and a new sweep starts from the merged model.
 """
 
 import json
@@ -43,14 +44,14 @@ THRESHOLD_STEP = 0.05
 
 @dataclass(frozen=True)
 class Trial:
-    """One merge that was tried; layers are positions in the model as it was at that moment.
+    """One merge that was tried; layer numbers are positions in the model at that moment.
 
     Attributes:
-        layer: l, which absorbs.
-        num_absorbed: m, the layers after it that leave.
-        similarity: of the candidate to the dense model.
-        threshold: what it had to exceed.
-        accepted: whether it did.
+        layer: l, the layer that absorbs.
+        num_absorbed: m, the layers after l that are pruned.
+        similarity: similarity of the candidate to the dense model.
+        threshold: value that `similarity` has to exceed.
+        accepted: whether `similarity` exceeds `threshold`.
     """
 
     layer: int
@@ -66,14 +67,14 @@ class LaCo(DepthMethod):
 
     Attributes:
         rule: `code` or `paper`, see above.
-        layers_per_merge: C, the layers that become one: m is C - 1 at most.
+        layers_per_merge: C, the layers that become one: m is at most C - 1.
         lowest_layer: L, the first layer that may absorb.
         highest_layer: H, one past the last layer that may be absorbed; None is the depth of the model.
         interval: I, how far l moves after a merge.
-        threshold: T, in cosine.
+        threshold: T, a cosine.
         num_rows: training rows to compare on.
-        batch_size: rows at once; changes speed and memory, not the outcome.
-        seed: of the draw of rows.
+        batch_size: rows per batch; changes speed and memory, not the outcome.
+        seed: seed of the row sample.
     """
 
     name: ClassVar[str] = "laco"
@@ -103,7 +104,7 @@ class LaCo(DepthMethod):
             raise ValueError(f"lowest_layer must be 0 or above, got {self.lowest_layer}. Raise method.lowest_layer.")
 
     def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
-        """Checks that the range of layers leaves room for the budget; see `DepthMethod.resolve`."""
+        """Checks that the range of layers has room for the budget; see `DepthMethod.resolve`."""
         resolved = super().resolve(num_hidden_layers)
         highest = num_hidden_layers if self.highest_layer is None else self.highest_layer
         if not self.lowest_layer < highest <= num_hidden_layers:
@@ -121,19 +122,19 @@ class LaCo(DepthMethod):
         return resolved
 
     def variant(self) -> str:
-        """How much is pruned, and by which rule."""
+        """Returns how much is pruned and by which rule."""
         return f"{super().variant()}-{self.rule}"
 
     def calibration(self) -> Calibration:
-        """A few rows of the training split, each at most once."""
+        """Returns which few rows of the training split to use, each at most once."""
         return Calibration(self.batch_size, self.num_rows, self.seed, once=True)
 
     def measurement_settings(self) -> dict[str, Any]:
-        """Everything: the merges depend on the budget and on each other."""
+        """Returns all settings: the merges depend on the budget and on each other."""
         return asdict(self)
 
     def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
-        """Finds the merges; leaves the model as it was.
+        """Finds the merges; leaves the model unchanged.
 
         Raises:
             ValueError: if weights or similarities are not finite, or there are no batches.
@@ -145,10 +146,10 @@ class LaCo(DepthMethod):
         weights = [_parameters(layer) for layer in layers]
         originals = [{name: tensor.data for name, tensor in own.items()} for own in weights]
         dense = [_masked(last_hidden_state(model, batch), batch) for batch in taken]
-        kept = list(range(len(layers)))  # the working model, by original numbers
+        kept = list(range(len(layers)))  # layers of the working model, by original numbers
 
         def similarity(layer: int, num_absorbed: int) -> float:
-            """Of the working model with one more merge; undoes it."""
+            """Returns the similarity of the working model after one more merge, then undoes the merge."""
             block = kept[layer : layer + num_absorbed + 1]
             before = {name: tensor.data for name, tensor in weights[block[0]].items()}
             _collapse(weights, block, self.rule)
@@ -174,11 +175,11 @@ class LaCo(DepthMethod):
     def collapse(
         self, num_layers: int, similarity: Callable[[int, int], float], merge: Callable[[int, int], None]
     ) -> list[Trial]:
-        """The sweep from the rear to the front.
+        """Sweeps from the rear to the front, and repeats until the budget is met.
 
         Args:
             num_layers: layers of the dense model.
-            similarity: gives the similarity of the working model with layer l having absorbed m more.
+            similarity: returns the similarity of the working model after layer l absorbs m more layers.
             merge: makes such a merge final.
 
         Returns:
@@ -217,7 +218,7 @@ class LaCo(DepthMethod):
         return trials
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
-        """Makes the merges that `measure` found."""
+        """Makes the merges that `measure` accepted."""
         trials = [Trial(**entry) for entry in json.loads((directory / MERGES_FILE).read_text())]
         layers = decoder_layers(model)
         weights = [_parameters(layer) for layer in layers]
@@ -242,14 +243,14 @@ class LaCo(DepthMethod):
 
 
 def merged_weight(block: list[Tensor], rule: str) -> Tensor:
-    """The weight of a layer that absorbs the ones after it.
+    """Returns the weight of a layer that absorbs the layers after it.
 
     Args:
         block: the same parameter in layer l, l+1, ..., l+m.
         rule: `code` or `paper`.
 
     Returns:
-        With `code` the last tensor itself, not a copy; with `paper` a new one.
+        With `code` the last tensor itself, not a copy; with `paper` a new tensor.
     """
     if rule == "code":
         return block[-1]
@@ -258,7 +259,7 @@ def merged_weight(block: list[Tensor], rule: str) -> Tensor:
 
 
 def _collapse(weights: list[dict[str, nn.Parameter]], block: list[int], rule: str) -> None:
-    """Gives the first layer of the block its merged weights; the tensors that it had stay as they are."""
+    """Gives the first layer of the block its merged weights; its previous tensors are unchanged."""
     if len(block) > 1:
         own = weights[block[0]]
         _set(own, {name: merged_weight([weights[layer][name].data for layer in block], rule) for name in own})
@@ -270,7 +271,7 @@ def _set(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> Non
 
 
 def _parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights and biases of the linear sublayers."""
+    """Returns the weights and biases of the linear sublayers."""
     return {
         f"{name}.{kind}": parameter
         for name, linear in linear_sublayers(layer).items()
@@ -279,12 +280,12 @@ def _parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _masked(states: Tensor, batch: Batch) -> Tensor:
-    """States with those of padding set to zero, where they count in no product; (B, T*d)."""
+    """Returns the states with padding set to zero, so that it adds nothing to a product, (B, T*d)."""
     return (states.float() * real_tokens(batch, states.device)[..., None]).flatten(1)
 
 
 def _similarity(model: PreTrainedModel, batches: list[Batch], dense: list[Tensor]) -> float:
-    """Mean over rows of the cosine between flattened final states, those of now and those of the dense model."""
+    """Returns the mean over rows of the cosine between the flattened final states of this and the dense model."""
     cosines = [
         torch.cosine_similarity(_masked(last_hidden_state(model, batch), batch), before, dim=-1)
         for batch, before in zip(batches, dense, strict=True)

@@ -1,4 +1,4 @@
-"""Last: drop the deepest layers but the final one. The simplest rule there is, and hard to beat; looks at no data."""
+"""Last: drop the deepest layers except the final one. The simplest rule there is, and hard to beat; uses no data."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from gradpruner.models.architectures import decoder_layers
 
 @dataclass(frozen=True)
 class Last(LayerDropping):
-    """Scores a layer by how far it is from the end; the final layer, which feeds the output head, comes last of all."""
+    """Layer dropping from the end; the final layer, which feeds the output head, is dropped last."""
 
     name: ClassVar[str] = "last"
 
     def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
-        """The number of layers that leave after this one."""
+        """Scores each layer by the number of layers that are dropped before it."""
         num_layers = len(decoder_layers(model))
         return Scores([float(num_layers - 2 - layer) for layer in range(num_layers - 1)] + [float(num_layers - 1)])

@@ -1,8 +1,8 @@
-"""What the layer-dropping baselines share: score the decoder layers, drop the lowest.
+"""Shared code of the layer-dropping baselines: score the decoder layers, drop the lowest.
 
-A baseline is a subclass that says how layers are scored (`score_layers`) and, where it is not simply the lowest, which
-ones leave (`choose`). Scores come from the downstream training split (Section 4.2: "the pruning baselines also utilize
-the downstream datasets as calibration data"); padding never counts in them, and they do not depend on the batch size.
+A baseline is a subclass that defines how layers are scored (`score_layers`) and, if not simply the lowest, which layers
+are dropped (`choose`). Scores come from the downstream training split (Section 4.2: "the pruning baselines also utilize
+the downstream datasets as calibration data"). Neither padding nor the batch size changes a score.
 """
 
 import json
@@ -27,11 +27,11 @@ SCORES_FILE = "scores.json"
 
 @dataclass(frozen=True)
 class Scores:
-    """What a baseline saw.
+    """Layer scores of a baseline.
 
     Attributes:
-        layers: one score a layer; the lowest leave.
-        details: what else is worth keeping, JSON-ready.
+        layers: one score per layer; the lowest are dropped.
+        details: other results to record, JSON-ready.
     """
 
     layers: list[float]
@@ -46,7 +46,7 @@ class LayerDropping(DepthMethod):
         """Scores the layers.
 
         Raises:
-            ValueError: if weights are not finite, scores are not, or calibration data is needed and there is none.
+            ValueError: if weights or scores are not finite, or calibration data is needed and there is none.
         """
         check_finite_weights(model)
         scores = self.score_layers(model, batches)
@@ -60,7 +60,7 @@ class LayerDropping(DepthMethod):
         write_json(directory / SCORES_FILE, {"layers": scores.layers, "details": scores.details})
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
-        """Drops the layers that `choose` names."""
+        """Drops the layers that `choose` returns."""
         assert self.num_pruned_layers is not None
         scores = Scores(**json.loads((directory / SCORES_FILE).read_text()))
         plan = PruningPlan(
@@ -74,13 +74,13 @@ class LayerDropping(DepthMethod):
 
     @abstractmethod
     def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
-        """Scores every layer; leaves the model as it was."""
+        """Scores every layer; leaves the model unchanged."""
 
     def choose(self, scores: Scores, num_pruned_layers: int) -> tuple[int, ...]:
-        """The layers that leave, ascending: the lowest, of equal ones the first."""
+        """Returns the layers to drop, ascending: the lowest scores, and the first of equal ones."""
         return lowest_layers(scores.layers, num_pruned_layers)
 
 
 @dataclass(frozen=True)
 class CalibratedLayerDropping(Calibrated, LayerDropping):
-    """Base of those that look at data."""
+    """Base of the layer-dropping baselines that use data."""

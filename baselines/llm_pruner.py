@@ -1,6 +1,6 @@
-"""LLM-Pruner: drop the KV groups and MLP channels with the least weight times gradient (Ma et al., arXiv:2305.11627).
+"""LLM-Pruner: prune the KV groups and MLP channels with the least weight times gradient (Ma et al., arXiv:2305.11627).
 
-Block-wise pruning, as in all published runs: KV groups and MLP channels of the layers in between, local to each layer.
+Block-wise pruning, as in all published runs: KV groups and MLP channels of the middle layers, ranked within each layer.
 With W a weight, g its gradient for the calibration rows and a the mean over rows of its squared gradient for one row:
 
     param_first   sum |W g|                 vectorize   |sum W g|
@@ -9,10 +9,10 @@ With W a weight, g its gradient for the calibration rows and a the mean over row
 
 summed along the other dimension of the matrix, then over the matrices of a unit, then over the channels of a head.
 
-Deviations from the code (horseee/LLM-Pruner): calibration on rows of the downstream task rather than windows of 64
-tokens of BookCorpus; query heads are folded to the KV head that they read (`gqa_fold=reference` for the code's fold,
-which adds up heads of other groups); counts that meet a parameter budget (`match=native` for the code's); gradients
-live for one matrix at a time, where the code holds two full copies of them.
+Deviations from the code (horseee/LLM-Pruner): calibration uses rows of the downstream task instead of windows of 64
+tokens of BookCorpus; query heads are folded into the KV head that they read (`gqa_fold=reference` gives the code's
+fold, which adds up heads of other groups); counts meet a parameter budget (`match=native` gives the code's counts);
+gradients exist for one matrix at a time, where the code holds two full copies of them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -61,23 +61,23 @@ GQA_FOLDS = ("exact", "reference")
 
 @dataclass(frozen=True)
 class LlmPruner(WidthPruning):
-    """Prunes KV groups and MLP channels by a Taylor expansion of the loss.
+    """Pruning of KV groups and MLP channels by a Taylor expansion of the loss.
 
     Attributes:
-        ratio: part of the KV channels and MLP channels of each layer in the range, for `match=native`.
+        ratio: fraction of the KV channels and MLP channels to prune per layer in the range, for `match=native`.
         criterion: one of `CRITERIA`.
-        grouping: how the matrices of a unit are put together, one of `GROUPINGS`; None is `sum` for the criteria with
-            gradients and `mean` for the others, as in the code.
-        first_layer: first layer that becomes narrower; None scales the paper's 4 of 32.
-        end_layer: one past the last one; None scales the paper's 30 of 32.
-        uniform: all layers alike, for a stock checkpoint; the range then is all layers.
-        iterative_steps: score again after every one of so many cuts.
+        grouping: how the scores of a unit's matrices are combined, one of `GROUPINGS`; None is `sum` for the criteria
+            with gradients and `mean` for the others, as in the code.
+        first_layer: first layer to narrow; None scales the paper's 4 of 32.
+        end_layer: one past the last layer to narrow; None scales the paper's 30 of 32.
+        uniform: narrow all layers alike, which gives a stock checkpoint; the range is then all layers.
+        iterative_steps: number of cuts; units are scored again before each cut.
         gqa_fold: `exact` or `reference`, see above.
-        num_rows: training rows of the calibration batch, which goes through the model as one.
-        seed: of the draw of rows, and of `random`.
-        recover_on: dataset to train on between pruning and the fine-tune, such as alpaca; None for none.
-        recover_settings: that dataset's settings.
-        recover_training: how to train there, as in `finetune`.
+        num_rows: training rows for calibration, which go through the model as one batch.
+        seed: seed of the row sample and of `random`.
+        recover_on: dataset to train on between pruning and the fine-tune, such as alpaca; None skips this training.
+        recover_settings: settings of that dataset.
+        recover_training: how to train on that dataset, as in `finetune`.
     """
 
     name: ClassVar[str] = "llm_pruner"
@@ -118,10 +118,10 @@ class LlmPruner(WidthPruning):
             )
         self.recovery()  # checks its own values
 
-    # ---- how small ----
+    # ---- sizes ----
 
     def narrower_shape(self, config: PreTrainedConfig) -> ModelShape:
-        """Counts of the code for `native`; otherwise its KV groups, and MLP channels that meet the budget."""
+        """Returns the code's counts for `native`; otherwise its KV groups and the MLP width that meets the budget."""
         dense, width = config_shape(config), head_dim(config)
         layer, cut = dense.layers[0], self._range(len(dense.layers))
         if self.sparsity == 0.0 and self.match != "native":
@@ -149,7 +149,7 @@ class LlmPruner(WidthPruning):
         return make_shape(solve_size("MLP width", make_shape, config, target, largest=layer.intermediate_size))
 
     def _range(self, num_layers: int) -> range:
-        """The layers that become narrower."""
+        """Returns the layers to narrow."""
         if self.uniform:
             return range(num_layers)
         first = round(num_layers * 4 / 32) if self.first_layer is None else self.first_layer
@@ -161,21 +161,21 @@ class LlmPruner(WidthPruning):
             )
         return range(first, end)
 
-    # ---- the hooks of a method ----
+    # ---- the methods of `Method` ----
 
     def variant(self) -> str:
-        """How much is pruned, and by which criterion."""
+        """Returns how much is pruned and by which criterion."""
         ratio = "" if self.ratio is None else f"{self.ratio}"
         return f"{super().variant()}{ratio}-{self.criterion}" + ("-uniform" if self.uniform else "")
 
     def calibration(self) -> Calibration | None:
-        """A few rows of the training split, each at most once."""
+        """Returns which few rows of the training split to use, each at most once; None without gradients."""
         if self.criterion not in TAYLOR:
             return None
         return Calibration(self.num_rows, self.num_rows, self.seed, once=True)
 
     def measurement_settings(self) -> dict[str, Any]:
-        """Everything; scores of a one-shot cut serve every budget."""
+        """Returns all settings that change the scores; with one cut, the scores serve every budget."""
         settings = asdict(self)
         for name in ("recover_on", "recover_settings", "recover_training"):
             del settings[name]
@@ -185,11 +185,11 @@ class LlmPruner(WidthPruning):
         return settings
 
     def recovery(self) -> Recovery | None:
-        """Optional training on instructions, as the authors do; off by default."""
+        """Returns the training on instructions that the authors do; None by default."""
         return Recovery(training_spec(self.recover_training, self.name)) if self.recover_on else None
 
     def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
-        """Scores all KV groups and MLP channels of the range; leaves the model as it was.
+        """Scores all KV groups and MLP channels in the range; leaves the model unchanged.
 
         Raises:
             ValueError: if weights or scores are not finite, or gradients are needed and there is no data.
@@ -226,7 +226,7 @@ class LlmPruner(WidthPruning):
         save_scores(scores, directory, self.name)
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
-        """Drops the lowest units of every layer of the range."""
+        """Prunes the lowest-scoring units of every layer in the range."""
         scores, dense, shape = load_scores(directory), config_shape(model.config), self.shape(model.config)
         rep = dense.layers[0].num_attention_heads // dense.layers[0].num_key_value_heads
         heads, channels = [], []
@@ -240,7 +240,7 @@ class LlmPruner(WidthPruning):
     # ---- scores ----
 
     def _one_batch(self, batches: Iterable[Batch], pad_token_id: int) -> Batch | None:
-        """All rows in one batch: |W g| of the whole is not the sum of its parts."""
+        """Returns all rows as one batch: |W g| of all rows is not the sum of |W g| over batches."""
         if self.criterion not in TAYLOR:
             return None
         taken = checked(batches, self)
@@ -254,7 +254,7 @@ class LlmPruner(WidthPruning):
         }
 
     def _unit_scores(self, model: PreTrainedModel, batch: Batch | None, cut: range) -> dict[int, dict[str, Tensor]]:
-        """`kv_groups` and `channels` of every layer of the range."""
+        """Returns `kv_groups` and `channels` of every layer in the range."""
         sizes, width = config_shape(model.config).layers[0], head_dim(model.config)
         if self.criterion == "random":
             generator = torch.Generator().manual_seed(self.seed)
@@ -295,7 +295,7 @@ class LlmPruner(WidthPruning):
         part: float,
         columns: Mapping[tuple[int, str], Tensor],
     ) -> None:
-        """Takes that part of what will leave a layer out of it, by zeroes: for the function that is the same."""
+        """Zeroes the fraction `part` of a layer's units to prune, which changes outputs as removing them would."""
         rep, sizes = dense.num_attention_heads // dense.num_key_value_heads, {}
         sizes["kv_groups"] = (dense.num_key_value_heads, last.num_key_value_heads)
         sizes["channels"] = (dense.intermediate_size, last.intermediate_size)
@@ -311,5 +311,5 @@ class LlmPruner(WidthPruning):
 
 
 def num_removed(count: int, ratio: float) -> int:
-    """Channels that leave, of `count`: the code's rounding."""
+    """Returns how many of `count` channels are pruned, rounded as in the code."""
     return count - int(count * (1.0 - ratio))

@@ -1,4 +1,4 @@
-"""Magnitude: drop the layers whose linear weights have the smallest sum of squares. Looks at no data."""
+"""Magnitude: drop the layers whose linear weights have the smallest sum of squares. Uses no data."""
 
 import math
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ from gradpruner.models.architectures import decoder_layers, linear_sublayers
 
 @dataclass(frozen=True)
 class Magnitude(LayerDropping):
-    """Scores a layer by the sum of squares of its linear weights, in float64."""
+    """Layer dropping by the sum of squares of a layer's linear weights, in float64."""
 
     name: ClassVar[str] = "magnitude"
 
     def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
-        """Sums of squares."""
+        """Scores each layer by its sum of squares."""
         return Scores([_sum_of_squares(layer) for layer in decoder_layers(model)])
 
 

@@ -1,15 +1,15 @@
-"""MINITRON: cut what activations make the least of, then distil (Muralidharan et al., arXiv:2407.14679).
+"""MINITRON: prune the units with the weakest activations, then distil (Muralidharan et al., arXiv:2407.14679).
 
-Scores need forward passes alone. An activation is averaged over the tokens of a row in absolute value, then the L2 norm
-is taken over rows: MLP channels by the input of down_proj, heads by the input of o_proj (L2 norm over their channels),
-channels of the residual stream by the outputs of both norms, summed over layers; layers by Block Influence. The same
-number of units stays in every layer, so the result is a stock checkpoint.
+Scores need only forward passes. The absolute value of an activation is averaged over the tokens of a row, then the L2
+norm is taken over rows. MLP channels are scored by the input of down_proj, heads by the input of o_proj (L2 norm over
+their channels), channels of the residual stream by the outputs of both norms, summed over layers, and layers by Block
+Influence. Every layer keeps the same number of units, so the result is a stock checkpoint.
 
-Then the pruned model learns to predict what the dense one does, on Alpaca as in Section 4.2 of the GradPruner paper
-(MINITRON's 80 billion tokens of pre-training data are out of reach), and only then the downstream task.
+The pruned model then learns to predict what the dense model predicts, on Alpaca as in Section 4.2 of the GradPruner
+paper (MINITRON's 80 billion tokens of pre-training data are out of reach). The downstream task comes after that.
 
-Deviations: widths meet a parameter budget; heads of a group are ranked in the layout that the model has, where the
-reference (`mcore_minitron`) reads the scores in another order; padding counts nowhere.
+Deviations: widths meet a parameter budget; heads of a group are ranked in the model's own layout, where the reference
+(`mcore_minitron`) reads the scores in another order; padding never counts.
 """
 
 from collections.abc import Iterable, Iterator
@@ -41,27 +41,27 @@ from gradpruner.surgery import apply_plan
 
 AXES = ("width", "depth", "ffn")
 SIZES = ("num_hidden_layers", "hidden_size", *LAYER_SIZES)
-HIDDEN_PART = 7 / 8  # of the residual stream that stays, as in the reference's 3584 of 4096
-SMALLEST_PART = 1 / 4  # of the MLP channels: below, the residual stream gives way instead
+HIDDEN_PART = 7 / 8  # kept fraction of the residual stream to start from: the reference's 3584 of 4096
+SMALLEST_PART = 1 / 4  # least kept fraction of the MLP channels; below it, the residual stream is pruned more
 DIVISOR = 64  # widths are multiples of it, or of a smaller power of two in a small model
 
 
 @dataclass(frozen=True)
 class Minitron(Calibrated, WidthPruning):
-    """Prunes by activations, uniformly over layers, and distils.
+    """Uniform pruning of all layers by activations, followed by distillation.
 
     Attributes:
         axes: `width` (residual stream and MLP channels), `ffn` (MLP channels), or `depth` (whole layers).
-        target_shape: sizes by name (`SIZES`) instead of axes and budget; what is not named stays; for `match=native`.
-        num_rows: training rows to look at, at most all.
-        batch_size: rows at once; changes speed and memory, not scores.
-        seed: of the draw of rows.
-        recover_on: dataset to distil on; None goes straight to the fine-tune.
-        recover_settings: that dataset's settings, such as {source: local, path: my/folder}.
-        recover_training: how to train there, as in `finetune`.
-        temperature: of the distillation.
-        distil_tokens: `all` real tokens, or those of the `answer`.
-        distil_states: also compare hidden states; made for strong cuts in depth.
+        target_shape: sizes by name (`SIZES`) instead of axes and budget; others are unchanged; for `match=native`.
+        num_rows: training rows to use; all of them if there are fewer.
+        batch_size: rows per batch; changes speed and memory, not scores.
+        seed: seed of the row sample.
+        recover_on: dataset to distil on; None skips distillation.
+        recover_settings: settings of that dataset, such as {source: local, path: my/folder}.
+        recover_training: how to train on that dataset, as in `finetune`.
+        temperature: temperature of the distillation.
+        distil_tokens: tokens to distil on: `all` real tokens, or those of the `answer`.
+        distil_states: also compare hidden states; meant for pruning many layers.
     """
 
     name: ClassVar[str] = "minitron"
@@ -92,10 +92,10 @@ class Minitron(Calibrated, WidthPruning):
             )
         self.recovery()  # checks its own values
 
-    # ---- how small ----
+    # ---- sizes ----
 
     def narrower_shape(self, config: PreTrainedConfig) -> ModelShape:
-        """`target_shape`, or the shape along `axes` that meets the budget."""
+        """Returns `target_shape`, or the shape along `axes` that meets the budget."""
         dense = config_shape(config)
         if self.target_shape is not None:
             return self._explicit_shape(config, dense)
@@ -123,7 +123,7 @@ class Minitron(Calibrated, WidthPruning):
         if self.axes == "ffn":
             ffn_shape = partial(make_shape, config.hidden_size)
             return ffn_shape(solve_size("MLP width", ffn_shape, config, target, largest, min(DIVISOR, divisor)))
-        # Rotary embedding and transformers' check of a Llama config want whole heads in the residual stream.
+        # The rotary embedding and transformers' check of a Llama config need whole heads in the residual stream.
         step, start = lcm(divisor, config.num_attention_heads), HIDDEN_PART * config.hidden_size
         widths = range(step, config.hidden_size + 1, step)
         for hidden_size in sorted(widths, key=lambda size: (abs(size - start), size)):
@@ -162,16 +162,16 @@ class Minitron(Calibrated, WidthPruning):
             )
         return shape
 
-    # ---- the hooks of a method ----
+    # ---- the methods of `Method` ----
 
     def variant(self) -> str:
-        """How much is pruned along which axes, and what it is distilled on."""
+        """Returns how much is pruned along which axes, and the distillation dataset."""
         sizes = "-".join(f"{size}" for size in (self.target_shape or {}).values())
         cut = sizes or f"{super().variant()}-{self.axes}"
         return f"{cut}-{self.recover_on}" if self.recover_on else cut
 
     def measurement_settings(self) -> dict[str, Any]:
-        """The rows, and whether layers are scored or units."""
+        """Returns the row settings, and whether layers or units are scored."""
         return {
             **super().measurement_settings(),
             "scores_layers": self._scores_layers,
@@ -187,7 +187,7 @@ class Minitron(Calibrated, WidthPruning):
         return self.axes != "depth" if self.target_shape is None else bool({*self.target_shape} - {"num_hidden_layers"})
 
     def prune_settings(self) -> dict[str, Any]:
-        """All but what comes after pruning."""
+        """Returns all settings except those of the distillation."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -195,7 +195,7 @@ class Minitron(Calibrated, WidthPruning):
         }
 
     def recovery(self) -> Recovery | None:
-        """Distillation from the dense model."""
+        """Returns the distillation from the dense model; None without `recover_on`."""
         if self.recover_on is None:
             return None
         distillation = Distillation(self.temperature, self.distil_tokens, self.distil_states)
@@ -203,7 +203,7 @@ class Minitron(Calibrated, WidthPruning):
 
     @torch.no_grad()
     def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
-        """Scores layers, heads, MLP channels and channels of the residual stream; leaves the model as it was."""
+        """Scores layers, heads, MLP channels and channels of the residual stream; leaves the model unchanged."""
         check_finite_weights(model)
         taken = checked(batches, self)
         scores = self._unit_scores(model, taken) if self._scores_units else {}
@@ -213,7 +213,7 @@ class Minitron(Calibrated, WidthPruning):
         save_scores(scores, directory, self.name)
 
     def _unit_scores(self, model: PreTrainedModel, batches: list[Batch]) -> dict[str, Tensor]:
-        """`heads` (L, query heads), `channels` (L, d_ff) and `hidden` (d,)."""
+        """Returns `heads` (L, query heads), `channels` (L, d_ff) and `hidden` (d,)."""
         squares: dict[str, Tensor] = {}
         with _mean_activations(model) as means:
             for batch in tqdm(batches, desc="activations", unit="batch"):
@@ -231,7 +231,7 @@ class Minitron(Calibrated, WidthPruning):
         }
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
-        """Keeps the highest units of each axis, equally many in every layer."""
+        """Keeps the highest-scoring units of each axis, the same number in every layer."""
         scores, dense, shape = load_scores(directory), config_shape(model.config), self.shape(model.config)
         num_layers = len(dense.layers)
         kept_layers = highest(scores["layers"], len(shape.layers)) if "layers" in scores else tuple(range(num_layers))
@@ -254,15 +254,15 @@ class Minitron(Calibrated, WidthPruning):
 
 
 def kept_heads(scores: Tensor, old: LayerShape, new: LayerShape) -> tuple[int, ...]:
-    """The query heads of a layer that stay: the highest groups, and in each of them the highest heads.
+    """Returns the query heads of a layer to keep: the highest groups, and the highest heads in each of these groups.
 
     Args:
-        scores: one a query head, (query heads,).
+        scores: one per query head, (query heads,).
         old: sizes of the layer.
-        new: sizes that it is to have.
+        new: sizes of the pruned layer.
     """
     rep, new_rep = (sizes.num_attention_heads // sizes.num_key_value_heads for sizes in (old, new))
-    by_group = scores.view(-1, rep)  # group-major, as the model has them
+    by_group = scores.view(-1, rep)  # group-major, as in the model
     groups = highest(by_group.norm(dim=1), new.num_key_value_heads)
     if new_rep == rep:
         return heads_of(groups, rep)
@@ -270,7 +270,7 @@ def kept_heads(scores: Tensor, old: LayerShape, new: LayerShape) -> tuple[int, .
 
 
 def _divisor(config: PreTrainedConfig) -> int:
-    """The largest power of two up to `DIVISOR` that, with whole heads, is no coarser than an eighth of the width."""
+    """Returns the largest power of two up to `DIVISOR` that, with whole heads, is at most an eighth of the width."""
     divisor = DIVISOR
     while divisor > 1 and lcm(divisor, config.num_attention_heads) > config.hidden_size * (1 - HIDDEN_PART):
         divisor //= 2
@@ -278,14 +278,14 @@ def _divisor(config: PreTrainedConfig) -> int:
 
 
 class _Means:
-    """Mean absolute activations over the real tokens of each row, of the batch that went through last."""
+    """Mean absolute activations over the real tokens of each row of the latest batch."""
 
     def __init__(self) -> None:
         self.mask = torch.ones(0, 0, dtype=torch.bool)
         self.rows: dict[str, Tensor] = {}
 
     def note(self, name: str, states: Tensor) -> None:
-        """`states` is (B, T, channels); padding has none of the weight."""
+        """Records the means of `states` (B, T, channels); padding has weight 0."""
         weights = self.mask.double()  # (B, T)
         total = torch.einsum("bt,btc->bc", weights, states.double().abs())
         self.rows[name] = total / weights.sum(dim=1, keepdim=True).clamp_min(1)
@@ -293,7 +293,7 @@ class _Means:
 
 @contextmanager
 def _mean_activations(model: PreTrainedModel) -> Iterator[_Means]:
-    """Watches the inputs of o_proj and down_proj and the outputs of both norms of every layer."""
+    """Yields the means of the inputs of o_proj and down_proj and the outputs of both norms, for every layer."""
     means, handles = _Means(), []
 
     def watch(module: nn.Module, name: str, is_input: bool) -> None:

@@ -1,7 +1,7 @@
 """Perplexity: drop the layers without which the answers lose the least likelihood.
 
-Every layer is taken out once and the calibration rows are scored without it: as many passes as there are layers. Of the
-answer tokens, since these are what the fine-tune is after.
+Every layer is removed once and the calibration rows are scored without it, in as many passes as there are layers. Only
+answer tokens count, because the fine-tune trains on these.
 """
 
 from collections.abc import Iterable
@@ -21,14 +21,14 @@ from gradpruner.surgery import only_layers
 
 @dataclass(frozen=True)
 class Perplexity(CalibratedLayerDropping):
-    """Scores a layer by the answer NLL without it, less that of the whole model, in nats a token."""
+    """Layer dropping by the answer NLL without a layer minus the whole model's, in nats per token."""
 
     name: ClassVar[str] = "perplexity"
 
     num_rows: int = 64
 
     def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
-        """Changes of the NLL; negative where the model does better without the layer."""
+        """Scores each layer by the change of the NLL; negative where the model is better without the layer."""
         taken = checked(batches, self)
         layers = range(len(decoder_layers(model)))
         whole = answer_nll(model, taken)

@@ -1,4 +1,4 @@
-"""Random: drop layers by lot. What a method must beat to have found anything; looks at no data."""
+"""Random: drop randomly chosen layers, a floor that every method should beat. Uses no data."""
 
 import random
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ from gradpruner.models.architectures import decoder_layers
 
 @dataclass(frozen=True)
 class Random(LayerDropping):
-    """Scores every layer by a random number, so that of one seed a higher sparsity drops the same layers and more.
+    """Layer dropping by random scores. With the same seed, a higher sparsity drops the same layers and more.
 
     Attributes:
-        seed: of the numbers.
+        seed: seed of the scores.
     """
 
     name: ClassVar[str] = "random"
@@ -25,10 +25,10 @@ class Random(LayerDropping):
     seed: int = 0
 
     def measurement_settings(self) -> dict[str, Any]:
-        """The seed."""
+        """Returns the seed."""
         return {"seed": self.seed}
 
     def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
-        """Numbers in [0, 1)."""
+        """Scores each layer by a random number in [0, 1)."""
         generator = random.Random(self.seed)
         return Scores([generator.random() for _ in decoder_layers(model)])

@@ -1,14 +1,15 @@
-"""SAT, sparsity-accelerated training (Ma et al., 2024): leave units out while training, end with the dense model.
+"""SAT, sparsity-accelerated training (Ma et al., 2024): omit units while training, end with the dense model.
 
-In every forward and backward pass a part of the KV groups and MLP channels of each layer is left out, by gathering the
-rows and columns that stay into smaller matrices. The part shrinks in steps to nothing, and the last training steps are
-dense, as is inference. Units are scored and drawn anew every few steps, from what ordinary training forwards showed.
+Every forward and backward pass omits a fraction of the KV groups and MLP channels of each layer, by gathering the kept
+rows and columns into smaller matrices. The fraction shrinks in steps to zero. The last training steps are dense, as is
+inference. Every few steps units are scored and drawn anew, from statistics of ordinary training forwards.
 
-Deviation: SAT's code is not public. Omission, its units, the ladder, and that there are several metrics and selection
-methods are in its abstract and public summaries; formulas, rates, rungs and refresh are ours, and so are results.
+Deviation: SAT's code is not public. Its abstract and public summaries describe omission, its units, the ladder, and
+that there are several metrics and selection methods. Formulas, rates, rungs and refresh are ours, and so are results.
 
-Weights, gradients and optimizer state stay full: memory falls through activations only. The gradient of what is left
-out is exactly zero, but AdamW still moves it by momentum and weight decay; `freeze_omitted` stops that.
+Weights, gradients and optimizer state keep their full size: only activations need less memory. The gradient of an
+omitted weight is exactly zero, but AdamW still moves the weight by momentum and weight decay; `freeze_omitted` stops
+that.
 """
 
 import dataclasses
@@ -30,8 +31,8 @@ from transformers import (
 )
 
 from baselines.sat_units import (
-    METRICS,
     OBSERVING_METRICS,
+    SELECTION_METRICS,
     SELECTIONS,
     Block,
     ChannelStatistics,
@@ -44,27 +45,27 @@ from gradpruner.method import Compressed, Method
 from gradpruner.models.shape import ModelShape, check_width_supported
 
 LADDERS = ("steps", "none")
-STATE_FILE = "sat.safetensors"  # in a checkpoint of the Trainer
-ROUNDING = 1e-9  # 0.29 * 100 is 29, whatever its last bit says
+STATE_FILE = "sat.safetensors"  # in a Trainer checkpoint
+ROUNDING = 1e-9  # so that floor(0.29 * 100) is 29, whatever the last bit
 
 
 @dataclass(frozen=True)
 class Sat(Method):
-    """Leaves out KV groups and MLP channels during fine-tuning, and prunes nothing.
+    """Omission of KV groups and MLP channels during fine-tuning, with nothing pruned.
 
-    With `metric` wanda or activation the first optimizer step is dense: there is nothing to score by before it.
+    With `metric` wanda or activation the first optimizer step is dense, because there are no activations before it.
 
     Attributes:
-        omission_rate: part of the KV groups and of the MLP channels left out at first; 0 is plain training.
+        omission_rate: fraction of the KV groups and of the MLP channels omitted at first; 0 is plain training.
         rungs: steps of the ladder from `omission_rate` down to 0.
-        dense_tail: part of the training steps, at the end, that is dense.
+        dense_tail: fraction of the training steps, at the end, that are dense.
         ladder: `steps`, or `none` for a constant rate up to the dense tail.
-        metric: how units are scored, one of `METRICS`.
-        selection: keep the highest scores (`topk`), or draw in proportion to them (`sample`), so that no unit starves.
-        refresh: optimizer steps between selections; a rung of the ladder selects, too.
-        rescale: multiply what goes into o_proj and down_proj by units / kept units.
-        freeze_omitted: keep AdamW from moving weights while they are left out; their moments still decay.
-        seed: of the draws.
+        metric: how units are scored, one of `SELECTION_METRICS`.
+        selection: keep the highest scores (`topk`), or draw in proportion to them (`sample`), so that all units train.
+        refresh: optimizer steps between selections; every rung of the ladder also selects.
+        rescale: multiply the inputs of o_proj and down_proj by units / kept units.
+        freeze_omitted: keep AdamW from moving weights while they are omitted; their moments still decay.
+        seed: seed of the draws.
     """
 
     name: ClassVar[str] = "sat"
@@ -89,30 +90,30 @@ class Sat(Method):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}. Raise method.{name}.")
         check_choice("method.ladder", self.ladder, LADDERS)
-        check_choice("method.metric", self.metric, METRICS)
+        check_choice("method.metric", self.metric, SELECTION_METRICS)
         check_choice("method.selection", self.selection, SELECTIONS)
 
     def variant(self) -> str:
-        """How much is left out, and by what."""
+        """Returns how much is omitted, and by which metric and selection."""
         return f"omission{self.omission_rate}-{self.metric}-{self.selection}"
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """The dense one; see `Method.shape`."""
+        """Returns the dense shape; see `Method.shape`."""
         if self.omission_rate:
             check_width_supported(config, self.name)
         return super().shape(config)
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
-        """Changes nothing; see `Method.prune`."""
+        """Leaves the model unchanged; see `Method.prune`."""
         note = "SAT leaves units out in training only: the model that comes out, and its inference, is dense."
         return dataclasses.replace(super().prune(model, directory), report={"notes": [note]})
 
     def callbacks(self) -> list[TrainerCallback]:
-        """The callback that does the work; none at rate 0."""
+        """Returns the callback that omits units; none at rate 0."""
         return [_Omission(self)] if self.omission_rate else []
 
     def rate_at(self, step: int, num_steps: int) -> float:
-        """The omission rate rho(t) at a 0-based optimizer step.
+        """Returns the omission rate rho(t) at a 0-based optimizer step.
 
         rho(t) = rho_0 * (n - floor(n * t / T_s)) / n for t < T_s = T * (1 - dense_tail), else 0.
 
@@ -128,18 +129,18 @@ class Sat(Method):
 
 
 def num_omitted(rate: float, num_units: int) -> int:
-    """How many of a block's units are left out at this rate: rounded down, and one always stays."""
+    """Returns how many of a block's units are omitted at this rate: rounded down, and at least one is kept."""
     return min(math.floor(rate * num_units + ROUNDING), num_units - 1)
 
 
 class _Omission(TrainerCallback):
-    """Selects the units of every optimizer step and narrows the model to them."""
+    """Callback that selects the units of every optimizer step and narrows the model to them."""
 
     def __init__(self, sat: Sat) -> None:
         self._sat = sat
         self._blocks: list[Block] = []
         self._statistics: ChannelStatistics | None = None
-        self._kept: list[Tensor] = []  # units of every block; empty while training is dense
+        self._kept: list[Tensor] = []  # kept units of every block; empty while training is dense
         self._frozen: list[tuple[Tensor, int, Tensor, Tensor]] = []  # parameter, dimension, indices, values
 
     def on_train_begin(
@@ -160,7 +161,7 @@ class _Omission(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Comes once before the micro batches of a step, so that all of them see the same units.
+        # The Trainer calls this once before the micro batches of a step, so that all of them see the same units.
         step, rate = state.global_step, self._sat.rate_at(state.global_step, state.max_steps)
         if rate == 0.0:
             self._end()
@@ -169,7 +170,7 @@ class _Omission(TrainerCallback):
         if self._kept and step % self._sat.refresh and not is_rung:
             return
         if self._statistics is not None and not self._statistics.update():
-            return  # nothing to score by yet
+            return  # no activations to score by yet
         self._omit([self._select(index, rate, step) for index in range(len(self._blocks))])
 
     def on_pre_optimizer_step(
@@ -207,7 +208,7 @@ class _Omission(TrainerCallback):
     def _select(self, index: int, rate: float, step: int) -> Tensor:
         block, sat = self._blocks[index], self._sat
         scores = block.scores(sat.metric, None if self._statistics is None else self._statistics.mean_square[index])
-        # Seeded by its place, a draw needs no state of a generator in the checkpoint. 32 bits are all torch takes.
+        # Seeded by step and block, a draw needs no generator state in the checkpoint. torch takes only 32 bits.
         seed = int(content_hash([sat.seed, step, block.name])[:8], 16)
         generator = torch.Generator().manual_seed(seed)
         return select_units(scores, block.num_units - num_omitted(rate, block.num_units), sat.selection, generator)
@@ -222,21 +223,21 @@ class _Omission(TrainerCallback):
             self._statistics.watch(kept)
 
     def _load(self, file: Path) -> None:
-        """Goes on from what `on_save` wrote."""
+        """Restores the state that `on_save` wrote."""
         if not file.is_file():
             raise ValueError(
                 f"A checkpoint of method=sat holds the units that are left out, got none in {file}. Delete the "
                 "checkpoints to train from the start."
             )
         tensors = load_file(file)
-        if self._statistics is not None and tensors:  # there are none in the dense tail
+        if self._statistics is not None and tensors:  # a checkpoint of the dense tail holds none
             self._statistics.load(tensors)
         kept = [tensors[f"{block.name}.kept"] for block in self._blocks if f"{block.name}.kept" in tensors]
         if kept:
             self._omit(kept)
 
     def _end(self) -> None:
-        """Makes the model dense, for good."""
+        """Makes the model dense for the rest of the training."""
         for block in self._blocks:
             block.restore()
         if self._statistics is not None:

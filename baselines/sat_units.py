@@ -1,4 +1,4 @@
-"""The units that SAT leaves out: how they are scored and drawn, and how a block computes without them."""
+"""Units that SAT omits: how they are scored and drawn, and how a block computes without them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ from transformers import PreTrainedModel
 from gradpruner.models.architectures import decoder_layers
 from gradpruner.models.shape import check_width_supported, head_dim
 
-OBSERVING_METRICS = ("wanda", "activation")  # these need activations
-METRICS = ("uniform", "magnitude", *OBSERVING_METRICS)
+OBSERVING_METRICS = ("wanda", "activation")  # need activations
+SELECTION_METRICS = ("uniform", "magnitude", *OBSERVING_METRICS)
 SELECTIONS = ("sample", "topk")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Attention or MLP of a decoder layer, seen as units that can be left out: KV groups, or channels.
+    """Attention or MLP of a decoder layer as a set of units that can be omitted: KV groups or channels.
 
-    A unit is the same range of rows in every input projection and of columns in the output projection, as long as that
-    projection's size over `num_units`: Hugging Face lays the query heads of a KV group side by side.
+    A unit is the same range of rows in every input projection and of columns in the output projection. The length of
+    the range is the projection's size / `num_units`: Hugging Face puts the query heads of a KV group side by side.
 
     Attributes:
         name: such as `layers.3.mlp`.
-        num_units: KV groups, or channels.
-        inputs: q, k, v projections, or gate and up; each an nn.Linear or peft's LoRA layer around one.
-        output: o, or down projection.
+        num_units: number of KV groups or channels.
+        inputs: q, k and v projections, or gate and up; each an nn.Linear or peft's LoRA layer around one.
+        output: o or down projection.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Block:
     output: nn.Module
 
     def omit_all_but(self, kept: Tensor, rescale: bool = False) -> None:
-        """Makes the block compute with these units only, until `restore`.
+        """Makes the block compute with only these units, until `restore`.
 
         Args:
-            kept: units that stay, ascending, int64.
-            rescale: multiply what goes into the output projection by units / kept units.
+            kept: units to keep, ascending, int64.
+            rescale: multiply the input of the output projection by units / kept units.
         """
         scale = self.num_units / len(kept) if rescale else 1.0
         for linear, dim, channels in self.slices(kept):
@@ -56,10 +56,10 @@ class Block:
             vars(linear).pop("forward", None)
 
     def slices(self, units: Tensor) -> Iterator[tuple[nn.Linear, int, Tensor]]:
-        """Where the weights of these units are: (linear, 0 for rows or 1 for columns, indices).
+        """Yields where the weights of these units are: (linear, 0 for rows or 1 for columns, indices).
 
-        With LoRA they are rows of W and B in an input projection, columns of W and A in the output projection; so
-        peft's own forward computes with the narrower parts.
+        With LoRA, units are rows of W and B in an input projection, and columns of W and A in the output projection.
+        peft's own forward then computes with the narrower matrices.
         """
         for module in self.inputs:
             for linear in _linears(module, "lora_B"):
@@ -69,14 +69,14 @@ class Block:
 
     @torch.no_grad()
     def scores(self, metric: str, mean_square: Tensor | None = None) -> Tensor:
-        """The importance of every unit.
+        """Returns the importance of every unit.
 
         Args:
-            metric: one of `METRICS`.
-            mean_square: over tokens, of every channel that goes into the output projection; for `OBSERVING_METRICS`.
+            metric: one of `SELECTION_METRICS`.
+            mean_square: mean square over tokens of the output projection's input, (C,); for `OBSERVING_METRICS`.
 
         Returns:
-            (num_units,) float64, 0 or above, comparable within the block only.
+            (num_units,) float64, 0 or above, comparable only within the block.
         """
         if metric == "uniform":
             return torch.ones(self.num_units, dtype=torch.float64)
@@ -91,23 +91,23 @@ class Block:
 
 
 def unit_channels(units: Tensor, width: int) -> Tensor:
-    """Indices of the channels of units that are `width` channels each: (n,) becomes (n * width,)."""
+    """Returns the channel indices of units of `width` channels each: (n,) becomes (n * width,)."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def magnitude_scores(matrices: Sequence[Tensor], num_units: int) -> Tensor:
-    """Sum of squares of a unit's weights, (num_units,) float64; each matrix has the units along its first dimension."""
+    """Returns each unit's sum of squared weights, (num_units,) float64; every matrix has units along dimension 0."""
     rows = (matrix.float().square().sum(dim=1, dtype=torch.float64) for matrix in matrices)
     return torch.stack([row.view(num_units, -1).sum(dim=1) for row in rows]).sum(dim=0).cpu()
 
 
 def wanda_scores(weight: Tensor, norms: Tensor, num_units: int) -> Tensor:
-    """Sum over a unit's columns j of sum_i |W_ij| * norm_j, as Wanda scores a weight (Sun et al., 2023).
+    """Returns the sum over a unit's columns j of sum_i |W_ij| * norm_j, Wanda's score of weights (Sun et al., 2023).
 
     Args:
-        weight: of the output projection, (d_out, C).
-        norms: L2 norm over tokens of each of its input channels, (C,).
-        num_units: how many units the channels make.
+        weight: weight of the output projection, (d_out, C).
+        norms: L2 norm over tokens of each input channel, (C,).
+        num_units: number of units that the channels form.
 
     Returns:
         (num_units,) float64.
@@ -117,25 +117,25 @@ def wanda_scores(weight: Tensor, norms: Tensor, num_units: int) -> Tensor:
 
 
 def activation_scores(norms: Tensor, num_units: int) -> Tensor:
-    """L2 norm of a unit's activations, (num_units,) float64, from those of its channels, (C,)."""
+    """Returns the L2 norm of each unit's activations, (num_units,) float64, from the norms of its channels, (C,)."""
     units: Tensor = torch.linalg.vector_norm(norms.view(num_units, -1), dim=1, dtype=torch.float64)
     return units.cpu()
 
 
 def select_units(scores: Tensor, num_kept: int, selection: str, generator: torch.Generator) -> Tensor:
-    """Which units stay.
+    """Selects the units to keep.
 
-    `sample` draws one after the other without replacement, each with a probability proportional to its score, by adding
-    Gumbel noise to log-scores; units that score 0 come last. Equal ones stay in the order of their indices.
+    `sample` draws units one by one without replacement, each with a probability proportional to its score, by adding
+    Gumbel noise to log-scores. Units that score 0 come last. Equal scores are taken in the order of their indices.
 
     Args:
         scores: (n,) float64, 0 or above.
-        num_kept: how many stay.
+        num_kept: number of units to keep.
         selection: one of `SELECTIONS`.
         generator: source of the noise, on the CPU.
 
     Returns:
-        Their indices, ascending, (num_kept,) int64.
+        Indices of the kept units, ascending, (num_kept,) int64.
     """
     keys = scores
     if selection == "sample":
@@ -146,14 +146,14 @@ def select_units(scores: Tensor, num_kept: int, selection: str, generator: torch
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """Attention and MLP of every decoder layer, in the order of the forward pass.
+    """Returns the attention and MLP blocks of every decoder layer, in the order of the forward pass.
 
     Args:
-        model: a causal language model, plain or with LoRA adapters of peft.
+        model: a causal language model, plain or with peft's LoRA adapters.
 
     Raises:
-        ValueError: if its type is not one of `shape.WIDTH_MODEL_TYPES`, or a projection is neither nn.Linear nor plain
-            LoRA around one.
+        ValueError: if the model type is not one of `shape.WIDTH_MODEL_TYPES`, or a projection is neither nn.Linear nor
+            plain LoRA around one.
     """
     base = _base_model(model)
     check_width_supported(base.config, "sat")
@@ -167,13 +167,13 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 class ChannelStatistics:
-    """Mean square, over real tokens, of what goes into every output projection in training forwards.
+    """Mean square over real tokens of the input of every output projection, from training forwards.
 
-    Channels that are left out keep what they had when they were last seen. A forward that gradient checkpointing
-    replays counts once.
+    Omitted channels keep the value from when they were last computed. A forward that gradient checkpointing replays
+    counts once.
 
     Attributes:
-        mean_square: one tensor a block, (C,) float64, as of the last `update`.
+        mean_square: one tensor per block, (C,) float64, as of the last `update`.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
@@ -183,15 +183,15 @@ class ChannelStatistics:
         self.mean_square = [weight.new_zeros(weight.shape[1], dtype=torch.float64) for weight in weights]
         self._sums = [torch.zeros_like(mean) for mean in self.mean_square]
         self._counts = [torch.zeros_like(mean) for mean in self.mean_square]
-        self._channels = [torch.arange(len(mean), device=mean.device) for mean in self.mean_square]  # computed ones
-        self._tokens: Tensor | None = None  # real ones of the batch that is in the model, (N,); None is all
-        self._awaited: set[int] = set()  # blocks that have not seen it yet
+        self._channels = [torch.arange(len(mean), device=mean.device) for mean in self.mean_square]  # those computed
+        self._tokens: Tensor | None = None  # real tokens of the current batch, (N,); None means all
+        self._awaited: set[int] = set()  # blocks that have not seen the current batch
         self._hooks = [_base_model(model).get_decoder().register_forward_pre_hook(self._begin, with_kwargs=True)]
         for index, block in enumerate(blocks):
             self._hooks.append(block.output.register_forward_pre_hook(partial(self._observe, index)))
 
     def update(self) -> bool:
-        """Takes what was seen since the last call into `mean_square`; False if nothing was seen ever."""
+        """Updates `mean_square` with the forwards since the last call; returns False if there has never been one."""
         for mean, total, count in zip(self.mean_square, self._sums, self._counts, strict=True):
             seen = count > 0
             mean[seen] = total[seen] / count[seen]
@@ -201,14 +201,14 @@ class ChannelStatistics:
         return self._ready
 
     def watch(self, kept: Sequence[Tensor]) -> None:
-        """Says which units of each block are computed from now on."""
+        """Sets which units of each block are computed from now on."""
         self._channels = [
             unit_channels(units, len(mean) // block.num_units).to(mean.device)
             for block, units, mean in zip(self._blocks, kept, self.mean_square, strict=True)
         ]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs besides `watch`, by name."""
+        """Returns everything that a resumed run needs besides `watch`, by name."""
         return {
             f"{block.name}.{kind}": tensor
             for kind, tensors in self._tensors().items()
@@ -216,14 +216,14 @@ class ChannelStatistics:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes over a `state`, which may hold other tensors, too."""
+        """Restores a `state`, which may also hold other tensors."""
         for kind, tensors in self._tensors().items():
             for block, tensor in zip(self._blocks, tensors, strict=True):
                 tensor.copy_(state[f"{block.name}.{kind}"])
         self._ready = True
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -252,10 +252,10 @@ def _base_model(model: nn.Module) -> PreTrainedModel:
 
 
 class _GatheredLinear(torch.autograd.Function):
-    """F.linear with some rows (dim 0) or columns (dim 1) of the weight only.
+    """F.linear with only some rows (dim 0) or columns (dim 1) of the weight.
 
-    Gathers them again in the backward pass: plain autograd would keep the gathered copies of all layers until then, as
-    much memory as the weights that stay.
+    The backward pass gathers them again: plain autograd would keep the gathered copies of all layers until then, which
+    need as much memory as the kept weights.
     """
 
     @staticmethod
@@ -279,7 +279,7 @@ class _GatheredLinear(torch.autograd.Function):
 
 
 def _gathered(linear: nn.Linear, dim: int, indices: Tensor, scale: float) -> Callable[[Tensor], Tensor]:
-    """A forward for `linear` with these rows (dim 0) or columns (dim 1), on inputs times `scale`."""
+    """Returns a forward for `linear` with only these rows (dim 0) or columns (dim 1), on inputs times `scale`."""
 
     def forward(x: Tensor) -> Tensor:
         bias = linear.bias if linear.bias is None or dim == 1 else linear.bias.index_select(0, indices)
@@ -290,7 +290,7 @@ def _gathered(linear: nn.Linear, dim: int, indices: Tensor, scale: float) -> Cal
 
 
 def _linears(projection: nn.Module, factor: str) -> list[nn.Linear]:
-    """What has to be narrowed: the linear itself, and with LoRA this factor (`lora_A` or `lora_B`)."""
+    """Returns the modules to narrow: the linear itself, and with LoRA this factor (`lora_A` or `lora_B`)."""
     if isinstance(projection, lora.Linear):
         return [projection.base_layer, *getattr(projection, factor).values()]
     assert isinstance(projection, nn.Linear)
@@ -298,7 +298,7 @@ def _linears(projection: nn.Module, factor: str) -> list[nn.Linear]:
 
 
 def _weight(projection: nn.Module) -> Tensor:
-    """The weight that the projection computes with, adapters included, (d_out, d_in)."""
+    """Returns the weight that the projection computes with, including adapters, (d_out, d_in)."""
     if isinstance(projection, lora.Linear):
         weight: Tensor = projection.base_layer.weight.detach()
         return sum((projection.get_delta_weight(adapter) for adapter in projection.active_adapters), start=weight)
@@ -311,7 +311,7 @@ def _projection(layer: nn.Module, number: int, name: str) -> Any:
     is_lora = type(projection) is lora.Linear
     variants = list(projection.lora_variant.values()) if is_lora else []
     base = projection.base_layer if is_lora else projection
-    # Exact types: a subclass may compute otherwise, or hold packed weights.
+    # Exact types: a subclass may compute differently, or hold packed weights.
     if variants or type(base) is not nn.Linear:
         kind = type(variants[0] if variants else base).__name__
         raise ValueError(

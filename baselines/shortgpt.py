@@ -1,4 +1,4 @@
-"""ShortGPT: drop the layers that turn their input the least (Men et al., arXiv:2403.03853).
+"""ShortGPT: drop the layers that rotate their input the least (Men et al., arXiv:2403.03853).
 
 Block Influence of a layer: 1 - mean over tokens of cos(its input, its output). Deviation from the repository
 (sramshetty/ShortGPT), which sums over tokens and counts padding: here it is the mean over real tokens.
@@ -23,10 +23,10 @@ from gradpruner.surgery import only_layers
 
 @dataclass(frozen=True)
 class ShortGpt(CalibratedLayerDropping):
-    """Scores a layer by its Block Influence.
+    """Layer dropping by Block Influence.
 
     Attributes:
-        iterative: measure again after every layer that leaves, instead of once; takes as many passes as layers leave.
+        iterative: measure again after every dropped layer instead of once, in one pass per dropped layer.
     """
 
     name: ClassVar[str] = "shortgpt"
@@ -34,12 +34,12 @@ class ShortGpt(CalibratedLayerDropping):
     iterative: bool = False
 
     def measurement_settings(self) -> dict[str, Any]:
-        """The rows; and, if layers leave one by one, how many."""
+        """Returns the row settings, and with `iterative` the number of layers to drop."""
         more = {"num_pruned_layers": self.num_pruned_layers} if self.iterative else {}
         return {**super().measurement_settings(), **more}
 
     def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
-        """Block Influence of every layer; of one that leaves early, in the model that it leaves."""
+        """Scores each layer by its Block Influence, or with `iterative` by its place in the order of dropping."""
         taken = checked(batches, self)
         if not self.iterative:
             return Scores(block_influence(model, taken, "block influence"))
@@ -51,7 +51,7 @@ class ShortGpt(CalibratedLayerDropping):
                 influence = block_influence(model, taken)
             lowest = min(range(len(kept)), key=lambda position: (influence[position], position))
             rounds.append({"layer": kept.pop(lowest), "block_influence": influence})
-        # The order of leaving is the score: a lower one left earlier, those that stay are higher than all.
+        # The score is the order of dropping: the first dropped layer has the lowest, all kept layers the highest.
         order = [entry["layer"] for entry in rounds]
         scores = [
             float(order.index(layer)) if layer in order else float(len(order))
@@ -62,7 +62,7 @@ class ShortGpt(CalibratedLayerDropping):
 
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, batches: list[Batch], description: str | None = None) -> list[float]:
-    """1 - mean over all real tokens of cos(input, output), for every layer of the model."""
+    """Returns 1 - mean over all real tokens of cos(input, output), for every layer of the model."""
     sums = torch.zeros(len(decoder_layers(model)), dtype=torch.float64)
     num_tokens = 0
     for batch in tqdm(batches, desc=description, unit="batch", disable=description is None):

@@ -1,4 +1,4 @@
-"""Another, smaller dense model, fine-tuned in place of the pruned one: the paper's row FT(Llama3.2-3B)."""
+"""A smaller dense model, fine-tuned in place of the pruned one: the paper's row FT(Llama3.2-3B)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from gradpruner.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class SmallDense(Method):
-    """Leaves the smaller model as it is. Ratios in the record are to the dense model that `model` names.
+    """The smaller model, unchanged. Ratios in the record are relative to the dense model that `model` names.
 
     Attributes:
         path: the smaller model, as in `ModelSpec.path`.
@@ -25,9 +25,9 @@ class SmallDense(Method):
     config: dict[str, Any] | None = None
 
     def base_model(self, model: ModelSpec) -> ModelSpec:
-        """The smaller model, with the dense one's dtype, attention and chat template."""
+        """Returns the smaller model, with the dense one's dtype, attention and chat template."""
         return dataclasses.replace(model, path=self.path, revision=self.revision, config=self.config)
 
     def variant(self) -> str:
-        """Which model."""
+        """Returns the name of the smaller model."""
         return ModelSpec(self.path).name

@@ -1,8 +1,9 @@
-"""First-order Taylor importance of whole layers, from full gradients: what IGIA's LoRA gradients stand in for.
+"""First-order Taylor importance of whole layers from full gradients, which IGIA approximates with LoRA gradients.
 
-I_layer = sum over its linear weights of |W * dL/dW|, L being the mean answer loss over the calibration rows: the
-`param_first` criterion of LLM-Pruner (Ma et al., 2023), summed over a layer. A gradient of every weight is held at
-once, which is what makes it expensive: memory of a full backward pass, measured and recorded like any other method's.
+I_layer = sum over the layer's linear weights of |W * dL/dW|, where L is the mean answer loss over the calibration rows.
+This is LLM-Pruner's criterion `param_first` (Ma et al., 2023), summed over a layer. The method is expensive because it
+holds the gradients of all weights at once: it needs the memory of a full backward pass, which is measured and recorded
+as for any other method.
 """
 
 import math
@@ -23,14 +24,14 @@ from gradpruner.models.architectures import decoder_layers, linear_sublayers
 
 @dataclass(frozen=True)
 class TaylorDepth(CalibratedLayerDropping):
-    """Scores a layer by the sum of |weight * gradient| over its linear weights."""
+    """Layer dropping by the sum of |weight * gradient| over a layer's linear weights."""
 
     name: ClassVar[str] = "taylor_depth"
 
     num_rows: int = 128
 
     def score_layers(self, model: PreTrainedModel, batches: Iterable[Batch]) -> Scores:
-        """Sums over layers; the gradient is that of the loss over all answer tokens, whatever the batches."""
+        """Scores each layer; the gradient is of the loss over all answer tokens, whatever the batch size."""
         taken = checked(batches, self)
         weights = [[linear.weight for linear in linear_sublayers(layer).values()] for layer in decoder_layers(model)]
         required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

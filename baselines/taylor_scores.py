@@ -1,4 +1,4 @@
-"""LLM-Pruner's scores of KV groups and MLP channels, and the gradients behind them, one matrix at a time."""
+"""LLM-Pruner's scores of KV groups and MLP channels, and the gradients they need, one matrix at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +22,12 @@ MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 def channel_scores(
     weight: Tensor, criterion: str, rows: bool, gradient: Tensor | None = None, fisher: Tensor | None = None
 ) -> Tensor:
-    """Importance of the rows or columns of a weight.
+    """Returns the importance of the rows or columns of a weight.
 
     Args:
         weight: W, (out, in).
-        criterion: one of `CRITERIA` but `random`.
-        rows: of its rows (outputs), or else of its columns.
+        criterion: one of `CRITERIA` except `random`.
+        rows: score the rows (outputs) rather than the columns.
         gradient: g, (out, in).
         fisher: a, mean over rows of squared gradients, (out, in).
 
@@ -52,7 +52,7 @@ def channel_scores(
 
 
 def combine(vectors: Sequence[Tensor], grouping: str) -> Tensor:
-    """One score a channel from the matrices that it is part of, (channels,)."""
+    """Returns one score per channel from the matrices that contain the channel, (channels,)."""
     if grouping in ("first", "second"):
         return vectors[("first", "second").index(grouping)]
     stacked = torch.stack(list(vectors))
@@ -67,13 +67,13 @@ def combine(vectors: Sequence[Tensor], grouping: str) -> Tensor:
 
 
 def fold_queries(scores: Tensor, num_groups: int, width: int, fold: str = "exact") -> Tensor:
-    """Scores of query channels, added up to KV channels.
+    """Returns scores of KV channels, each the sum of its query channels' scores.
 
     Args:
         scores: (query heads * width,), query heads of a group side by side.
-        num_groups: KV heads.
-        width: channels of a head.
-        fold: `exact`, or `reference`: the code's, which gives KV head g the query heads g, g + num_groups, ...
+        num_groups: number of KV heads.
+        width: channels per head.
+        fold: `exact`, or `reference` for the code's fold, which gives KV head g the query heads g, g + num_groups, ...
 
     Returns:
         (num_groups * width,)
@@ -84,7 +84,7 @@ def fold_queries(scores: Tensor, num_groups: int, width: int, fold: str = "exact
 
 
 def group_scores(vectors: Mapping[str, Tensor], sizes: LayerShape, width: int, grouping: str, fold: str) -> Tensor:
-    """One score a KV group of a layer, (KV heads,); the first matrix of a unit is the one that it starts from."""
+    """Returns one score per KV group of a layer, (KV heads,); the matrix that LLM-Pruner starts from comes first."""
     names = "kqvo" if sizes.num_key_value_heads < sizes.num_attention_heads else "qkvo"
     folded = []
     for name in names:
@@ -100,17 +100,17 @@ def for_each_gradient(
     note: Callable[[int, str, Tensor, Tensor, Tensor | None], None],
     squares: bool = False,
 ) -> None:
-    """Gradients of the linear weights of some layers, one at a time, in one backward pass; no weight gets a `.grad`.
+    """Computes the gradients of the linear weights of some layers, one at a time, in one backward pass.
 
-    The weights are frozen, so autograd only keeps activations; a hook on the output of each linear sublayer makes the
-    gradient of its weight from the gradient of the output and the input, and lets go of it.
+    No weight gets a `.grad`: the weights are frozen, so autograd keeps only activations. A hook on the output of each
+    linear sublayer computes the weight's gradient from the input and the gradient of the output, then discards it.
 
     Args:
-        model: in evaluation mode; left as it was.
-        batch: the calibration rows; the loss is the mean over all their real tokens.
-        layers: which layers.
-        note: called with layer, sublayer, weight, gradient, and mean of squared gradients, each (out, in).
-        squares: whether to make the latter: mean over rows of the squared gradient of the row's own mean loss.
+        model: in evaluation mode; unchanged.
+        batch: calibration rows; the loss is the mean over all their real tokens.
+        layers: layers to compute gradients for.
+        note: called with layer, sublayer, weight, gradient, and mean squared gradient or None; tensors are (out, in).
+        squares: also compute the mean over rows of the squared gradient of the row's own mean loss.
     """
     mask = batch["attention_mask"]
     tokens = (mask.sum(dim=1) - 1).tolist()

@@ -1,6 +1,6 @@
-"""What the methods share that make layers narrower: a budget, scores of units, and which units stay.
+"""Shared code of the methods that narrow layers: a budget, scores of units, and the choice of units to keep.
 
-Scores come from the downstream training split, as those of all pruning baselines (Section 4.2).
+Scores come from the downstream training split, as for all pruning baselines (Section 4.2).
 """
 
 from abc import abstractmethod
@@ -24,12 +24,12 @@ SCORES_FILE = "scores.safetensors"
 
 @dataclass(frozen=True)
 class WidthPruning(Method):
-    """Base of the methods that make layers narrower.
+    """Base of the methods that narrow layers.
 
     Attributes:
-        sparsity: fraction to prune; of what, `match` says.
-        match: `layers`: leave as many parameters as GradPruner does, which takes out that fraction of layers; `total`:
-            that fraction of all parameters; `native`: the method's own setting decides.
+        sparsity: fraction to prune, with the meaning that `match` gives it.
+        match: `layers`: keep as many parameters as GradPruner does when it prunes that fraction of layers; `total`:
+            prune that fraction of all parameters; `native`: the method's own setting decides.
     """
 
     sparsity: float = 0.4
@@ -41,24 +41,24 @@ class WidthPruning(Method):
         check_match(self.match)
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """Narrower layers; see `Method.shape`."""
+        """Returns the shape with narrower layers; see `Method.shape`."""
         check_width_supported(config, self.name)
         return self.narrower_shape(config)
 
     @abstractmethod
     def narrower_shape(self, config: PreTrainedConfig) -> ModelShape:
-        """The shape that meets the budget, for an architecture that is known."""
+        """Returns the shape that meets the budget, for a supported architecture."""
 
     def variant(self) -> str:
-        """How much is pruned, and measured how."""
+        """Returns the sparsity, and `match` unless it is `layers`."""
         return f"sparsity{self.sparsity}" + ("" if self.match == "layers" else f"-{self.match}")
 
 
 def save_scores(scores: Mapping[str, Tensor], directory: Path, method: str) -> None:
-    """Writes one score a unit, by name.
+    """Writes one score per unit, by name.
 
     Raises:
-        ValueError: if scores are not finite; -inf is allowed, for units that leave whatever the rest scores.
+        ValueError: if scores are not finite; -inf is allowed, for units that are pruned whatever the others score.
     """
     for name, values in scores.items():
         if bool((values.isnan() | (values == torch.inf)).any()):
@@ -71,28 +71,28 @@ def save_scores(scores: Mapping[str, Tensor], directory: Path, method: str) -> N
 
 
 def load_scores(directory: Path) -> dict[str, Tensor]:
-    """Reads what `save_scores` wrote, float64."""
+    """Reads the scores that `save_scores` wrote, float64."""
     scores: dict[str, Tensor] = load_file(directory / SCORES_FILE)
     return scores
 
 
 def highest(scores: Sequence[float] | Tensor, count: int) -> tuple[int, ...]:
-    """The `count` units that stay, ascending: the highest; of equal ones the first leaves first."""
+    """Returns the `count` highest-scoring units to keep, ascending; of equal ones the first is pruned first."""
     values = torch.as_tensor(scores, dtype=torch.float64)
-    order = torch.sort(values, stable=True).indices  # lowest first, of equal ones the first
+    order = torch.sort(values, stable=True).indices  # lowest first, equal ones by index
     return tuple(sorted(order[len(values) - count :].tolist()))
 
 
 def heads_of(groups: Sequence[int], rep: int) -> tuple[int, ...]:
-    """The query heads of KV groups, `rep` of them in each."""
+    """Returns the query heads of KV groups, `rep` per group."""
     return tuple(group * rep + head for group in groups for head in range(rep))
 
 
 def training_spec(settings: Mapping[str, Any] | None, method: str) -> TrainingSpec:
-    """How to train between pruning and the fine-tune.
+    """Returns how to train between pruning and the fine-tune.
 
     Raises:
-        ValueError: if a setting is not one of `finetune.TrainingSpec`.
+        ValueError: if a setting is not one of `finetune.spec.TrainingSpec`.
     """
     known = [field.name for field in fields(TrainingSpec)]
     unknown = sorted(set(settings or {}) - set(known))

@@ -1,1 +1,1 @@
-"""Time and memory of GradPruner's own ideas against a reference measured in the same run: `make bench`."""
+"""Time and memory of this code against references measured in the same run: `make bench`."""

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gram_scores --repeats 20
 
-Both forms run in turns in one process. Needs a machine that does nothing else. Exits with 1 if the forms disagree.
+Both forms run in turns in one process. Needs an otherwise idle machine. Exits with 1 if the forms disagree.
 """
 
 import argparse
@@ -39,13 +39,13 @@ SUBLAYERS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both forms on one sublayer.
+    """Measurements of both forms on one sublayer.
 
     Attributes:
         shape: (out, in) of the weight.
-        dense_ms: one time a repeat.
-        gram_ms: one time a repeat.
-        relative_error: of the Gram form, see `relative_error`.
+        dense_ms: times of the dense form, one per repeat.
+        gram_ms: times of the Gram form, one per repeat.
+        relative_error: error of the Gram form, see `relative_error`.
     """
 
     shape: tuple[int, int]
@@ -55,17 +55,17 @@ class Comparison:
 
     @property
     def dense_bytes(self) -> int:
-        """Extra memory of the dense form by its tensors: the float32 (out, in) product, squared in place."""
+        """Extra memory of the dense form, by its tensors: the float32 (out, in) product, squared in place."""
         return 4 * self.shape[0] * self.shape[1]
 
     @property
     def gram_bytes(self) -> int:
-        """Extra memory of the Gram form by its tensors: both factors and three r x r matrices in float64."""
+        """Extra memory of the Gram form, by its tensors: both factors and three r x r matrices in float64."""
         return 8 * (LORA_RANK * sum(self.shape) + 3 * LORA_RANK**2)
 
 
 def dense_squared_frobenius(grad_b: Tensor, grad_a: Tensor) -> Tensor:
-    """||grad_b @ grad_a||_F^2 by forming the product: the fastest way we found that is also accurate.
+    """Returns ||grad_b @ grad_a||_F^2 by forming the product, in the fastest accurate way that we found.
 
     `torch.linalg.vector_norm` takes longer and, over 59 million float32 entries, is 1 % off on this CPU build;
     `torch.dot` is a little faster and 2e-4 off; accumulating in float64 doubles the time and triples the memory.
@@ -81,7 +81,7 @@ def dense_squared_frobenius(grad_b: Tensor, grad_a: Tensor) -> Tensor:
 
 
 def relative_error(grad_b: Tensor, grad_a: Tensor, row_block: int = 1024) -> float:
-    """How far the Gram form is from the float32 dense product whose squares are added up in float64.
+    """Returns the relative error of the Gram form against the float32 product with squares summed in float64.
 
     Args:
         grad_b: left factor, (out, r).
@@ -103,7 +103,7 @@ def compare(num_repeats: int) -> dict[str, Comparison]:
     }
     comparisons = {name: Comparison(SUBLAYERS[name], [], [], relative_error(*factors[name])) for name in SUBLAYERS}
     for repeat in range(-NUM_WARMUPS, num_repeats):
-        # A whole layer at a time: the importance run too goes from sublayer to sublayer, caches full of other things.
+        # A whole layer at a time: the importance run, too, goes from sublayer to sublayer with cold caches.
         dense_ms = {name: _milliseconds(dense_squared_frobenius, *factors[name]) for name in SUBLAYERS}
         gram_ms = {name: _milliseconds(squared_frobenius, *factors[name]) for name in SUBLAYERS}
         if repeat < 0:
@@ -115,7 +115,7 @@ def compare(num_repeats: int) -> dict[str, Comparison]:
 
 
 def results_table(comparisons: dict[str, Comparison]) -> Table:
-    """One row a sublayer, and one for the layer; the layer's times are sums within a repeat."""
+    """Returns a table with one row per sublayer and one for the layer, whose times are sums within a repeat."""
     table = Table(title=f"Squared Frobenius norm of grad_B @ grad_A, rank {LORA_RANK}: median [quartiles]")
     for column in ("sublayer", "out x in", "dense ms", "Gram ms", "ratio", "dense MB", "Gram MB", "rel. error"):
         table.add_column(column, justify="left" if column == "sublayer" else "right", no_wrap=True)

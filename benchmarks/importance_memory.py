@@ -2,8 +2,8 @@
 
     python -m benchmarks.importance_memory
 
-Every measurement is a fresh process (this module with --role), because memory that one run has touched would count for
-the next. Exits with 1 if the importance run's peak memory is over `MAX_MEMORY_RATIO` times that of plain training.
+Every measurement is a fresh process (this module with --role), because memory touched by one run would count for the
+next. Exits with 1 if the importance run's peak memory is over `MAX_MEMORY_RATIO` times the peak of plain training.
 """
 
 import argparse
@@ -45,11 +45,11 @@ NUM_ANSWER_TOKENS = 16
 
 @dataclass(frozen=True)
 class Measurement:
-    """One role in one process.
+    """Measurement of one role in one process.
 
     Attributes:
         before_bytes: memory just before the first step: libraries, model, adapters.
-        peak_bytes: highest memory while training, see `efficiency.PeakMemory`.
+        peak_bytes: highest memory while training, see `cost.PeakMemory`.
         step_seconds: wall time of the training over its steps; the first is slower than the rest.
     """
 
@@ -59,12 +59,12 @@ class Measurement:
 
     @property
     def increment_bytes(self) -> int:
-        """What training added."""
+        """Memory that training adds."""
         return self.peak_bytes - self.before_bytes
 
 
 class _Probe(Cost):
-    """Peak memory and time, that also notes the memory it starts from."""
+    """Peak memory and time, and the memory at the start."""
 
     before_bytes: int
 
@@ -76,7 +76,7 @@ class _Probe(Cost):
 
 
 def random_batches() -> list[Batch]:
-    """One batch a step of random token ids, loss on the last `NUM_ANSWER_TOKENS`; the same ones in every process."""
+    """Returns one batch of random token ids per step, labels on the last `NUM_ANSWER_TOKENS`; always the same ones."""
     generator = torch.Generator().manual_seed(0)
     vocab_size = MODEL.load_config(_assets_dir()).vocab_size
     batches = []
@@ -92,16 +92,16 @@ def measure(role: str) -> Measurement:
     """Trains in this process and measures the training alone.
 
     Args:
-        role: `importance` (`record_early_gradients`) or `plain` (the same training without its recorder).
+        role: `importance` (`record_early_gradients`) or `plain` (the same training without the recorder).
     """
     batches = random_batches()
     model = MODEL.load(_assets_dir())
     for parameter in model.parameters():
-        parameter.sum()  # weights are mapped from the file: without a read they would come to memory in the first step
+        parameter.sum()  # weights are mapped from the file: without a read they would be loaded in the first step
     probe = _Probe()
     with tempfile.TemporaryDirectory() as folder:
         if role == "importance":
-            # The importance run opens its own PeakMemory, around the training alone; ours takes that place.
+            # The importance run opens its own PeakMemory, around the training alone; the probe replaces it.
             with mock.patch.object(importance, "PeakMemory", lambda: probe):
                 record_early_gradients(model, batches, SPEC, Path(folder))
         else:
@@ -110,10 +110,10 @@ def measure(role: str) -> Measurement:
 
 
 def measure_in_fresh_process(role: str) -> Measurement:
-    """`measure` in a process of its own.
+    """Runs `measure` in a process of its own.
 
     Raises:
-        RuntimeError: if that process fails, with what it wrote to stderr.
+        RuntimeError: if that process fails, with its stderr.
     """
     command = [sys.executable, "-m", "benchmarks.importance_memory", "--role", role]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -123,7 +123,7 @@ def measure_in_fresh_process(role: str) -> Measurement:
 
 
 def results_table(runs: dict[str, list[Measurement]]) -> Table:
-    """Every run, the medians of each role, and their ratios."""
+    """Returns a table of all runs, the medians per role, and their ratios."""
     table = Table(title=f"Importance run against plain LoRA steps, {MODEL.name}")
     for column in ("", "before MB", "peak MB", "increment MB", "s / step"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -146,7 +146,7 @@ def results_table(runs: dict[str, list[Measurement]]) -> Table:
 
 
 def median(measurements: Sequence[Measurement]) -> Measurement:
-    """The median of every value by itself."""
+    """Returns the median of every value separately."""
     return Measurement(
         before_bytes=round(statistics.median(one.before_bytes for one in measurements)),
         peak_bytes=round(statistics.median(one.peak_bytes for one in measurements)),
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.role:
         print(json.dumps(asdict(measure(options.role))))
         return 0
-    MODEL.source(_assets_dir())  # converts the packaged weights on first use, outside of what is measured
+    MODEL.source(_assets_dir())  # converts the packaged weights on first use, outside the measurement
     busy_percent = psutil.cpu_percent(interval=1.0)
     runs: dict[str, list[Measurement]] = {role: [] for role in ROLES}
     for _ in range(options.repeats):
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train_plainly(model: PreTrainedModel, batches: list[Batch], scratch: Path, probe: _Probe) -> None:
-    """What `record_early_gradients` does, by its own private parts, without recording anything."""
+    """Trains as `record_early_gradients` does, with its own private functions, without recording anything."""
     set_seed(SPEC.seed)
     with importance._adapters(model, SPEC) as tuned:
         trainer = CompletionTrainer(
@@ -201,7 +201,7 @@ def _report(runs: dict[str, list[Measurement]], busy_percent: float) -> int:
     console.print(
         f"{machine['device']}, {machine['num_threads']} threads, torch {packages['torch']}, peft {packages['peft']}; "
         f"{SPEC.steps} steps of {SPEC.batch_size} x {NUM_TOKENS} tokens, loss on the last {NUM_ANSWER_TOKENS}, LoRA "
-        f"rank {SPEC.lora_rank}. Peaks are sampled by efficiency.PeakMemory around the training alone.",
+        f"rank {SPEC.lora_rank}. Peaks are sampled by cost.PeakMemory around the training alone.",
         highlight=False,
     )
     if busy_percent > BUSY_PERCENT:

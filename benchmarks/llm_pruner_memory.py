@@ -1,11 +1,11 @@
-"""Memory and time of LLM-Pruner's importance, ours against the authors' way, on SmolLM2-135M.
+"""Memory and time of LLM-Pruner's importance, ours against the authors' method, on SmolLM2-135M.
 
     python -m benchmarks.llm_pruner_memory
 
-The authors' code gives every weight a gradient, and a second copy for the criteria of second order; ours makes the
-gradient of one matrix at a time. Every measurement is a fresh process (this module with --role); memory is what the
-process has above what it had before the model was loaded. Exits with 1 if the scores of the two differ, or if ours
-needs more than `MAX_MEMORY_RATIO` times what the weights and a forward pass with its activations need.
+The authors' code holds the gradients of all weights, and a second copy for criteria of second order; ours makes the
+gradient of one matrix at a time. Every measurement is a fresh process (this module with --role); memory counts from
+before the model is loaded. Exits with 1 if the two give different scores, or if ours needs more than
+`MAX_MEMORY_RATIO` times the memory of the weights and a forward pass with its activations.
 """
 
 import argparse
@@ -38,12 +38,12 @@ ROLES = ("weights", "activations", "ours param_first", "all param_first", "ours 
 MODEL = ModelSpec("packaged:smollm2-135m")
 NUM_ROWS, NUM_TOKENS = 10, 64  # the authors' calibration
 MAX_MEMORY_RATIO = 1.15
-PROBED_LAYER = 10  # whose scores are compared
+PROBED_LAYER = 10  # layer whose scores are compared
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One role in one process; `checksum` is the sum of the MLP scores of one layer, 0 where nothing is scored."""
+    """Measurement of one role in one process; `checksum` is the sum of one layer's MLP scores, 0 without scores."""
 
     peak_bytes: int
     seconds: float
@@ -51,7 +51,7 @@ class Measurement:
 
 
 def measure(role: str) -> Measurement:
-    """Runs a role in this process."""
+    """Runs and measures a role in this process."""
     with Cost() as cost:
         before = psutil.Process().memory_info().rss
         model = MODEL.load(_assets_dir())
@@ -64,7 +64,7 @@ def measure(role: str) -> Measurement:
 
 
 def random_batch(vocab_size: int) -> Batch:
-    """The same random token ids in every process."""
+    """Returns random token ids, the same in every process."""
     ids = torch.randint(vocab_size, (NUM_ROWS, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
@@ -74,7 +74,7 @@ def _work(role: str, model: PreTrainedModel, batch: Batch) -> float:
     if who == "weights":
         return 0.0
     if who == "activations":
-        # What any backward pass through frozen weights keeps.
+        # Keeps what any backward pass through frozen weights keeps.
         model.requires_grad_(False)
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         text_loss(model, batch)[0].backward()
@@ -87,7 +87,7 @@ def _work(role: str, model: PreTrainedModel, batch: Batch) -> float:
 
 
 def _with_all_gradients(model: PreTrainedModel, batch: Batch, criterion: str) -> Tensor:
-    """The authors' order: a backward pass a row with its square kept, then one for the batch; then all scores."""
+    """Scores in the authors' order: a backward pass per row, its square kept, one for the batch, then all scores."""
     fisher: dict[str, Tensor] = {}
     if criterion == "param_mix":
         for row in range(NUM_ROWS):
@@ -109,10 +109,10 @@ def _with_all_gradients(model: PreTrainedModel, batch: Batch, criterion: str) ->
 
 
 def measure_in_fresh_process(role: str) -> Measurement:
-    """`measure` in a process of its own.
+    """Runs `measure` in a process of its own.
 
     Raises:
-        RuntimeError: if that process fails, with what it wrote to stderr.
+        RuntimeError: if that process fails, with its stderr.
     """
     command = [sys.executable, "-m", "benchmarks.llm_pruner_memory", "--role", role]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.role:
         print(json.dumps(asdict(measure(options.role))))
         return 0
-    MODEL.source(_assets_dir())  # converts the packaged weights on first use, outside of what is measured
+    MODEL.source(_assets_dir())  # converts the packaged weights on first use, outside the measurement
     return _report({role: measure_in_fresh_process(role) for role in ROLES})
 
 

@@ -3,8 +3,8 @@
     .venv-lm-eval/bin/python benchmarks/lm_eval_runner.py JOB.json RESULT.json
 
 JOB.json has `model` (a folder), `rows` (a JSONL file with prompt, choices and label), `delimiter` (between prompt and
-choice), `batch_sizes` and `num_threads`. RESULT.json is what `benchmarks.option_scoring.Result` has. Imports nothing of
-gradpruner, which is not installed here.
+choice), `batch_sizes` and `num_threads`. RESULT.json has the attributes of `benchmarks.option_scoring.Result`. This
+file imports nothing from gradpruner, which is not installed in the venv.
 """
 
 import json
@@ -23,7 +23,7 @@ NUM_WARMUP_REQUESTS = 8
 
 
 class TimedModel(HFLM):
-    """lm_eval's `hf` backend that notes how long its scoring took, tokenization included, after a warm-up."""
+    """lm_eval's `hf` backend, with the time of its scoring after a warm-up, tokenization included."""
 
     seconds = 0.0
 
@@ -37,7 +37,7 @@ class TimedModel(HFLM):
 
 
 def task_config(rows: str, delimiter: str) -> dict[str, Any]:
-    """The task of a rows file. Names of columns, not templates, so that texts reach the model as they are."""
+    """Returns the task of a rows file; it names columns, not templates, so that the model sees unchanged texts."""
     return {
         "task": "rows",
         "dataset_path": "json",
@@ -54,7 +54,7 @@ def task_config(rows: str, delimiter: str) -> dict[str, Any]:
 
 
 def main(job_file: str, result_file: str) -> None:
-    """Does one job."""
+    """Runs one job."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     torch.set_num_threads(job["num_threads"])
     model = TimedModel(pretrained=job["model"], dtype="float32", device="cpu", batch_size=1)

@@ -1,10 +1,10 @@
-"""Taking the same layers out of the same checkpoint with this project and with mergekit: equal output, memory and time.
+"""Pruning the same layers of the same checkpoint with this project and with mergekit: equal output, memory and time.
 
     python -m benchmarks.mergekit_prune
 
-Both sides run their command, `python -m experiments.prune_checkpoint` and `mergekit-yaml` with a passthrough of the
-kept layers, in processes of their own, in turns; mergekit in `.venv-mergekit`, which is made on first use. Exits with 1
-if the outputs differ, or a goal, `MAX_MEMORY_SHARES` or `MIN_SPEEDUP`, is missed.
+The commands, `python -m experiments.prune_checkpoint` and `mergekit-yaml` with a passthrough of the kept layers, run in
+separate processes, in turns; mergekit runs in `.venv-mergekit`, which is made on first use. Exits with 1 if the outputs
+differ, or a goal, `MAX_MEMORY_SHARES` or `MIN_SPEEDUP`, is missed.
 """
 
 import argparse
@@ -43,13 +43,13 @@ OURS, MERGEKIT, SMALL_SHARDS = SIDES
 PLAN = make_plan("prune")
 SAMPLE_SECONDS = 0.005
 MAX_MEMORY_SHARES = {"0.4B": 0.33, "3.4B": 0.1}  # of mergekit's peak, which grows with the checkpoint; ours does not
-# Of the work, imports left out, everything on the disk at its end: not slower, but for noise. A passthrough takes under
-# twice as long as copying the bytes that stay, so nothing can be several times faster.
+# Of the work without imports, until all is on the disk. The goal is not to be slower, with room for noise: passthrough
+# takes less than twice as long as copying the kept bytes, so nothing can be several times faster.
 MIN_SPEEDUP = 0.8
 
 
 def llama(hidden_size: int, intermediate_size: int, num_heads: int, **more: object) -> LlamaConfig:
-    """A Llama of other widths than that of `streaming_prune`, with as many layers."""
+    """Returns a Llama config with the depth of `streaming_prune.CONFIG` and other widths."""
     return LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -72,15 +72,15 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One side in one process.
+    """Measurement of one side in one process.
 
     Attributes:
-        library_bytes: resident memory when all is imported.
+        library_bytes: resident memory after all imports.
         peak_bytes: highest resident memory.
-        private_bytes: highest part of it that is not pages of files, which the system can drop and read again.
+        private_bytes: highest resident memory without pages of files, which the system can drop and read again.
         process_seconds: wall time of the whole process, imports included.
         work_seconds: wall time from the end of the imports to the end of the command.
-        disk_seconds: time that it then takes to bring the written files to the disk.
+        disk_seconds: wall time of the sync that then brings the written files to the disk.
     """
 
     library_bytes: float
@@ -92,19 +92,19 @@ class Measurement:
 
     @property
     def seconds(self) -> float:
-        """Time of the work with everything on the disk at its end."""
+        """Wall time of the work until everything is on the disk."""
         return self.work_seconds + self.disk_seconds
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All sides on one size.
+    """Measurements of all sides on one size.
 
     Attributes:
-        kept_bytes: of the weights that stay.
-        runs: side -> one measurement a repeat.
-        copy_seconds: one a repeat, of copying `kept_bytes` and bringing them to the disk.
-        differences: how the outputs of the last repeat differ.
+        kept_bytes: bytes of the kept weights.
+        runs: side -> one measurement per repeat.
+        copy_seconds: times to copy `kept_bytes` and bring them to the disk, one per repeat.
+        differences: differences between the outputs of the last repeat.
     """
 
     kept_bytes: int
@@ -113,23 +113,23 @@ class Comparison:
     differences: list[str]
 
     def median(self, side: str) -> Measurement:
-        """The median of each number."""
+        """Returns the median of each number of a side."""
         columns = zip(*(asdict(one).values() for one in self.runs[side]), strict=True)
         return Measurement(*(statistics.median(column) for column in columns))
 
     @property
     def memory_share(self) -> float:
-        """Our peak over mergekit's."""
+        """Our peak memory as a fraction of mergekit's."""
         return self.median(OURS).peak_bytes / self.median(MERGEKIT).peak_bytes
 
     @property
     def speedup(self) -> float:
-        """Time of mergekit over ours."""
+        """Time of mergekit divided by ours."""
         return self.median(MERGEKIT).seconds / self.median(OURS).seconds
 
 
 def mergekit_config(source: Path) -> dict[str, object]:
-    """A passthrough of the plan's kept layers, as one slice a run of neighbours."""
+    """Returns a passthrough of the plan's kept layers, with one slice per run of adjacent layers."""
     kept = PLAN.kept_layers
     starts = [kept[0], *(layer for before, layer in pairwise(kept) if layer != before + 1)]
     ends = [*(before + 1 for before, layer in pairwise(kept) if layer != before + 1), kept[-1] + 1]
@@ -144,23 +144,23 @@ def mergekit_config(source: Path) -> dict[str, object]:
 
 
 def command_of(side: str, source: Path, target: Path) -> list[str]:
-    """The command of a side, its input written beside `source`."""
+    """Returns the command of a side; its input is written beside `source`."""
     if side == OURS:
         plan = source.parent / "plan.json"
         PLAN.save(plan)
         return [sys.executable, str(RUNNER), "ours", str(plan), "-", str(source), str(target)]
     config = source.parent / "mergekit.yml"
     config.write_text(yaml.safe_dump(mergekit_config(source)), encoding="utf-8")
-    # Nothing but the weights and the config, which is all that there is.
+    # Only the weights and the config, because the source has nothing else.
     options = ["--quiet", "--no-copy-tokenizer", *(["--out-shard-size", "100M"] if side == SMALL_SHARDS else [])]
     return [str(VENV / "bin" / "python"), str(RUNNER), "mergekit", str(config), str(target), *options]
 
 
 def run(side: str, source: Path, target: Path) -> Measurement:
-    """Prunes in a fresh process, with nothing left to write from before, and watches it from here.
+    """Prunes in a fresh process, after all earlier writes are on the disk, and watches its memory from here.
 
     Raises:
-        RuntimeError: if that process fails, with what it wrote to stderr.
+        RuntimeError: if that process fails, with its stderr.
     """
     command = command_of(side, source, target)
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT) if side == OURS else ""}
@@ -171,7 +171,7 @@ def run(side: str, source: Path, target: Path) -> Measurement:
         process = subprocess.Popen(command, cwd=source.parent, env=environ, stdout=output, stderr=errors)
         watched = psutil.Process(process.pid)
         while process.poll() is None:
-            with suppress(psutil.Error):  # it ended since
+            with suppress(psutil.Error):  # the process has ended
                 memory = watched.memory_info()
                 peak, private = max(peak, memory.rss), max(private, memory.rss - memory.shared)
             time.sleep(SAMPLE_SECONDS)
@@ -193,7 +193,7 @@ def run(side: str, source: Path, target: Path) -> Measurement:
 
 
 def read_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """Name of every tensor of a checkpoint -> its dtype, shape and SHA-256 of its bytes."""
+    """Returns tensor name -> dtype, shape and SHA-256 of the bytes, for all tensors of a checkpoint."""
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
@@ -205,13 +205,13 @@ def read_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
 
 
 def read_output(folder: Path) -> dict[str, object]:
-    """All that must be equal: keys of the config with their values, and tensors."""
+    """Returns everything that must be equal: config entries and tensors."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {f"config.{key}": value for key, value in config.items()} | read_tensors(folder)
 
 
 def differences(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:
-    """How two outputs differ, and whether they have the layers of the plan."""
+    """Returns the differences between two outputs, and between their depth and the plan's."""
     found = [
         f"{name} is {ours.get(name)} of ours, {theirs.get(name)} of mergekit's."
         for name in sorted(ours.keys() | theirs.keys())
@@ -223,7 +223,7 @@ def differences(ours: dict[str, object], theirs: dict[str, object]) -> list[str]
 
 
 def compare_small(name: str, folder: Path) -> list[str]:
-    """Prunes a small checkpoint with both; how the outputs and their logits in plain transformers differ."""
+    """Prunes a small checkpoint with both; returns differences of the outputs and their transformers logits."""
     write_source(folder / "source", SMALL[name])
     for side in (OURS, MERGEKIT):
         run(side, folder / "source", folder / side)
@@ -257,7 +257,7 @@ def compare(name: str, num_repeats: int, folder: Path) -> Comparison:
             runs[side].append(run(side, source, folder / side))
             if repeat == num_repeats - 1:
                 outputs[side] = read_output(folder / side)
-            # At once: files that stay would fill the page cache, and the next side would pay for room in it.
+            # At once: otherwise these files fill the page cache, and the next side pays for room in it.
             rmtree(folder / side)
     rmtree(folder)
     found = [f"{name}, {side}: {line}" for side in SIDES[1:] for line in differences(outputs[OURS], outputs[side])]
@@ -265,7 +265,7 @@ def compare(name: str, num_repeats: int, folder: Path) -> Comparison:
 
 
 def results_table(comparisons: dict[str, Comparison], num_repeats: int) -> Table:
-    """Medians of each side and size, and their ratios to ours."""
+    """Returns a table of the medians of each side and size, and their ratios to ours."""
     title = f"Pruning a checkpoint on disk with mergekit {MERGEKIT_VERSION} and with this project: "
     layers = f"{len(PLAN.pruned_layers)} of {PLAN.num_hidden_layers} layers leave"
     table = Table(title=f"{title}{layers}, median of {num_repeats}")
@@ -291,7 +291,7 @@ def results_table(comparisons: dict[str, Comparison], num_repeats: int) -> Table
 
 
 def verdict(name: str, comparison: Comparison) -> str:
-    """Whether the outputs are equal, and the two ratios that have a goal."""
+    """Returns a sentence that says whether the outputs are equal, with the two ratios that have a goal."""
     equal = "outputs differ" if comparison.differences else "equal outputs"
     return (
         f"{name}: {equal}, {comparison.memory_share:.3f} of mergekit's peak memory (goal: at most "
@@ -300,7 +300,7 @@ def verdict(name: str, comparison: Comparison) -> str:
 
 
 def missed_goals(name: str, comparison: Comparison) -> list[str]:
-    """What misses its goal, by the medians."""
+    """Returns the goals that the medians miss."""
     missed = []
     share, speedup = comparison.memory_share, comparison.speedup
     if not share <= MAX_MEMORY_SHARES[name]:

@@ -1,11 +1,11 @@
-"""Runs the command of either side of `benchmarks.mergekit_prune` in this process and says how long it worked.
+"""Runs the command of either side of `benchmarks.mergekit_prune` in this process and prints its time.
 
     .venv/bin/python benchmarks/mergekit_runner.py ours PLAN - SOURCE TARGET
     .venv-mergekit/bin/python benchmarks/mergekit_runner.py mergekit CONFIG TARGET
 
-Arguments after the side are those of `experiments.prune_checkpoint` and of `mergekit-yaml`. The last line on stdout is
-JSON: `library_bytes`, the resident memory when all is imported, and `seconds`, from there to the end. Each side imports
-nothing of the other, which is not installed there.
+Arguments after the side go to `experiments.prune_checkpoint` or `mergekit-yaml`. The last line on stdout is JSON:
+`library_bytes`, the resident memory after all imports, and `seconds`, the time from there to the end. Each side imports
+nothing from the other, which is not installed in its environment.
 """
 
 import json
@@ -17,7 +17,7 @@ import psutil
 
 
 def load_ours() -> Callable[[Sequence[str]], int | None]:
-    """Our command, set up as `python -m experiments.prune_checkpoint` sets itself up."""
+    """Returns our command, set up as in `python -m experiments.prune_checkpoint`."""
     from experiments.prune_checkpoint import main, return_memory_at_once
 
     return_memory_at_once()
@@ -25,7 +25,7 @@ def load_ours() -> Callable[[Sequence[str]], int | None]:
 
 
 def load_mergekit() -> Callable[[Sequence[str]], int | None]:
-    """`mergekit-yaml`; its errors are raised."""
+    """Returns `mergekit-yaml`, with its errors raised."""
     from mergekit.scripts.run_yaml import main
 
     return lambda arguments: main(list(arguments), standalone_mode=False)

@@ -1,11 +1,11 @@
-"""Option scoring by likelihood against lm-evaluation-harness: the same numbers, and the time they take.
+"""Option scoring by likelihood against lm-evaluation-harness: equal numbers, and time.
 
     python -m benchmarks.option_scoring
 
-Both sides score the same rows of a file with SmolLM2-135M, float32, the same torch and number of threads, in processes
-of their own, in turns: lm_eval in `.venv-lm-eval`, which is made on first use, this project in this module with --role.
-Each takes the batch size that is fastest on a part of the rows. Exits with 1 if the two disagree, or if HellaSwag takes
-over 1 / `MIN_RATIO` of lm_eval's time.
+Both sides score the same rows of a file with SmolLM2-135M, float32, the same torch and number of threads, in separate
+processes, in turns: lm_eval in `.venv-lm-eval`, which is made on first use, this project in this module with --role.
+Each side uses the batch size that is fastest on some of the rows. Exits with 1 if the two disagree, or if HellaSwag
+takes over 1 / `MIN_RATIO` of lm_eval's time.
 """
 
 import argparse
@@ -45,8 +45,8 @@ ASSETS_DIR = ROOT / ".cache" / "assets"
 MODEL = ModelSpec("packaged:smollm2-135m", dtype="float32")
 TASKS = {"arc_easy": ArcEasy, "piqa": Piqa, "hellaswag": HellaSwag, "winogrande": Winogrande}
 SIDES = ("ours", "lm_eval")
-BATCH_SIZES = {"ours": (4, 8, 16, 32), "lm_eval": (1, 2, 4, 8, 16, 32)}  # questions, and options
-PROBE_SHARE = 5  # one row in so many decides on the batch size
+BATCH_SIZES = {"ours": (4, 8, 16, 32), "lm_eval": (1, 2, 4, 8, 16, 32)}  # in questions, and in options
+PROBE_SHARE = 5  # every fifth row is used to choose the batch size
 DELIMITER = " "
 MAX_LENGTH = 2048  # a row that needs more is an error on our side; lm_eval would shorten it
 MAX_DIFFERENCE = 1e-3  # of a log-likelihood
@@ -56,13 +56,13 @@ BUSY_PERCENT = 10.0  # of all cores, by other processes
 
 @dataclass(frozen=True)
 class Result:
-    """What one process of either side found.
+    """Result of one process of either side.
 
     Attributes:
-        seconds: batch size -> time to tokenize and score all rows; loading and a warm-up are not in it.
-        log_likelihoods: one list a row, one value an option; at the last batch size, as the rest.
-        acc: accuracy by the sum.
-        acc_norm: accuracy by the sum over the option's characters.
+        seconds: batch size -> time to tokenize and score all rows, without loading and warm-up.
+        log_likelihoods: one list per row with one value per option, at the last batch size, like `acc` and `acc_norm`.
+        acc: accuracy by the summed log-likelihood.
+        acc_norm: accuracy by the sum divided by the option's characters.
     """
 
     seconds: dict[str, float]
@@ -73,11 +73,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both sides on one dataset.
+    """Results of both sides on one dataset.
 
     Attributes:
-        batch_sizes: side -> the one that was fastest on a part of the rows.
-        results: side -> one result a repeat, at that batch size.
+        batch_sizes: side -> batch size that was fastest on some of the rows.
+        results: side -> one result per repeat, at that batch size.
     """
 
     batch_sizes: dict[str, int]
@@ -85,27 +85,27 @@ class Comparison:
 
     @property
     def num_rows(self) -> int:
-        """How many rows were scored."""
+        """Number of scored rows."""
         return len(self.results["ours"][0].log_likelihoods)
 
     @property
     def max_difference(self) -> float:
-        """Largest difference of a log-likelihood."""
+        """Largest difference between two log-likelihoods."""
         pairs = zip(*(self.results[side][0].log_likelihoods for side in SIDES), strict=True)
         return max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
 
     @property
     def ratio(self) -> float:
-        """lm_eval's time over ours."""
+        """lm_eval's time divided by ours."""
         return self.seconds("lm_eval") / self.seconds("ours")
 
     def seconds(self, side: str) -> float:
-        """The fastest repeat: whatever else runs on a machine only adds."""
+        """Returns the time of the fastest repeat, because other work on the machine only adds time."""
         return min(time for result in self.results[side] for time in result.seconds.values())
 
 
 def load_rows(dataset: str, num_rows: int) -> list[dict[str, object]]:
-    """Rows of a packaged test split, rendered with the templates of `conf/dataset/`, in its order."""
+    """Returns rows of a packaged test split, in its order, rendered with the templates of `conf/dataset/`."""
     config = yaml.safe_load((ROOT / "conf" / "dataset" / f"{dataset}.yaml").read_text(encoding="utf-8"))
     task = TASKS[dataset](prompt=config["prompt"], choice=config["choice"], max_test_samples=num_rows)
     examples = task.load("test", seed=0)
@@ -122,7 +122,7 @@ def load_rows(dataset: str, num_rows: int) -> list[dict[str, object]]:
 
 
 def score(job: dict[str, object]) -> Result:
-    """Our side of a job in this process; see `benchmarks.lm_eval_runner` for what a job has."""
+    """Runs our side of a job in this process; `benchmarks.lm_eval_runner` describes a job."""
     torch.set_num_threads(job["num_threads"])
     model, tokenizer = MODEL.load(ASSETS_DIR), MODEL.load_tokenizer(ASSETS_DIR)
     encoder = Encoder(tokenizer, MAX_LENGTH)
@@ -149,7 +149,7 @@ def run(side: str, rows: Path, batch_sizes: Sequence[int]) -> Result:
     """Scores a file of rows in a fresh process.
 
     Raises:
-        RuntimeError: if that process fails, with what it wrote to stderr.
+        RuntimeError: if that process fails, with its stderr.
     """
     folder = rows.parent
     job = {
@@ -175,7 +175,7 @@ def run(side: str, rows: Path, batch_sizes: Sequence[int]) -> Result:
 
 
 def compare(dataset: str, num_rows: int, num_repeats: int, folder: Path) -> Comparison:
-    """Finds the best batch sizes, then scores all rows, side by side."""
+    """Finds the best batch size per side, then scores all rows with both sides in turns."""
     rows = load_rows(dataset, num_rows)
     probe, whole = folder / f"{dataset}-probe.jsonl", folder / f"{dataset}.jsonl"
     write_jsonl(probe, rows[::PROBE_SHARE])
@@ -192,7 +192,7 @@ def compare(dataset: str, num_rows: int, num_repeats: int, folder: Path) -> Comp
 
 
 def results_table(comparisons: dict[str, Comparison]) -> Table:
-    """One row a dataset."""
+    """Returns a table with one row per dataset."""
     table = Table(title=f"Scoring options: this project / lm_eval {LM_EVAL_VERSION}, {MODEL.name}")
     for column in ("dataset", "rows", "max difference", "acc", "acc_norm", "seconds", "batch size", "ratio"):
         table.add_column(column, justify="left" if column == "dataset" else "right", no_wrap=True)
@@ -212,7 +212,7 @@ def results_table(comparisons: dict[str, Comparison]) -> Table:
 
 
 def failures(comparisons: dict[str, Comparison]) -> list[str]:
-    """Where the two disagree, and a goal that is missed."""
+    """Returns the disagreements of the two sides, and the goal if it is missed."""
     failed = []
     for dataset, one in comparisons.items():
         ours, theirs = (one.results[side][0] for side in SIDES)
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(options.rows, options.repeats) < 1:
         parser.error(f"--rows and --repeats must be 1 or more, got {options.rows} and {options.repeats}.")
     make_venv(VENV, "lm_eval", LM_EVAL_VERSION, extra="hf")
-    MODEL.source(ASSETS_DIR)  # made here, not in a timed process
+    MODEL.source(ASSETS_DIR)  # converted here, not in a timed process
     busy_percent = psutil.cpu_percent(interval=1.0)
     with tempfile.TemporaryDirectory() as folder:
         comparisons = {

@@ -3,9 +3,10 @@
     python -m benchmarks.pruned_speed
     python -m benchmarks.pruned_speed --output results/figures/speed   # also speed.json and speed.png
 
-Also how much of a dense fine-tune 1 % of the steps costs as importance run, and how near every phase comes to this
-machine's matrix products. All models are measured in turns (`gradpruner.pipeline.speed`). Exits with 1 if at 40 % a training
-step or prefill takes over `MAX_TIME` of dense, or the importance run over `MAX_SHARE` of the dense fine-tune.
+Also measures the time of an importance run of 1 % of the steps as a fraction of a dense fine-tune, and the speed of
+each phase as a fraction of this machine's rate in matrix products. All models are measured in turns
+(`gradpruner.pipeline.speed`). Exits with 1 if at 40 % a training step or prefill takes over `MAX_TIME` of the dense
+model's time, or the importance run over `MAX_SHARE` of the dense fine-tune.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +28,7 @@ from gradpruner.models.counting import count_model, measure_matmul_flops
 from gradpruner.models.shape import config_shape
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline.speed import Phase, Workload, measure, ratios
-from gradpruner.reporting.figures import plot_speed
+from gradpruner.reporting.figures import LINE_STYLES
 from gradpruner.runtime import environment, quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,7 +114,7 @@ def _roofline(
     workload: Workload,
     flops: float,
 ) -> None:
-    """How much of the measured rate of matrix products each phase of the dense model reaches."""
+    """Prints the fraction of the measured rate of matrix products that each phase of the dense model reaches."""
     counts = count_model(*models["dense"])
     positions = workload.answer_tokens + 1
     rows, length = workload.train_rows, workload.train_tokens
@@ -134,7 +136,7 @@ def _roofline(
 
 
 def _verdicts(console: Console, found: Mapping[str, Mapping[str, Phase]], importance: float, workload: Workload) -> int:
-    """Prints what is checked; returns the exit status."""
+    """Prints the checks and their results; returns the exit status."""
     name = f"{SPARSITIES[-1]:.0%}"
     own = ratios(found[name], found["dense"])
     passed = True
@@ -152,7 +154,7 @@ def _verdicts(console: Console, found: Mapping[str, Mapping[str, Phase]], import
             f"{own['prefill']['memory']:.3f} (paper {infer}); the tied embedding stays",
             highlight=False,
         )
-    # A step of the importance run goes through as many rows as one of the fine-tune here.
+    # A step of the importance run has as many rows as a step of the fine-tune here.
     assert SPEC.batch_size == workload.train_rows
     for mode in MODES:
         share = IMPORTANCE_PART * importance / found["dense"][f"train {mode}"].median_seconds
@@ -185,7 +187,29 @@ def _write(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output.with_suffix(".json"), summary)
     points = {0.0: summary["ratios"]["dense"]} | {each: summary["ratios"][f"{each:.0%}"] for each in SPARSITIES}
-    plot_speed(points, output.with_suffix(".png"))
+    _plot(points, output.with_suffix(".png"))
+
+
+def _plot(points: Mapping[float, Mapping[str, Mapping[str, float]]], path: Path) -> None:
+    """Draws time and memory against sparsity, as fractions of the dense model's.
+
+    Args:
+        points: fraction of layers pruned -> phase -> `time` and `memory`.
+        path: file of the picture.
+    """
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    sparsities = sorted(points)
+    for axis, kind in zip(axes, ("time", "memory"), strict=True):
+        for style, phase in zip(LINE_STYLES, points[sparsities[0]], strict=False):
+            values = [points[sparsity][phase][kind] for sparsity in sparsities]
+            axis.plot([100 * sparsity for sparsity in sparsities], values, label=phase, markersize=4, **style)
+        axis.plot([0, 100 * sparsities[-1]], [1, 1 - sparsities[-1]], color="#888888", linewidth=1, label="layers left")
+        axis.set(xlabel="layers pruned (%)", title=kind, ylim=(0, 1.08))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("part of the dense model's")
+    axes[1].legend(loc="lower left", frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

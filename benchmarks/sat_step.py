@@ -2,8 +2,8 @@
 
     python -m benchmarks.sat_step
 
-Short trainings of both kinds run in turns in one process, on the same batches, through `trainer.CompletionTrainer`.
-Needs a machine that does nothing else. Exits with 1 if a dense step takes less than `MIN_RATIO` times one of SAT.
+Short trainings of both kinds run in turns in one process, on the same batches, with `trainer.CompletionTrainer`. Needs
+an otherwise idle machine. Exits with 1 if a dense step takes less than `MIN_RATIO` times as long as a step of SAT.
 """
 
 import argparse
@@ -35,14 +35,14 @@ ASSETS_DIR = Path(__file__).resolve().parents[1] / ".cache" / "assets"
 MIN_RATIO = 1.25
 BUSY_PERCENT = 10.0  # of all cores, by other processes
 MODEL = ModelSpec("packaged:smollm2-135m")
-SAT = Sat(omission_rate=0.4, ladder="none", dense_tail=0.0)  # the whole rate all the time
-NUM_WARMUPS = 2  # of SAT's steps the first is dense, the second selects units, which then stay for 50
-NUM_STEPS = 4  # timed ones a training
+SAT = Sat(omission_rate=0.4, ladder="none", dense_tail=0.0)  # the full rate from start to end
+NUM_WARMUPS = 2  # SAT's first step is dense, its second selects units, which are then used for 50 steps
+NUM_STEPS = 4  # timed steps per training
 BATCH_SIZE, NUM_TOKENS, NUM_ANSWER_TOKENS = 8, 128, 16
 
 
 class _Stopwatch(TrainerCallback):
-    """Seconds of every optimizer step, from before the selection of units to after AdamW."""
+    """Stopwatch for every optimizer step, from before the selection of units to after AdamW, in seconds."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -57,7 +57,7 @@ class _Stopwatch(TrainerCallback):
 
 
 def random_batches() -> list[Batch]:
-    """One batch a step of random token ids, loss on the last `NUM_ANSWER_TOKENS`."""
+    """Returns one batch of random token ids per step, with labels on the last `NUM_ANSWER_TOKENS`."""
     vocab_size = MODEL.load_config(ASSETS_DIR).vocab_size
     batches = []
     for _ in range(NUM_WARMUPS + NUM_STEPS):
@@ -69,7 +69,7 @@ def random_batches() -> list[Batch]:
 
 
 def step_seconds(model: PreTrainedModel, batches: list[Batch], callbacks: Sequence[TrainerCallback]) -> list[float]:
-    """Trains a step a batch, and returns the seconds of the steps after the warm-up."""
+    """Trains one step per batch, and returns the seconds of each step after the warm-up."""
     spec = TrainingSpec(batch_size=1, micro_batch_size=1, max_steps=len(batches), group_by_length=False)
     with tempfile.TemporaryDirectory() as scratch:
         stopwatch = _Stopwatch()
@@ -86,7 +86,7 @@ def step_seconds(model: PreTrainedModel, batches: list[Batch], callbacks: Sequen
 
 
 def compare(mode: str, num_rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step, dense and with SAT, in turns on one model.
+    """Returns the seconds of every step, dense and with SAT, in turns on one model.
 
     Args:
         mode: `lora` or `full`.

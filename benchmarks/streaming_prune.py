@@ -1,9 +1,9 @@
-"""Memory and time of pruning a checkpoint on disk against copying the bytes that stay, on a synthetic Llama of 1.4 GB.
+"""Memory and time of pruning a checkpoint on disk against copying the kept bytes, on a synthetic Llama of 1.4 GB.
 
     python -m benchmarks.streaming_prune
 
-Every measurement is a fresh process (this module with --role), in turns, from and to a temporary folder. Exits with 1
-if a peak is over `MAX_PEAK_BYTES`, or pruning without merges takes over `MAX_TIME_RATIO` times as long as the copy.
+Every measurement is a fresh process (this module with --role), in turns, within a temporary folder. Exits with 1 if a
+peak is over `MAX_PEAK_BYTES`, or pruning without merges takes over `MAX_TIME_RATIO` times as long as the copy.
 """
 
 import argparse
@@ -59,12 +59,12 @@ LORA_RANK = 8
 
 @dataclass(frozen=True)
 class Measurement:
-    """One role in one process.
+    """Measurement of one role in one process.
 
     Attributes:
-        before_bytes: memory of the process before it starts: libraries.
-        peak_bytes: highest memory while it works, see `efficiency.PeakMemory`.
-        seconds: wall time of the work, everything on disk at its end.
+        before_bytes: memory of the process before the work: libraries.
+        peak_bytes: highest memory during the work, see `cost.PeakMemory`.
+        seconds: wall time of the work until everything is on the disk.
     """
 
     before_bytes: int
@@ -73,7 +73,7 @@ class Measurement:
 
 
 def make_plan(role: str) -> PruningPlan:
-    """The same layers leave in both roles."""
+    """Returns the plan of a role; both roles prune the same layers."""
     return PruningPlan(
         num_hidden_layers=CONFIG.num_hidden_layers,
         pruned_layers=PRUNED_LAYERS,
@@ -85,11 +85,11 @@ def make_plan(role: str) -> PruningPlan:
 
 
 def write_source(folder: Path, config: LlamaConfig = CONFIG) -> int:
-    """Writes random weights shard by shard; returns how many bytes of them stay when the plan is applied.
+    """Writes random weights shard by shard; returns the bytes that are kept when the plan is applied.
 
     Args:
-        folder: gets the checkpoint.
-        config: of as many layers as `CONFIG`, with a dtype.
+        folder: folder for the checkpoint.
+        config: config with the depth of `CONFIG` and a dtype.
     """
     config.save_pretrained(folder)
     shards: dict[str, list[str]] = {}
@@ -128,7 +128,7 @@ def write_factors(folder: Path) -> None:
 
 
 def copy_bytes(source: Path, target: Path, num_bytes: int) -> None:
-    """Copies that many bytes of the shards inside the kernel, as `cp` does, and brings every file to the disk."""
+    """Copies `num_bytes` bytes of the shards in the kernel, as `cp` does, and syncs every file to the disk."""
     target.mkdir()
     for shard in sorted(source.glob("*.safetensors")):
         size = min(num_bytes, shard.stat().st_size)
@@ -141,17 +141,17 @@ def copy_bytes(source: Path, target: Path, num_bytes: int) -> None:
 
 
 def measure(role: str, folder: Path, kept_bytes: int) -> Measurement:
-    """Does one role's work in this process.
+    """Does the work of a role in this process.
 
     Args:
         role: one of `ROLES`.
-        folder: has the `source` and the `factors`; gets the `target`.
-        kept_bytes: what the copy copies.
+        folder: folder with `source` and `factors`, and for `target`.
+        kept_bytes: bytes that the copy copies.
     """
     return_memory_at_once()
     plan, gradients = make_plan(role), None
     if role == "merge":
-        # Here, as in experiments.prune_checkpoint, because it brings libraries that the other roles do not need.
+        # Imported here, as in experiments.prune_checkpoint, because the other roles do not need its libraries.
         from gradpruner.gradients import EarlyGradients
 
         gradients = EarlyGradients.load(folder / "factors")
@@ -167,10 +167,10 @@ def measure(role: str, folder: Path, kept_bytes: int) -> Measurement:
 
 
 def measure_in_fresh_process(role: str, folder: Path, kept_bytes: int) -> Measurement:
-    """`measure` in a process of its own, with nothing left to write from before.
+    """Runs `measure` in a process of its own, after all earlier writes are on the disk.
 
     Raises:
-        RuntimeError: if that process fails, with what it wrote to stderr, or leaves less or more than it should.
+        RuntimeError: if that process fails, with its stderr, or writes fewer or more bytes than expected.
     """
     os.sync()
     command = [sys.executable, "-m", "benchmarks.streaming_prune", "--role", role, str(folder), str(kept_bytes)]
@@ -187,7 +187,7 @@ def measure_in_fresh_process(role: str, folder: Path, kept_bytes: int) -> Measur
 
 
 def results_table(runs: dict[str, list[Measurement]], kept_bytes: int) -> Table:
-    """Every run, then the medians and their time over that of the copy."""
+    """Returns a table of all runs, then the medians and their time divided by the copy's."""
     title = f"Pruning a checkpoint on disk: {len(PRUNED_LAYERS)} of {CONFIG.num_hidden_layers} layers leave, "
     table = Table(title=f"{title}{kept_bytes / 1e9:.2f} GB stay")
     for column in ("", "before MB", "peak MB", "added MB", "seconds", "MB / s", "time / copy"):
@@ -204,13 +204,13 @@ def results_table(runs: dict[str, list[Measurement]], kept_bytes: int) -> Table:
 
 
 def median(measurements: Sequence[Measurement]) -> Measurement:
-    """The median of each number."""
+    """Returns the median of each number."""
     columns = zip(*(asdict(one).values() for one in measurements), strict=True)
     return Measurement(*(statistics.median(column) for column in columns))
 
 
 def failures(runs: dict[str, list[Measurement]]) -> list[str]:
-    """What misses its goal; memory counts at its worst, time at its median."""
+    """Returns the goals that are missed, by the highest memory and the median time."""
     peaks = {role: max(one.peak_bytes for one in runs[role]) for role in ("prune", "merge")}
     missed = [
         f"{role}: peak of {peak / 1e6:.0f} MB, at most {MAX_PEAK_BYTES / 1e6:.0f} MB is allowed."

@@ -1,1 +1,1 @@
-"""Command-line entry points; the only place where hydra and wandb appear."""
+"""Command-line entry points; the only package that imports hydra and wandb."""

@@ -1,9 +1,9 @@
-"""Say what a run would do, from config and data alone: no weights are loaded.
+"""Say what a run would do, from its config and data; no weights are loaded.
 
     python -m experiments.run dry_run=true model=llama3_1_8b
 
-Hub models need no Hub for this: see `gradpruner.models.offline_configs`. What is counted, and how memory and time are
-estimated, is said in `gradpruner.models.counting`.
+Hub models need no connection to the Hub: see `gradpruner.models.offline_configs`. `gradpruner.models.counting` says
+what is counted, and how memory and time are estimated.
 """
 
 import math
@@ -20,13 +20,13 @@ from gradpruner.models.offline_configs import STAND_IN_TOKENIZER, OfflineModelSp
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.runtime import default_device
 
-LENGTH = 128  # tokens of the forward pass that is counted: the paper's Table 11
+LENGTH = 128  # tokens of the forward pass that is counted, as in the paper's Table 11
 CALIBRATION_SECONDS = 0.3
 Cell = Callable[[float], str]
 
 
 def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = None) -> None:
-    """Prints sizes, work, data, and estimated memory and time of the dense and the pruned model, and what is cached."""
+    """Prints size, work, data, estimated memory and time of the dense and the pruned model, and the cached stages."""
     dtype = pipeline.base_model.torch_dtype
     dense = count_model(pipeline.dense_config)
     pruned = count_model(pipeline.config, pipeline.shape)
@@ -42,7 +42,7 @@ def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = No
     _add_estimates(table, pipeline, dense, pruned, dtype, flops_per_second)
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 110)  # a pipe has no width; do not cut columns for it
+        console.width = max(console.width, 110)  # a pipe has no width, and its columns must not be cut
     console.print(table)
     for note in _notes(pipeline, dtype, flops_per_second, offline):
         console.print(note, soft_wrap=True)
@@ -52,7 +52,7 @@ def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = No
 
 
 def _add_sizes(table: Table, dense: ModelCounts, pruned: ModelCounts, dtype: torch.dtype) -> None:
-    """What is known exactly, for each model."""
+    """Adds the rows that are exact: layers, parameters, operations and cache of both models."""
     forward, name = f"forward pass, 1 x {LENGTH} tokens", _dtype_name(dtype)
 
     def both(label: str, cell: Cell, value: Callable[[ModelCounts], float]) -> None:
@@ -72,7 +72,7 @@ def _add_sizes(table: Table, dense: ModelCounts, pruned: ModelCounts, dtype: tor
 
 
 def _add_data(table: Table, pipeline: Pipeline, estimated: str) -> None:
-    """Rows, tokens and steps."""
+    """Adds the rows about data: rows, tokens and steps."""
     tokens = sum(len(row.input_ids) for row in pipeline.rows)
     steps = pipeline.training.num_steps(len(pipeline.rows))
     calibration = pipeline.resolved_method.calibration()
@@ -98,7 +98,7 @@ def _add_estimates(
     dtype: torch.dtype,
     flops_per_second: float,
 ) -> None:
-    """Memory and time."""
+    """Adds the rows with estimated memory and time."""
     training, method, rows = pipeline.training, pipeline.resolved_method, pipeline.rows
     lora_rank = training.lora_rank if training.mode == "lora" else None
     longest = max(len(row.input_ids) for row in rows)
@@ -130,14 +130,15 @@ def _add_estimates(
                 _add(table, f"    {part}", _gib, *(getattr(estimate, part) for estimate in memory))
     mean_length = math.ceil(sum(len(row.input_ids) for row in rows) / len(rows))
     mean_positions = math.ceil(1 + sum(row.num_answer_tokens for row in rows) / len(rows))
-    work = (mean_length, min(mean_positions, mean_length))
+    tokens_per_row = (mean_length, min(mean_positions, mean_length))
 
     num_rows = _num_trained_rows(pipeline)
     flops = [
-        counts.training_flops(num_rows, *work, lora_rank, training.gradient_checkpointing) for counts in (dense, pruned)
+        counts.training_flops(num_rows, *tokens_per_row, lora_rank, training.gradient_checkpointing)
+        for counts in (dense, pruned)
     ]
     _add(table, "estimated FLOPs of training", _operations, *flops)
-    _add(table, "estimated time of training, at least", _seconds, *(work_ / flops_per_second for work_ in flops))
+    _add(table, "estimated time of training, at least", _seconds, *(work / flops_per_second for work in flops))
     calibration, rank = method.calibration(), getattr(method, "lora_rank", None)
     if calibration and rank:
         recompute = bool(getattr(method, "gradient_checkpointing", False))
@@ -154,13 +155,13 @@ def _add_estimates(
             overhead=allocator_overhead(),
         )
         num_seen = calibration.num_rows
-        seconds = dense.training_flops(num_seen, *work, rank, recompute) / flops_per_second
+        seconds = dense.training_flops(num_seen, *tokens_per_row, rank, recompute) / flops_per_second
         table.add_row("estimated peak memory of the importance run", _gib(importance.total))
         table.add_row("estimated time of the importance run, at least", _seconds(seconds))
 
 
 def _notes(pipeline: Pipeline, dtype: torch.dtype, flops_per_second: float, offline: bool) -> list[str]:
-    """How the estimates were made."""
+    """Returns notes on how the estimates were made."""
     training = pipeline.training
     notes = [
         f"Memory: {training.mode} fine-tuning, micro batches of {training.micro_batch_size} rows as long as the "
@@ -182,7 +183,7 @@ def _notes(pipeline: Pipeline, dtype: torch.dtype, flops_per_second: float, offl
 
 
 def _num_trained_rows(pipeline: Pipeline) -> int:
-    """Rows that the fine-tune sees; the last batch of an epoch may be short."""
+    """Returns the number of rows that the fine-tune sees; the last batch of an epoch may be short."""
     training, num_rows = pipeline.training, len(pipeline.rows)
     if training.max_steps is not None:
         return training.max_steps * training.batch_size

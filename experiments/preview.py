@@ -1,4 +1,4 @@
-"""Show one rendered training example and which of its tokens carry loss."""
+"""Show one rendered training example, and which of its tokens have a loss."""
 
 from rich.console import Console
 from rich.panel import Panel
@@ -8,7 +8,7 @@ from gradpruner.pipeline.run import Pipeline
 
 
 def show_example(pipeline: Pipeline, console: Console | None = None) -> None:
-    """Prints the first training example as the model sees it: prompt dim, loss tokens bold, one bracket a token."""
+    """Prints the first training example as the model sees it: the prompt dim, each token with loss bold in brackets."""
     row, tokenizer = pipeline.rows[0], pipeline.tokenizer
     num_prompt = len(row.input_ids) - row.num_answer_tokens
     text = Text(tokenizer.decode(row.input_ids[:num_prompt]), style="dim")

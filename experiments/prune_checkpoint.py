@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gradpruner.gradients import EarlyGradients
 
 NO_FACTORS = "-"
-MMAP_THRESHOLD = (-3, 4 * 2**20)  # M_MMAP_THRESHOLD of malloc.h, bytes
+MMAP_THRESHOLD = (-3, 4 * 2**20)  # mallopt parameter M_MMAP_THRESHOLD (malloc.h), value in bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def return_memory_at_once() -> None:
-    """Has every large tensor go back to the system when it is freed; for a process that only prunes a checkpoint.
+    """Makes glibc return the memory of every large tensor when it is freed.
 
-    By default glibc comes to keep blocks of up to 32 MB for itself, in pieces that the next sublayer may not fit into:
-    up to 100 MB more at the peak. There is no way back, so this is nothing for a library to do.
+    By default glibc learns to keep freed blocks of up to 32 MB, in pieces that the next sublayer may not fit into: up
+    to 100 MB more at the peak. The setting cannot be undone, so it is for processes that only prune a checkpoint.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").mallopt(*MMAP_THRESHOLD)
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load_plan(file: Path) -> PruningPlan:
-    """The plan in a file; raises ValueError if there is none."""
+    """Reads a plan; raises ValueError if the file has none."""
     try:
         return PruningPlan.load(file)
     except FileNotFoundError as error:
@@ -103,8 +103,8 @@ def _load_plan(file: Path) -> PruningPlan:
 
 
 def _load_gradients(folder: Path) -> "EarlyGradients":
-    """The factors in a folder; raises ValueError if there are none."""
-    # Here, because it takes time and memory that plans without merges can do without.
+    """Reads the factors of an importance run; raises ValueError if the folder has none."""
+    # Imported here, because plans without merges do not need the time and memory that this import takes.
     from gradpruner.gradients import RESULT_FILE, EarlyGradients
 
     try:

@@ -1,13 +1,13 @@
-"""Compare finished runs, one table a setting and one row a method; or tables and figures of the paper.
+"""Compare finished runs, one table per setting and one row per method; or make tables and figures of the paper.
 
 python -m experiments.report
 python -m experiments.report runs_dir=results/records/depth output=results/tables/depth.md     # or .tex, .csv, .html
-python -m experiments.report table=1                                # or any other of the paper, with its values
-python -m experiments.report table=figure6                          # what the paper shows as a picture, as a table
+python -m experiments.report table=1                                # or another table of the paper, with its values
+python -m experiments.report table=figure6                          # a figure of the paper, as a table
 python -m experiments.report table=2                                # time and memory of finished runs
-python -m experiments.report table=importance                       # importance runs: layers, how sure, what came of it
-python -m experiments.report table=learning_rate                    # which rate is best for each method, and for all
-python -m experiments.report table=11                               # counted, no runs needed
+python -m experiments.report table=importance                       # importance runs: layers, certainty, results
+python -m experiments.report table=learning_rate                    # the best rate for each method, and for all
+python -m experiments.report table=11                               # counted, needs no runs
 python -m experiments.report table=11 model=smollm2_135m plan=results/runs/.../plan.json
 python -m experiments.report figure=plans                           # or importance, 1, 2, 5, 6, 7, 8, 9
 python -m experiments.report table=all figure=all output=report.html
@@ -26,7 +26,8 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from experiments import schema
-from experiments.run import CONF, HISTORY_FILE
+from experiments.config import CONF
+from experiments.recording import HISTORY_FILE
 from gradpruner.models import offline_configs
 from gradpruner.models.shape import config_shape
 from gradpruner.plan import PruningPlan
@@ -45,7 +46,7 @@ from gradpruner.width_surgery import planned_shape
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper"
 TABLES = (*(str(number) for number in range(1, 14)), *(f"figure{number}" for number in (5, 6, 7, 8, 9)))
 ALL = "all"
-# Beyond the paper: what makes each table, and the runs that it needs; `experiment=` makes them.
+# Tables that the paper does not have: the function that makes each, and the runs it needs (from `experiment=NAME`).
 OURS = {
     "importance": (importance_tables, "runs that rank layers by gradients"),
     "learning_rate": (learning_rate_tables, "runs that differ in the learning rate of the fine-tune alone"),
@@ -55,12 +56,12 @@ TABLE_SPARSITY = 0.4
 
 @dataclass(frozen=True)
 class Report:
-    """What was asked for.
+    """The requested tables and figures.
 
     Attributes:
-        tables: in order.
+        tables: tables, in order of display.
         pictures: files that were drawn.
-        problems: a line for each record that could not be read.
+        problems: one line per record that could not be read.
     """
 
     tables: list[Table]
@@ -70,7 +71,7 @@ class Report:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
 def main(cfg: DictConfig) -> None:
-    """Entry point."""
+    """Prints and writes the report."""
     try:
         report = build_report(cfg)
         for table in report.tables:
@@ -92,69 +93,69 @@ def build_report(cfg: DictConfig) -> Report:
     """Makes the tables and draws the figures.
 
     Raises:
-        ValueError: if there is no such table or figure, nothing to put into it, or no such format.
+        ValueError: if the table, figure or format is unknown, or if no run fits into it.
     """
-    table, figure = (None if name is None else str(name) for name in (cfg.table, cfg.figure))
-    for key, name, known in (("table", table, (*TABLES, *OURS, ALL)), ("figure", figure, (*FIGURES, ALL))):
+    table_name, figure = (None if value is None else str(value) for value in (cfg.table, cfg.figure))
+    for key, name, known in (("table", table_name, (*TABLES, *OURS, ALL)), ("figure", figure, (*FIGURES, ALL))):
         if name is not None and name not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, or null, got {name!r}.")
     form = Path(cfg.output or "report.md").suffix.removeprefix(".")
     if form not in FORMATS:
         raise ValueError(f"output must end with one of {', '.join(FORMATS)}, got {cfg.output}. Name it so.")
-    if table == "11" and figure is None:
+    if table_name == "11" and figure is None:
         return Report([_counts(cfg)], [], [])
     records, problems = read_records(Path(cfg.runs_dir))
-    tables = [] if table is None and figure is not None else _tables(cfg, table, list(records.values()))
+    tables = [] if table_name is None and figure is not None else _tables(cfg, table_name, list(records.values()))
     return Report(tables, [] if figure is None else _pictures(cfg, figure, records), problems)
 
 
-def _tables(cfg: DictConfig, table: str | None, records: list[RunRecord]) -> list[Table]:
-    """One table, or the comparisons, or all that there are runs for."""
-    if table == "11":
+def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord]) -> list[Table]:
+    """Returns the table `name`; for None the comparisons; for `all` every table that has runs."""
+    if name == "11":
         return [_counts(cfg)]
-    if table is None:
+    if name is None:
         return comparisons(records)
-    if table == ALL:
-        of_paper = itertools.chain.from_iterable(_paper_tables(name, records) for name in TABLES if name != "11")
+    if name == ALL:
+        of_paper = itertools.chain.from_iterable(_paper_tables(each, records) for each in TABLES if each != "11")
         ours = itertools.chain.from_iterable(make(records) for make, _ in OURS.values())
         return [*comparisons(records), *of_paper, *ours, _counts(cfg)]
-    if tables := OURS[table][0](records) if table in OURS else _paper_tables(table, records):
+    if tables := OURS[name][0](records) if name in OURS else _paper_tables(name, records):
         return tables
     folder = Path(cfg.runs_dir).absolute()
-    if table in OURS:
+    if name in OURS:
         raise ValueError(
-            f"table={table} needs {OURS[table][1]}, got none among {len(records)} in {folder}. Run "
-            f"`python -m experiments.run -m experiment={table}`, or set runs_dir."
+            f"table={name} needs {OURS[name][1]}, got none among {len(records)} in {folder}. Run "
+            f"`python -m experiments.run -m experiment={name}`, or set runs_dir."
         )
-    if table == "2":
+    if name == "2":
         raise ValueError(
             f"Table 2 compares with the dense model, of which there is no run in {folder}. "
             "Run method=dense with the same settings."
         )
-    published = _published(table)
+    published = _published(name)
     methods = ", ".join(dict.fromkeys(str(row.coordinates["method"]) for row in published.rows))
     raise ValueError(
         f"{published.label} ({published.title}) needs runs of {methods} by {published.axis}, got none that fit among "
-        f"{len(records)} in {folder}. Run `python -m experiments.run -m experiment={_file_name(table)}`, or set "
+        f"{len(records)} in {folder}. Run `python -m experiments.run -m experiment={_file_name(name)}`, or set "
         "runs_dir."
     )
 
 
-def _paper_tables(table: str, records: list[RunRecord]) -> list[Table]:
-    published = _published(table)
-    return efficiency_tables(records, published) if table == "2" else paper_table(published, records)
+def _paper_tables(name: str, records: list[RunRecord]) -> list[Table]:
+    published = _published(name)
+    return efficiency_tables(records, published) if name == "2" else paper_table(published, records)
 
 
-def _published(table: str) -> Published:
-    return load_published(PAPER, _file_name(table))
+def _published(name: str) -> Published:
+    return load_published(PAPER, _file_name(name))
 
 
-def _file_name(table: str) -> str:
-    return table if table.startswith("figure") else f"table{table}"
+def _file_name(name: str) -> str:
+    return name if name.startswith("figure") else f"table{name}"
 
 
 def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord]) -> list[Picture]:
-    """One figure, or all that there are runs for."""
+    """Draws one figure, or for `all` every figure that has runs."""
     folder, runs = Path(cfg.figures_dir), list(records.values())
     histories = {
         run.identity: json.loads((path.parent / HISTORY_FILE).read_text())
@@ -166,7 +167,7 @@ def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord]) -> l
     pictures = []
     for name in FIGURES:
         if name == "8":
-            continue  # one figure with 5
+            continue  # the same figure as 5
         try:
             pictures += draw(name, runs, folder, histories)
         except ValueError as error:
@@ -175,7 +176,7 @@ def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord]) -> l
 
 
 def _counts(cfg: DictConfig) -> Table:
-    """Table 11 for any model: dense, and pruned by a plan or by layers at the usual sparsities."""
+    """Makes Table 11 for any model: dense, and pruned by a plan or at each sparsity of `cfg.sparsity`."""
     spec = offline_configs.for_dry_run(schema.build(cfg.model, "model"), Path(cfg.cache_dir) / "assets")
     config = spec.load_config(Path(cfg.cache_dir) / "assets")
     dense = config_shape(config)
@@ -196,7 +197,10 @@ def _counts(cfg: DictConfig) -> Table:
 
 
 def read_records(folder: Path) -> tuple[dict[Path, RunRecord], list[str]]:
-    """Finished records below a folder by their files, and a line for each one that failed or cannot be read.
+    """Reads all records below a folder.
+
+    Returns:
+        The finished records by file, and one line per record that failed or cannot be read.
 
     Raises:
         ValueError: if there is no finished record.
@@ -207,7 +211,7 @@ def read_records(folder: Path) -> tuple[dict[Path, RunRecord], list[str]]:
         try:
             data = json.loads(path.read_text())
             if not isinstance(data, dict) or "schema_version" not in data:
-                continue  # a plan, a config
+                continue  # another JSON file, such as a plan
             record = RunRecord.from_dict(data, path)
         except ValueError as error:
             problems.append(f"Not shown: {path}: {error}")
@@ -235,7 +239,7 @@ def show(table: Table, console: Console | None = None) -> None:
         rich.add_row(*map(escape, row), style="bold" if row[0].startswith("GradPruner") else "")
     console = console or Console()
     if not console.is_terminal:
-        console.width = 1000  # a pipe has no width; do not wrap for it
+        console.width = 1000  # a pipe has no width, and its lines must not wrap
     console.print(rich)
     for note in table.notes:
         console.print(f"- {escape(note)}", soft_wrap=True)

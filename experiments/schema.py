@@ -1,6 +1,6 @@
-"""The shape of the root config, and how a config node becomes the object it describes.
+"""The fields of the root config, and how a config node becomes the object it describes.
 
-A node's fields and types have one home: the dataclass that its `_target_` names. Unknown keys and wrong types are
+The dataclass that a node's `_target_` names defines the node's fields and types. Unknown keys and wrong types are
 refused before anything is built.
 """
 
@@ -16,27 +16,27 @@ from omegaconf.errors import OmegaConfBaseException
 
 @dataclass
 class RunConfig:
-    """Root config. The groups are checked against their own classes in `build`.
+    """The root config. `build` checks each group against its own class.
 
     Attributes:
-        model: which model (`gradpruner.models.ModelSpec`).
-        dataset: which task (a `gradpruner.tasks.Task`).
-        method: what to do to the model (a `gradpruner.method.Method`).
+        model: model to prune (`gradpruner.models.ModelSpec`).
+        dataset: task to train and test on (a `gradpruner.tasks.Task`).
+        method: how to prune (a `gradpruner.method.Method`).
         finetune: how to fine-tune (`gradpruner.finetune.TrainingSpec`).
         evaluation: how to evaluate.
-        tracker: where to report besides the record.
-        sparsity: fraction of decoder layers to prune; round(sparsity * layers) leave. `auto`: the method finds it.
-        merge_count: how many of the pruned layers merge.
-        seed: of data order, adapters and draws.
-        show_options: list the choices in the prompt, where a dataset has a template for it.
-        reference: method to run beside this one for the summary, from the same cache; null for none.
-        evaluate_before: evaluate before fine-tuning, too.
-        measure_speed: time training steps and inference of the result, beside the dense model.
-        dry_run: say what would happen, load no weights.
+        tracker: where to report the run besides its record.
+        sparsity: fraction of decoder layers to prune: round(sparsity * layers) of them. `auto`: the method finds it.
+        merge_count: number of pruned layers that merge into kept layers.
+        seed: seed of data order, adapters and draws.
+        show_options: list the choices in the prompt, if the dataset has a template for it.
+        reference: method to run first, from the same cache, and to show in the summary; null for none.
+        evaluate_before: also evaluate before fine-tuning.
+        measure_speed: time training steps and inference of the result and of the dense model.
+        dry_run: print what would happen; load no weights.
         save_checkpoint: write the final model.
-        results_dir: where run folders go.
-        output_dir: folder of this very run, instead of one below results_dir.
-        cache_dir: finished stages and converted models.
+        results_dir: folder for run folders.
+        output_dir: folder of this run; null: a folder below results_dir.
+        cache_dir: folder for finished stages and converted models.
     """
 
     model: Any = MISSING
@@ -60,32 +60,39 @@ class RunConfig:
 
 
 class ConfigError(ValueError):
-    """A config value has the wrong name or type."""
+    """Error for a config key or value that is not allowed."""
 
 
 def register() -> None:
-    """Makes `schema` available to `conf/config.yaml`, and two resolvers to all YAML.
+    """Registers `schema` for `conf/config.yaml`, and three resolvers for all YAML.
 
     `${lookup:key,{key:value,...},default}` is the value of the key. `${layer_fraction:dropped,merged,layers}` is the
-    sparsity at which `dropped + merged` of so many layers leave.
+    sparsity that prunes `dropped + merged` of `layers` layers. `${at_scale:small,paper}`, for
+    `hydra.sweeper.params`, is the value at the chosen scale of tables and figures (`conf/scale/`).
     """
     ConfigStore.instance().store(name="schema", node=RunConfig)
     OmegaConf.register_new_resolver("lookup", lambda key, table, default: table.get(key, default), replace=True)
     OmegaConf.register_new_resolver(
         "layer_fraction", lambda dropped, merged, layers: (dropped + merged) / layers, replace=True
     )
+    OmegaConf.register_new_resolver("at_scale", _at_scale, replace=True)
+
+
+def _at_scale(small: Any, paper: Any, *, _root_: DictConfig) -> Any:
+    """Returns the value at the chosen scale, for hydra's own node: a job's config no longer has that node."""
+    return {"small": small, "paper": paper}[_root_.hydra.runtime.choices.scale]
 
 
 def build(node: DictConfig, where: str) -> Any:
     """Builds the object that a config node describes.
 
     Args:
-        node: a mapping with `_target_` and fields of that dataclass.
+        node: mapping with `_target_`, which names a dataclass, and the fields of that dataclass.
         where: name of the node, for errors.
 
     Raises:
         ConfigError: if a key is unknown, missing or of the wrong type.
-        ValueError: whatever the class itself refuses.
+        ValueError: if the class refuses a value.
     """
     values = dict(OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
     target = get_class(str(values.pop("_target_")))
@@ -106,7 +113,7 @@ def build(node: DictConfig, where: str) -> Any:
 
 
 def _unfrozen(target: type) -> type:
-    """A plain dataclass with the fields of `target`: omegaconf makes configs of frozen ones read-only."""
+    """Returns a mutable dataclass with the fields of `target`; omegaconf makes configs of frozen ones read-only."""
     hints = get_type_hints(target)
     fields = [
         (field.name, hints[field.name], dataclasses.field(default=_default(field)))

@@ -1,4 +1,4 @@
-"""The table at the end of a run: the reference beside the method, before and after fine-tuning."""
+"""The table at the end of a run: reference and method, before and after fine-tuning."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from gradpruner.reporting.labels import describe_origins, metric_columns
 
 
 def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: Console | None = None) -> None:
-    """Prints one row before and one after fine-tuning for every record, then what was pruned and where results are."""
+    """Prints each record before and after fine-tuning, then what was pruned and where the results are."""
     config = records[-1].config
     measured = [metrics for record in records for metrics in (record.metrics_before, record.metrics) if metrics]
     columns = metric_columns(measured)
@@ -35,7 +35,7 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         )
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 140)  # a pipe has no width; do not cut columns for it
+        console.width = max(console.width, 140)  # a pipe has no width, and its columns must not be cut
     console.print(table)
     metrics, pruning = records[-1].metrics, records[-1].pruning
     notes = [f"{metrics['num_examples']} test rows"]
@@ -77,7 +77,7 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
 
 
 def _widths(record: RunRecord) -> str:
-    """The sizes inside the layers where they are not those of the dense model."""
+    """Describes the sizes inside the layers that differ from the dense model; empty if none does."""
     own, dense = (describe_shape(ModelShape.from_dict(each["shape"])) for each in (record.pruning, record.model))
     changed = [f"{size} {own[size]} (of {dense[size]})" for size in own if own[size] != dense[size]]
     return "Widths by layer: " + "; ".join(changed) if changed else ""

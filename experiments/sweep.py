@@ -1,6 +1,6 @@
-"""What a sweep (-m) does beyond hydra's: it leaves cells out, goes on after a failure, and lists failures at the end.
+"""What a sweep (-m) adds to hydra's: it skips excluded cells, continues after a failure, and lists failures at the end.
 
-A job may run in another process (joblib, Slurm), so a failure is noted in the job's folder of the sweep directory.
+A job may run in another process (joblib, Slurm), so it writes its failure to a file in its folder of the sweep.
 """
 
 import json
@@ -19,22 +19,22 @@ from gradpruner.files import write_json
 
 logger = logging.getLogger(__name__)
 
-FAILURE_FILE = "failed.json"  # error, traceback and overrides of a job
+FAILURE_FILE = "failed.json"  # error, traceback and overrides of a failed job
 
 
 class SweepReport(Callback):
-    """Lists the jobs of a sweep that failed, and then exits with 1.
+    """Callback that lists the failed jobs of a sweep and then exits with 1.
 
     Args:
-        exclude: cells of the product that the sweep leaves out, as values of config groups and keys that occur
-            together: `{method: apt, finetune: full}`.
+        exclude: cells of the sweep to skip, each as values of config groups and keys that occur together:
+            `{method: apt, finetune: full}`.
     """
 
     def __init__(self, exclude: list[dict[str, Any]]) -> None:
         self.exclude = exclude
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Forgets the failures of an earlier sweep in the same folder."""
+        """Deletes the failure files of an earlier sweep in the same folder."""
         for file in _failure_files(config):
             file.unlink()
 
@@ -51,10 +51,10 @@ class SweepReport(Callback):
 
 
 def is_left_out(cfg: DictConfig) -> bool:
-    """Whether the sweep that this job belongs to excludes it.
+    """Returns whether the sweep excludes this job.
 
     Raises:
-        ConfigError: if what is excluded is neither a config group nor a key.
+        ConfigError: if an excluded cell names something that is neither a config group nor a key.
     """
     hydra_config = HydraConfig.get()
     cells = OmegaConf.to_container(hydra_config.callbacks.sweep.exclude)
@@ -75,7 +75,7 @@ def _value(cfg: DictConfig, key: str) -> Any:
 
 
 def note_failure(error: Exception, is_expected: bool) -> None:
-    """Says that this job failed, with the traceback where the error is our own bug, and lets the sweep go on."""
+    """Logs and records that this job failed, so that the sweep can continue; logs a traceback for unexpected errors."""
     job = HydraConfig.get()
     logger.error("Job %s failed: %s", job.job.num, error, exc_info=None if is_expected else error)
     write_json(

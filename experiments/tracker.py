@@ -1,4 +1,4 @@
-"""Where a run reports besides its own record. The record is written first; a tracker that fails never fails a run."""
+"""Trackers, which report a run beyond its record. The record is written first, so a failing tracker fails no run."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ PICTURES = ("loss.png", "importance.png")
 
 
 class Tracker(Protocol):
-    """Takes a finished run."""
+    """Reports finished runs."""
 
     def log(self, record: RunRecord, history: list[dict[str, Any]], run_dir: Path) -> None:
         """Reports a run that has been written to `run_dir`."""
@@ -32,7 +32,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class NoTracker:
-    """Reports nowhere."""
+    """A tracker that reports nothing."""
 
     def log(self, record: RunRecord, history: list[dict[str, Any]], run_dir: Path) -> None:
         """Does nothing."""
@@ -40,14 +40,14 @@ class NoTracker:
 
 @dataclass(frozen=True)
 class WandbTracker:
-    """Weights & Biases.
+    """A tracker for Weights & Biases.
 
     Attributes:
         project: wandb project.
-        entity: wandb user or team; None is the default of the account.
+        entity: wandb user or team; None: the default of the account.
         mode: `online`, or `offline` (no account needed; upload later with `wandb sync`).
-        group: name for runs that belong together; None: those of a sweep, by the name of its folder.
-        directory: where wandb keeps its files.
+        group: name for runs that belong together; None: the name of the sweep's folder, in a sweep.
+        directory: folder for wandb's files.
     """
 
     project: str = "gradpruner"
@@ -62,7 +62,7 @@ class WandbTracker:
             raise ValueError(f"tracker.mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
 
     def log(self, record: RunRecord, history: list[dict[str, Any]], run_dir: Path) -> None:
-        """Logs the loss curve, tables of layers and predictions, pictures, then metrics and counts as summary."""
+        """Logs the loss curve, tables of layers and predictions, and pictures; metrics and counts form the summary."""
         with _never_fatal():
             import wandb
 
@@ -96,14 +96,14 @@ class WandbTracker:
 
 
 def _sweep_name() -> str | None:
-    """The name of the sweep's folder, or None outside of a sweep."""
+    """Returns the name of the sweep's folder, or None outside a sweep."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     return Path(HydraConfig.get().sweep.dir).name
 
 
 def _layers(record: RunRecord) -> list[list[Any]]:
-    """What became of each decoder layer, and its importance where the method has one; the first row is a header."""
+    """Returns a header, then each decoder layer with its importance, if the method has one, and its fate."""
     pruned, absorbed_by = set(record.pruning["pruned_layers"]), record.pruning["absorbed_by"]
     importance = record.pruning["layer_importance"]
     rows: list[list[Any]] = [["layer", "importance", "fate"]]
@@ -115,7 +115,7 @@ def _layers(record: RunRecord) -> list[list[Any]]:
 
 
 def _predictions(file: Path) -> list[list[Any]]:
-    """The first rows of the predictions; what is not text or a number is written as JSON."""
+    """Returns a header and the first predictions; values other than text and numbers are written as JSON."""
     with file.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in islice(lines, NUM_PREDICTIONS)]
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -128,7 +128,7 @@ def _cell(value: Any) -> Any:
 
 @contextmanager
 def _never_fatal() -> Iterator[None]:
-    """Turns a tracker's failure into a warning: the run is done and recorded already."""
+    """Turns a tracker's failure into a warning, because the run is already recorded."""
     try:
         yield
     except Exception as error:

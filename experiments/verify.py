@@ -2,10 +2,10 @@
 
     python -m experiments.verify results/runs/.../checkpoint
 
-The model is loaded in a fresh process in which gradpruner and peft cannot be imported. That process is this very file,
-started by path and isolated from folder and environment (`python -I`), so the top level imports the standard library
-alone. A checkpoint with `shape.json`, whose layers differ in width, is one that plain transformers has to refuse; it is
-loaded with `baselines.load` in that process instead, and the table says so.
+The model is loaded in a fresh process in which gradpruner and peft cannot be imported. The process runs this file by
+path, isolated from the working directory and environment (`python -I`), so the top level imports only the standard
+library. Plain transformers must refuse a checkpoint with `shape.json`, whose layers differ in width; the process then
+loads it with `baselines.load`, and the table says so.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Largest difference allowed between a recorded log-probability and the reloaded model's. The same machine gives 0; the
-# rest is room for other devices and kernels, two or three roundings of a logit around 20 in that dtype.
+# Largest difference allowed between a recorded log-probability and the reloaded model's, by dtype. The same machine
+# gives 0; other devices and kernels may differ by two or three roundings of a logit around 20.
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-# Packages that the fresh process must do without.
+# Packages that the fresh process must not import.
 BLOCKED = ("gradpruner", "baselines", "experiments", "peft")
 FRESH_FLAG = "--in-fresh-process"
 SHAPE_FILE = "shape.json"
@@ -35,7 +35,7 @@ class Check:
 
     Attributes:
         name: what was checked.
-        ok: None if it could not be checked, or had nothing to be compared with.
+        ok: whether the check passed; None if it could not be made or had nothing to compare with.
         details: what was found.
     """
 
@@ -45,11 +45,11 @@ class Check:
 
 
 class CheckpointError(ValueError):
-    """There is no checkpoint to check."""
+    """Error for a folder without a checkpoint."""
 
 
 def main() -> None:
-    """Entry point: prints the table, exits with 1 if a check failed."""
+    """Prints the table; exits with 1 if a check failed."""
     parser = argparse.ArgumentParser(prog="python -m experiments.verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, *.safetensors and plan.json")
     folder = parser.parse_args().checkpoint
@@ -59,14 +59,14 @@ def main() -> None:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     _show(checks, folder)
-    raise SystemExit(int(any(check.ok is False for check in checks)))
+    raise SystemExit(1 if any(check.ok is False for check in checks) else 0)
 
 
 def verify(folder: Path) -> list[Check]:
-    """Checks the files here and the model in a fresh process.
+    """Checks the files in this process and the model in a fresh one.
 
     Raises:
-        CheckpointError: if `folder` is not a checkpoint's folder.
+        CheckpointError: if `folder` holds no checkpoint.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -92,7 +92,7 @@ def verify(folder: Path) -> list[Check]:
 
 
 def _weight_files(folder: Path) -> Check:
-    """Safetensors only, and every shard of an index is there."""
+    """Checks that all weight files are safetensors and that no shard of the index is missing."""
     name = "weight files"
     pickles = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in PICKLE_SUFFIXES)
     weights = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -110,7 +110,7 @@ def _weight_files(folder: Path) -> Check:
 
 
 def _depth(folder: Path, config: dict[str, Any]) -> list[Check]:
-    """The config is as deep as the plan says, and so is every list in it that has one entry a layer."""
+    """Checks the depth of the config, and of every list in it with one entry per layer, against the plan."""
     from gradpruner.plan import PruningPlan
 
     depth = config.get("num_hidden_layers")
@@ -133,7 +133,7 @@ def _depth(folder: Path, config: dict[str, Any]) -> list[Check]:
 
 
 def _read_probe(folder: Path) -> tuple[dict[str, Any] | None, Check]:
-    """The recorded probe if there is one that can be read."""
+    """Returns the recorded probe, or None if it is missing or cannot be read, and the check of its file."""
     from gradpruner.checkpoints.probe import PROBE_FILE, PROBE_VERSION
 
     try:
@@ -152,7 +152,7 @@ def _read_probe(folder: Path) -> tuple[dict[str, Any] | None, Check]:
 
 
 def _in_fresh_process(folder: Path, probe: dict[str, Any] | None) -> list[Check]:
-    """Runs the second half of this file by itself."""
+    """Runs the second half of this file in a fresh process."""
     from gradpruner.checkpoints.probe import NUM_NEW_TOKENS, TEXT
 
     request = {"folder": str(folder.absolute()), "probe": probe, "text": TEXT, "num_new_tokens": NUM_NEW_TOKENS}
@@ -163,7 +163,7 @@ def _in_fresh_process(folder: Path, probe: dict[str, Any] | None) -> list[Check]
         text=True,
         encoding="utf-8",
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        cwd=folder,  # where nothing of ours can be imported from
+        cwd=folder,  # no package of this project can be imported from here
         check=False,
     )
     try:
@@ -174,18 +174,18 @@ def _in_fresh_process(folder: Path, probe: dict[str, Any] | None) -> list[Check]
 
 
 def fresh_command() -> list[str]:
-    """Command of the fresh process: a JSON request on its stdin, a JSON list of checks on its stdout."""
+    """Returns the command of the fresh process: a JSON request on its stdin, a JSON list of checks on its stdout."""
     return [sys.executable, "-I", "-X", "utf8", str(Path(__file__).resolve()), FRESH_FLAG]
 
 
-# ---- in the fresh process: torch and transformers, nothing of ours ----
+# ---- in the fresh process: torch and transformers, no package of this project ----
 
 
 def _fresh_main() -> None:
     """Reads the request, prints the checks."""
     request = json.load(sys.stdin)
     if (Path(request["folder"]) / SHAPE_FILE).is_file():
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # isolated, it would not find baselines
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python -I` does not find baselines by itself
     else:
         for module in BLOCKED:
             sys.modules[module] = None  # type: ignore[assignment]  # makes every import of it fail
@@ -195,7 +195,7 @@ def _fresh_main() -> None:
 
 
 def _fresh_checks(folder: str, probe: dict[str, Any] | None, text: str, num_new_tokens: int) -> Iterator[Check]:
-    """Loads and asks the model; a step that fails leaves the others to be checked where they can be."""
+    """Loads the model and compares its answers; after a step that fails, the checks that are still possible go on."""
     import torch
     import transformers
 
@@ -223,21 +223,21 @@ def _fresh_checks(folder: str, probe: dict[str, Any] | None, text: str, num_new_
         else:
             import baselines
 
-            model, loading = baselines.load(folder), {}  # refuses tensors that are missing or too many
+            model, loading = baselines.load(folder), {}  # raises if a tensor is missing or unexpected
     except Exception as error:
         yield Check("load", False, _one_line(error))
         return
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     yield _loaded(model, loading)
     if probe:
-        token_ids = probe["token_ids"]  # the model is asked what it was asked then, whatever the tokenizer says now
+        token_ids = probe["token_ids"]  # the recorded tokens, even if the tokenizer has changed
     if token_ids:
         with torch.no_grad():
             yield from _model_checks(model, token_ids, probe, num_new_tokens)
 
 
 def _refused_by_transformers(folder: str, versions: str) -> Check:
-    """Plain transformers must not load a model of other sizes without a word."""
+    """Checks that plain transformers refuses a model whose layers differ in width."""
     import transformers
 
     details = f"{versions}; layers differ in width, loaded with baselines.load"
@@ -249,7 +249,7 @@ def _refused_by_transformers(folder: str, versions: str) -> Check:
 
 
 def _finite(folder: Path) -> Check:
-    """Every tensor of every file, one at a time."""
+    """Checks that every tensor is finite, loading one at a time."""
     from safetensors import safe_open
 
     bad, num_tensors = [], 0
@@ -265,7 +265,7 @@ def _finite(folder: Path) -> Check:
 
 
 def _loaded(model: Any, loading: dict[str, Any]) -> Check:
-    """Every weight of the model came from the files, and every tensor of the files went into the model."""
+    """Checks that every weight came from the files and that every tensor of the files is in the model."""
     problems = [
         f"{len(names)} {kind.removesuffix('_keys')}, {sorted(map(str, names))[0]} first"
         for kind, names in loading.items()
@@ -276,7 +276,7 @@ def _loaded(model: Any, loading: dict[str, Any]) -> Check:
 
 
 def _tokenizer_checks(tokenizer: Any, token_ids: list[int], text: str, probe: dict[str, Any] | None) -> Iterator[Check]:
-    """The text becomes the recorded tokens, and these become the text again."""
+    """Checks that the text becomes the recorded tokens, and that these decode to the text."""
     if probe:
         same = token_ids == probe["token_ids"]
         details = f"{len(token_ids)} as recorded"
@@ -292,7 +292,7 @@ def _tokenizer_checks(tokenizer: Any, token_ids: list[int], text: str, probe: di
 def _model_checks(
     model: Any, token_ids: list[int], probe: dict[str, Any] | None, num_new_tokens: int
 ) -> Iterator[Check]:
-    """Logits against the probe, generation with the cache against the probe and against the model without cache."""
+    """Checks logits against the probe, and cached generation against the probe and against the model without cache."""
     import torch
 
     prompt = torch.tensor([token_ids], device=model.device)
@@ -315,7 +315,7 @@ def _model_checks(
     else:
         yield Check("generate", True, f"{len(new_tokens)} tokens")
 
-    # One pass over the whole text says at every step what greedy decoding without cache takes next.
+    # One pass over the whole text gives the token that greedy decoding without cache takes at every step.
     logits = model(input_ids=generated, use_cache=False).logits[0, prompt.shape[1] - 1 : -1].float()
     best = logits.log_softmax(-1).topk(2).values
     margins = (best[:, 0] - best[:, 1]).tolist()
@@ -324,7 +324,7 @@ def _model_checks(
 
 
 def _logits(model: Any, prompt: Any, positions: list[dict[str, Any]], stated: str, tolerance: float) -> Check:
-    """The recorded log-probabilities are the reloaded model's, within the tolerance."""
+    """Checks that the recorded log-probabilities are the reloaded model's, within the tolerance."""
     log_probabilities = model(input_ids=prompt, use_cache=False).logits[0].float().log_softmax(-1).tolist()
     differences = {
         f"position {entry['position']}, token {token}": abs(log_probabilities[entry["position"]][token] - recorded)
@@ -337,10 +337,10 @@ def _logits(model: Any, prompt: Any, positions: list[dict[str, Any]], stated: st
 
 
 def _generate(model: Any, prompt: Any, num_new_tokens: int) -> Any:
-    """Greedy `generate()` with the key-value cache, past any end-of-text token, (1, T + num_new_tokens)."""
+    """Generates greedily with the key-value cache, past any end-of-text token; returns (1, T + num_new_tokens)."""
     from transformers import GenerationConfig
 
-    # The checkpoint's own settings (sampling, penalties) would join any that are passed.
+    # Replaced, because `generate()` would add the checkpoint's own settings (sampling, penalties) to those passed.
     model.generation_config = GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=num_new_tokens)
     return model.generate(prompt, attention_mask=prompt.new_ones(prompt.shape))
 
@@ -348,24 +348,23 @@ def _generate(model: Any, prompt: Any, num_new_tokens: int) -> Any:
 def _same_tokens(
     tokens: list[int], expected: list[int], margins: list[float], tolerance: float
 ) -> tuple[bool | None, str]:
-    """Whether tokens agree, at least up to one within `tolerance` of its runner-up: what follows may then differ.
+    """Compares tokens up to the first tie, a token within `tolerance` of its runner-up; later tokens may differ.
 
     Returns:
-        None if the very first is such a tie, so that nothing could be compared; and what was found.
+        Whether the tokens agree, or None if the first token is a tie, so that there is nothing to compare; and the
+        details.
     """
     index = _first_difference(tokens, expected)
     if index is None:
         return True, f"{len(tokens)} tokens"
     if index < len(margins) and margins[index] <= tolerance:
-        return (
-            index > 0 or None,
-            f"{index} tokens, then a tie (margin {margins[index]:.2g}, tolerance {tolerance:g}), the rest not",
-        )
+        details = f"{index} tokens, then a tie (margin {margins[index]:.2g}, tolerance {tolerance:g}), the rest not"
+        return (None if index == 0 else True), details
     return False, f"{index} tokens, but then {tokens[index : index + 1]} instead of {expected[index : index + 1]}, not"
 
 
 def _first_difference(left: list[int], right: list[int]) -> int | None:
-    """Index of the first entry that differs or that only one has; None if they are equal."""
+    """Returns the index of the first entry that differs or that only one list has; None if the lists are equal."""
     for index, (one, other) in enumerate(zip(left, right, strict=False)):
         if one != other:
             return index
@@ -373,7 +372,7 @@ def _first_difference(left: list[int], right: list[int]) -> int | None:
 
 
 def _named(name: str, check: Callable[[], Check]) -> Check:
-    """The check, or its failure if it cannot be made."""
+    """Makes the check; an exception becomes a failed check."""
     try:
         return check()
     except Exception as error:
@@ -381,7 +380,7 @@ def _named(name: str, check: Callable[[], Check]) -> Check:
 
 
 def _one_line(error: Exception) -> str:
-    """Type and message, as far as a table has room."""
+    """Returns the error's type and the first 300 characters of its message, on one line."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message[:300]}"
 
@@ -403,7 +402,7 @@ def _show(checks: list[Check], folder: Path) -> None:
         table.add_row(check.name, marks[check.ok], escape(check.details))
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # a pipe has no width; do not cut columns for it
+        console.width = max(console.width, 120)  # a pipe has no width, and its columns must not be cut
     console.print(table)
     failed = [check.name for check in checks if check.ok is False]
     console.print(f"[bold red]Failed:[/] {', '.join(failed)}" if failed else "[green]The checkpoint is good.[/]")

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["Compressed", "GradPruner", "PruningPlan"]
 __version__ = "0.1.0"
 
-# peft imports it wherever it is installed, and it then warns that an optional kernel is missing.
+# peft imports bitsandbytes wherever it is installed, and bitsandbytes then warns that an optional kernel is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: `gradpruner.merge` and `gradpruner.plan` alone must not pull in transformers."""
+    """Imports a name on first use: `gradpruner.merge` and `gradpruner.plan` alone must not import transformers."""
     if name == "GradPruner":
         from gradpruner.grad_pruner import GradPruner
 

@@ -1,8 +1,9 @@
-"""How many layers can leave? The most with which the answers stay likely enough, before anything is trained.
+"""Find the largest number of layers that can be pruned with the answers still likely enough, before any training.
 
-Beyond the paper. One importance run ranks the layers; how many of the lowest leave is found by bisection: for each
-number tried the model is pruned, merged and repaired as the method says, on rows of the training split, and other rows
-of it say how likely their answers are. That takes for granted that a deeper cut does not do better than a lesser one.
+Beyond the paper. One importance run ranks the layers, and bisection finds how many of the lowest to prune. For each
+number tried, the model is pruned, merged and repaired as the method says, on rows of the training split; other rows of
+that split measure how likely their answers are. Bisection assumes that answers never become likelier when more layers
+are pruned.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,18 +20,18 @@ from gradpruner.plan import PruningPlan
 from gradpruner.repair import repair
 from gradpruner.surgery import sharing_copy
 
-HELD_OUT = 5  # every fifth row says how likely the answers are
+HELD_OUT = 5  # every fifth row measures how likely the answers are
 
 
 @dataclass(frozen=True)
 class Search:
-    """What came out.
+    """Result of the search.
 
     Attributes:
-        num_pruned_layers: how many layers leave.
-        dense: answer NLL of the dense model, nats a token.
-        limit: the highest that is allowed.
-        curve: by number of layers pruned: the answer NLL of what is left; only the numbers that were tried.
+        num_pruned_layers: number of layers to prune.
+        dense: answer NLL of the dense model, nats per token.
+        limit: highest answer NLL allowed.
+        curve: number of pruned layers -> answer NLL of the pruned model, for the numbers that were tried.
     """
 
     num_pruned_layers: int
@@ -39,7 +40,7 @@ class Search:
     curve: dict[int, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Returns the JSON-ready form."""
         curve = {str(number): nll for number, nll in sorted(self.curve.items())}
         return {
             "num_pruned_layers": self.num_pruned_layers,
@@ -57,12 +58,12 @@ class Search:
 
 
 def largest_cut(nll: Callable[[int], float], limit: float, most: int) -> tuple[int, dict[int, float]]:
-    """The largest number of layers up to `most` with an NLL of at most `limit`, by bisection, and what was tried.
+    """Returns the largest number of layers up to `most` with an NLL of at most `limit`, and the NLLs that were tried.
 
     Args:
-        nll: of the model without that many layers; taken to rise with it.
-        limit: nats a token.
-        most: 1 or more.
+        nll: returns the NLL of the model without that many layers; bisection assumes that it rises with the number.
+        limit: nats per token.
+        most: largest number to try, 1 or more.
     """
     curve = {most: nll(most)}
     good, bad = (most, most) if curve[most] <= limit else (0, most)
@@ -82,16 +83,16 @@ def search(
     tolerance: float,
     most: int,
 ) -> Search:
-    """Finds how many layers can leave.
+    """Finds how many layers can be pruned.
 
     Args:
-        model: the dense model; left as it was.
-        batches: rows of the training split, dicts of `input_ids`, `attention_mask`, `labels`, each (B, T); one that
-            comes again counts once.
-        prune: takes that many layers out of a model, in place, and says which.
-        repairs: repair what was pruned, see `repair.repair`.
-        tolerance: how far the NLL may rise, as a part of the dense model's.
-        most: the most layers that may leave.
+        model: the dense model; unchanged.
+        batches: rows of the training split, dicts of `input_ids`, `attention_mask`, `labels`, each (B, T); a row that
+            occurs again counts once.
+        prune: prunes that many layers of a model, in place, and returns the plan.
+        repairs: whether to repair the pruned model, see `repair.repair`.
+        tolerance: how far the NLL may rise, as a fraction of the dense model's NLL.
+        most: largest number of layers that may be pruned.
 
     Raises:
         ValueError: if there are too few rows, or even one layer is too many.
@@ -121,18 +122,23 @@ def search(
 
 
 def _split(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Batches of distinct rows for fits, and others for the likelihood."""
+    """Returns batches of distinct rows for fits, and batches of other rows for the likelihood."""
     seen: set[tuple[int, ...]] = set()
     fitted: list[Batch] = []
     held_out: list[Batch] = []
     for batch in batches:
-        keep: list[list[int]] = [[], []]
+        fitted_rows: list[int] = []
+        held_out_rows: list[int] = []
         for row, (tokens, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
             key = tuple(tokens[mask.bool()].tolist())
-            if key not in seen:
-                keep[len(seen) % HELD_OUT == HELD_OUT - 1].append(row)
-                seen.add(key)
-        for part, rows in zip((fitted, held_out), keep, strict=True):
+            if key in seen:
+                continue
+            if len(seen) % HELD_OUT == HELD_OUT - 1:
+                held_out_rows.append(row)
+            else:
+                fitted_rows.append(row)
+            seen.add(key)
+        for part, rows in ((fitted, fitted_rows), (held_out, held_out_rows)):
             if rows:
                 part.append({name: values[torch.tensor(rows)] for name, values in batch.items()})
     if len(seen) < 2 * HELD_OUT:

@@ -1,7 +1,7 @@
-"""How small a compressed model is to be, so that methods that cut in different directions can be compared.
+"""Target size of a compressed model, so that methods that prune different kinds of units can be compared.
 
-"40 % sparsity" is 40 % of the decoder layers in the paper. What other methods are held to is the number of parameters
-that is then left.
+"40 % sparsity" means 40 % of the decoder layers in the paper. Other methods must match the number of parameters that
+the model then has.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,13 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def target_parameters(config: PreTrainedConfig, sparsity: float, match: str) -> int:
-    """Parameters that are to be left.
+    """Returns the number of parameters to keep.
 
     Args:
-        config: of the dense model.
-        sparsity: fraction in [0, 1).
-        match: `layers`: as many as GradPruner leaves, which takes out `round(sparsity * layers)` whole layers; `total`:
-            the fraction of all parameters, embeddings among them.
+        config: config of the dense model.
+        sparsity: fraction to prune, in [0, 1).
+        match: `layers`: as many as GradPruner keeps, which prunes `round(sparsity * layers)` whole layers; `total`: the
+            fraction `1 - sparsity` of all parameters, including embeddings.
     """
     counts = count_model(config)
     num_layers = len(counts.layers)
@@ -50,15 +50,15 @@ def nearest_size(
     step: int = 1,
     smallest: int = 1,
 ) -> int | None:
-    """The size with which a model comes nearest to a number of parameters.
+    """Returns the size for which the model's number of parameters is nearest to a target.
 
     Args:
-        make_shape: the shape for a size; parameters must be linear in it.
-        config: of the dense model.
-        target: parameters.
-        largest: most that the size may be.
-        step: the size is a multiple of it, unless it is `largest`.
-        smallest: least that the size may be.
+        make_shape: returns the shape for a size; the number of parameters must be linear in the size.
+        config: config of the dense model.
+        target: number of parameters.
+        largest: largest size allowed.
+        step: sizes other than `largest` must be multiples of `step`.
+        smallest: smallest size allowed.
 
     Returns:
         The size, or None if the target is out of reach by more than a step.
@@ -78,7 +78,7 @@ def solve_size(
     largest: int,
     step: int = 1,
 ) -> int:
-    """As `nearest_size`, with `what` as the name of the size in the error.
+    """Returns `nearest_size` or raises an error that names the size `what`.
 
     Raises:
         ValueError: if the target is out of reach.

@@ -1,4 +1,4 @@
-"""Checks of settings that every part of the package shares, with messages that say what to do."""
+"""Checks of settings for the whole package, with messages that say what to do."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ AUTO = "auto"  # value of settings that the run itself decides, such as `sparsit
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError naming the setting, the value and what is allowed."""
+    """Raises ValueError if `value` is not one of `choices`; the message names setting, value and choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 

@@ -17,10 +17,11 @@ from gradpruner.files import write_json
 
 
 class PeakMemory:
-    """Context manager: highest memory of this process while it is open.
+    """Context manager that measures the peak memory of this process while it is open.
 
-    On CUDA the allocator's own peak; on a CPU the resident set size, sampled. That includes what the process had
-    before, libraries among it; freed memory is given back to the system first, so that an earlier stage counts little.
+    On CUDA this is the allocator's own peak; on a CPU it is the sampled resident set size, which includes memory the
+    process held before, such as libraries. Freed memory is returned to the system first, so that an earlier stage
+    counts little.
     """
 
     def __init__(self, interval_seconds: float = 0.02) -> None:
@@ -56,7 +57,7 @@ class PeakMemory:
 
 
 class Cost(PeakMemory):
-    """Context manager: also the wall time while it is open."""
+    """Context manager that also measures the wall time while it is open."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,12 +75,12 @@ class Cost(PeakMemory):
         super().__exit__(kind, error, trace)
 
     def save(self, path: Path) -> None:
-        """Writes both as JSON, atomically."""
+        """Writes time and peak memory as JSON, atomically."""
         write_json(path, {"seconds": self.seconds, "peak_memory_bytes": self.peak_bytes})
 
 
 def total_cost(*files: Path) -> dict[str, float]:
-    """`seconds` together and the highest `peak_memory_bytes` of what `Cost.save` wrote."""
+    """Returns the total `seconds` and the highest `peak_memory_bytes` of files that `Cost.save` wrote."""
     costs = [json.loads(file.read_text()) for file in files]
     return {
         "seconds": sum(cost["seconds"] for cost in costs),
@@ -88,13 +89,13 @@ def total_cost(*files: Path) -> dict[str, float]:
 
 
 def process_memory_bytes() -> int:
-    """What the process has before it does anything: libraries on a CPU, nothing on a GPU."""
+    """Returns the memory the process holds before any work: libraries on a CPU, nothing on a GPU."""
     _release_memory()
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
 
 
 def _release_memory() -> None:
-    """Gives freed memory back to the system; glibc would keep most of it."""
+    """Returns freed memory to the system; glibc would keep most of it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from gradpruner.tasks import DataError, Example
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # label without loss, as torch's cross_entropy and transformers have it
+IGNORED = -100  # label without loss, as in torch's cross_entropy and in transformers
 Batch = dict[str, Tensor]
 
 
@@ -24,7 +24,7 @@ class TrainingRow:
 
     Attributes:
         input_ids: prompt, answer and end-of-sequence.
-        num_answer_tokens: how many at the end carry loss.
+        num_answer_tokens: number of tokens at the end that carry loss.
     """
 
     input_ids: tuple[int, ...]
@@ -48,12 +48,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How examples become tokens, in training and in evaluation alike.
+    """Encoder of examples as tokens, the same in training and in evaluation.
 
     Attributes:
         tokenizer: any Hugging Face tokenizer; its own special tokens (such as a BOS) are added.
         max_length: tokens of prompt and completion together.
-        chat_template: put prompts into the tokenizer's chat template, as a user's message; completions then lose their
+        chat_template: put prompts into the tokenizer's chat template, as a user message; completions then lose their
             delimiter.
 
     Raises:
@@ -82,13 +82,13 @@ class Encoder:
         """Tokenizes examples; a prompt that is too long loses tokens from the end of its context.
 
         Args:
-            examples: what to encode.
+            examples: examples to encode.
             completions: the completions of each example, one or more.
-            reserve: tokens to leave for a completion; None is the longest one of the example.
-            extra: tokens to leave besides, such as an end of sequence.
+            reserve: tokens to reserve for a completion; None: as many as the example's longest completion has.
+            extra: further tokens to reserve, such as for the end of sequence.
 
         Returns:
-            One `Encoded` an example; None where the prompt would not fit even with its context cut to one token.
+            One `Encoded` per example; None where the prompt would not fit even with its context cut to one token.
         """
         framed = [self._frame(example) for example in examples]
         prompts = [text for (text, _), texts in zip(framed, completions, strict=True) for _ in texts]
@@ -114,7 +114,7 @@ class Encoder:
         return encoded
 
     def _frame(self, example: Example) -> tuple[str, tuple[int, int] | None]:
-        """The prompt as the model gets it, and where its context is."""
+        """Returns the prompt as the model reads it, and where its context is."""
         if not self.chat_template:
             return example.prompt, example.context
         message = [{"role": "user", "content": example.prompt}]
@@ -127,7 +127,7 @@ class Encoder:
         return text, (max(start, example.context[0] + shift), min(start + len(core), example.context[1] + shift))
 
     def _shorten(self, text: str, context: tuple[int, int] | None, prompt: list[int], room: int) -> list[int] | None:
-        """The prompt without the last tokens that lie wholly in its context, or None if that cannot be enough."""
+        """Returns the prompt without the last tokens that lie wholly in its context, or None if these are too few."""
         if context is None or not self.tokenizer.is_fast:
             return None
         offsets = self.tokenizer(
@@ -139,7 +139,7 @@ class Encoder:
             return None
         first = inside[-excess]
         while first > inside[0] and offsets[first][0] == offsets[first - 1][0]:
-            first -= 1  # several tokens make one character: it goes whole
+            first -= 1  # several tokens make one character: remove all of them
         return prompt[:first] + prompt[inside[-1] + 1 :]
 
 
@@ -149,11 +149,11 @@ def split_tokens(
     completions: Sequence[str],
     add_special_tokens: bool = True,
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids of every prompt and of what its completion adds to them.
+    """Returns the token ids of every prompt and the ids that its completion adds.
 
     Prompt and completion are encoded as one text and split where the prompt alone ends, as lm-evaluation-harness does:
-    encoding them apart would give the completion other tokens than it has in running text. Spaces at the end of a
-    prompt go to the completion, where BPE vocabularies keep them.
+    encoded separately, the completion would have other tokens than in running text. Spaces at the end of a prompt go to
+    the completion, where BPE vocabularies keep them.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
@@ -179,7 +179,7 @@ def split_tokens(
     pairs = []
     for text, ids in zip(stripped, whole, strict=True):
         prompt_ids = alone[text]
-        # Something must come before the first answer token for the model to predict it.
+        # The model needs a token before the first answer token to predict it.
         pairs.append((ids[: len(prompt_ids)], ids[len(prompt_ids) :]) if prompt_ids else ([start], ids))
     return pairs
 
@@ -187,7 +187,7 @@ def split_tokens(
 def encode_training_rows(examples: Sequence[Example], encoder: Encoder) -> list[TrainingRow]:
     """Tokenizes examples for completion-only training.
 
-    A row that does not fit, even with its context shortened, is left out; the log says how many.
+    Rows that do not fit, even with their context shortened, are skipped; the log says how many.
 
     Raises:
         DataError: if no row fits.
@@ -213,7 +213,7 @@ def encode_training_rows(examples: Sequence[Example], encoder: Encoder) -> list[
 
 
 def collate(rows: Sequence[TrainingRow], pad_token_id: int) -> Batch:
-    """Pads on the left, so that answers end together and only the last columns need logits.
+    """Pads rows on the left, so that answers end together and only the last columns need logits.
 
     Returns:
         `input_ids`, `attention_mask` and `labels` (-100 = no loss), each (B, T) int64.
@@ -231,21 +231,21 @@ def collate(rows: Sequence[TrainingRow], pad_token_id: int) -> Batch:
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions counted over real tokens only, (B, T): a row means the same however far it is padded."""
+    """Returns positions counted over real tokens only, (B, T), so that padding does not change the result of a row."""
     return (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)
 
 
 def trim_to_answers(batch: Batch) -> dict[str, Any]:
-    """Model inputs that make it compute logits only where there is loss.
+    """Returns model inputs with which logits are computed only where there is loss.
 
-    With answers aligned at the end, everything before the first answer token of the batch needs no logits: for a
-    49k-word vocabulary these would be most of the memory of a step.
+    With answers aligned at the end, the columns before the first answer token of the batch need no logits. With a
+    vocabulary of 49k tokens, these logits would take most of the memory of a step.
 
     Args:
         batch: `input_ids`, `attention_mask`, `labels`, each (B, T).
 
     Returns:
-        The inputs with `position_ids`, `labels` cut to their last k columns, and `logits_to_keep` = k.
+        The batch with `position_ids`, `labels` cut to their last k columns, and `logits_to_keep` = k.
     """
     labels = batch["labels"]
     has_loss = (labels != IGNORED).any(dim=0)  # (T,)
@@ -263,7 +263,7 @@ def trim_to_answers(batch: Batch) -> dict[str, Any]:
 def training_batches(
     rows: Sequence[TrainingRow], batch_size: int, num_rows: int, pad_token_id: int, seed: int
 ) -> Iterator[Batch]:
-    """`num_rows` rows in the seeded order of a training run, in batches; goes round again when the rows run out."""
+    """Yields `num_rows` rows in batches, in the seeded order of a training run; starts again when the rows run out."""
     order: list[int] = []
     shuffler = random.Random(seed)
     while len(order) < num_rows:

@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or the new one, never half of either. And hashes of JSON-ready data."""
+"""Atomic writes (a reader sees the whole old file or the whole new one) and hashes of JSON-ready data."""
 
 import hashlib
 import json
@@ -28,22 +28,22 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes one JSON object a line."""
+    """Writes one JSON object per line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads what `write_jsonl` wrote."""
-    # By bytes: text may hold U+2028 and other characters that str.splitlines takes for the end of a line.
+    """Reads a file that `write_jsonl` wrote."""
+    # Bytes, because text may hold U+2028 and other characters that str.splitlines takes for the end of a line.
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def content_hash(data: Any) -> str:
-    """20 hex digits that identify JSON-ready data, whatever the order of its keys."""
+    """Returns 20 hex digits that identify JSON-ready data, whatever the order of its keys."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def slug(text: str) -> str:
-    """A text as part of a file name: lower-case letters, digits and hyphens."""
+    """Returns a text as part of a file name: lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,4 +1,4 @@
-"""GradPruner (arXiv:2601.19503): the method of the paper, with its variants and what goes beyond it."""
+"""GradPruner (arXiv:2601.19503): the method of the paper, its variants, and our extensions."""
 
 import dataclasses
 import json
@@ -39,24 +39,24 @@ class GradPruner(DepthMethod, ImportanceSettings):
     """GradPruner (arXiv:2601.19503): prune the layers that early LoRA gradients find unimportant, merge the best.
 
     Give either `sparsity` or `num_pruned_layers`, and either `steps` or `fraction`. The settings of the importance run
-    are those of `ImportanceSettings`. With `sparsity=auto` as many layers leave as the answers' likelihood bears
-    (see `auto_sparsity`); with `steps=auto` the importance run stops once the pruned set has settled.
+    are those of `ImportanceSettings`. With `sparsity=auto`, as many layers are pruned as the answers' likelihood allows
+    (see `auto_sparsity`). With `steps=auto`, the importance run stops once the pruned set has settled.
 
     Attributes:
-        merge_count: how many of the pruned layers merge, the most important first.
-        merged_layers: the pruned layers that merge, instead of `merge_count`.
+        merge_count: number of pruned layers to merge, the most important first.
+        merged_layers: the pruned layers to merge, instead of `merge_count`.
         density: fraction of each merged weight that may enter the kept one (the paper's 80 % sparsity is 0.2).
-        merge_rule: one of `merge.MERGE_RULES`; or `least_squares`, which merges nothing and repairs, as
-            `merge_rule=none` with `repair=least_squares` does.
+        merge_rule: one of `merge.MERGE_RULES`; or `least_squares`, which merges nothing and repairs, like
+            `merge_rule=none` with `repair=least_squares`.
         score: one of `igia.SCORES`.
         step_weighting: one of `igia.STEP_WEIGHTINGS`.
         steps: importance steps, or `auto`.
         fraction: importance steps as a fraction of the planned training steps (the paper's 1 %).
-        max_steps: the most steps with `steps=auto`.
-        patience: over how many of the last steps the pruned set must stay the same with `steps=auto`.
-        tolerance: how far the answers' negative log-likelihood may rise with `sparsity=auto`, as a part of the dense
-            model's, after repair and before any training.
-        max_sparsity: the largest fraction of layers that may leave with `sparsity=auto`.
+        max_steps: largest number of steps with `steps=auto`.
+        patience: number of last steps over which the pruned set must not change with `steps=auto`.
+        tolerance: how far the answers' negative log-likelihood may rise with `sparsity=auto`, as a fraction of the
+            dense model's, after repair and before any training.
+        max_sparsity: largest fraction of layers that may be pruned with `sparsity=auto`.
     """
 
     name: ClassVar[str] = "gradpruner"
@@ -115,7 +115,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
         return resolved._with_steps(training_steps)
 
     def _most_pruned(self, num_hidden_layers: int) -> int:
-        """How many layers leave, or at most so many with `sparsity=auto`."""
+        """Returns the number of layers to prune, or its upper bound with `sparsity=auto`."""
         if self.num_pruned_layers is not None:
             return self.num_pruned_layers
         if self.sparsity == AUTO:
@@ -124,7 +124,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
         return round(self.sparsity * num_hidden_layers)
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """That of the most layers pruned; see `Method.shape`."""
+        """Returns the shape with the most layers that may be pruned; see `Method.shape`."""
         most = self._most_pruned(config.num_hidden_layers)
         return super(GradPruner, dataclasses.replace(self, sparsity=None, num_pruned_layers=most)).shape(config)
 
@@ -141,30 +141,30 @@ class GradPruner(DepthMethod, ImportanceSettings):
         return dataclasses.replace(self, steps=max(2, round(self.fraction * training_steps)), fraction=None)
 
     def undetermined(self) -> list[str]:
-        """Layers and steps that are `auto`; see `Method.undetermined`."""
+        """Describes the `auto` settings among layers and steps; see `Method.undetermined`."""
         layers = ["how many layers leave"] if self.sparsity == AUTO else []
         return layers + (["how many importance steps it takes"] if self.steps == AUTO else [])
 
     def variant(self) -> str:
-        """How much is pruned and merged."""
+        """Returns how much is pruned and merged."""
         merged = self.merge_count if self.merged_layers is None else "-".join(map(str, self.merged_layers)) or 0
         return f"{super().variant()}-merge{merged}"
 
     def repair_calibration(self) -> Calibration | None:
-        """As for all depth methods; `merge_rule=least_squares` asks for it, too."""
+        """Returns the batches that all depth methods repair with; `merge_rule=least_squares` also repairs."""
         if self.merge_rule == LEAST_SQUARES:
             return dataclasses.replace(self, merge_rule="none", repair=LEAST_SQUARES).repair_calibration()
         return super().repair_calibration()
 
     def calibration(self) -> Calibration:
-        """Step for step the first batches of a training run."""
+        """Returns the batches of the first steps of a training run, in the same order."""
         spec = self._importance_spec()
         return Calibration(spec.batch_size, spec.batch_size * spec.steps * spec.accumulation, spec.seed)
 
     def measurement_settings(self) -> dict[str, Any]:
-        """The importance run; neither counts nor rules: it serves every sparsity, merge count, score and density.
+        """Returns the settings of the importance run; one run serves every sparsity, merge count, score and density.
 
-        With `auto` what decides about the number of steps or layers is part of it.
+        With `auto`, the settings that decide the number of steps or layers are included.
         """
         settings, auto = dataclasses.asdict(self._importance_spec()), dataclasses.asdict(self)
         if self.sparsity == AUTO:
@@ -175,7 +175,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
         return settings
 
     def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
-        """Step 1: gradients of the first LoRA steps (Eq. 2); with `sparsity=auto` also how many layers can leave."""
+        """Runs step 1: gradients of the first LoRA steps (Eq. 2); with `sparsity=auto`, finds the layer count."""
         most, taken = self._most_pruned(len(decoder_layers(model))), list(batches)
 
         def has_settled(energies: Tensor) -> bool:
@@ -200,7 +200,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
         write_json(directory / SEARCH_FILE, found.to_dict())
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
-        """Steps 2 to 4: layer importance (Eq. 3, 4), plan, merge (Eq. 5, 6) and surgery."""
+        """Runs steps 2 to 4: layer importance (Eq. 3, 4), plan, merge (Eq. 5, 6) and surgery."""
         gradients = EarlyGradients.load(directory)
         if self.num_pruned_layers is not None:
             return self._pruned(model, gradients, self.num_pruned_layers)

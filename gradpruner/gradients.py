@@ -1,4 +1,4 @@
-"""What the importance run leaves in its folder; apart from it, because reading takes none of its libraries."""
+"""Saved result of the importance run. A file of its own, so that reading imports none of the training libraries."""
 
 import json
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ RESULT_FILE = "importance.json"
 
 @dataclass(frozen=True)
 class EarlyGradients:
-    """What the importance run leaves in its folder.
+    """Result of the importance run, read from its folder.
 
     Attributes:
-        directory: folder with `importance.json` and one file of factors a step.
+        directory: folder with `importance.json` and one file of factors per step.
         sublayers: names of the linear sublayers of a decoder layer.
         energies: squared Frobenius norm of the simulated gradient, (t, L, M) float64.
         losses: training loss per step.
         train_seconds: wall time of the steps.
-        peak_memory_bytes: see `efficiency.PeakMemory`.
+        peak_memory_bytes: see `cost.PeakMemory`.
     """
 
     directory: Path
@@ -35,7 +35,7 @@ class EarlyGradients:
 
     @classmethod
     def load(cls, directory: Path) -> "EarlyGradients":
-        """Reads the folder that `record_early_gradients` wrote; factors stay on disk until asked for."""
+        """Reads the folder that `record_early_gradients` wrote; factors are read only when `factors` asks for them."""
         data = json.loads((directory / RESULT_FILE).read_text())
         return cls(
             directory=directory,
@@ -47,7 +47,7 @@ class EarlyGradients:
         )
 
     def factors(self, layer: int, sublayer: str) -> list[Factors]:
-        """The per-step factors of one sublayer's simulated gradient, shapes (out, k) and (k, in)."""
+        """Returns the per-step factors of one sublayer's simulated gradient, shapes (out, k) and (k, in)."""
         factors = []
         for step in range(len(self.energies)):
             with safe_open(self.directory / step_file(step), framework="pt") as tensors:
@@ -57,10 +57,10 @@ class EarlyGradients:
 
 
 def step_file(step: int) -> str:
-    """Name of the file with the factors of a 0-based step."""
+    """Returns the name of the file with the factors of a 0-based step."""
     return f"step-{step:05d}.safetensors"
 
 
 def factor_names(layer: int, sublayer: str) -> tuple[str, str]:
-    """Names of the left and right factor of a sublayer in a step's file."""
+    """Returns the names of the left and right factor of a sublayer in a step's file."""
     return f"layers.{layer}.{sublayer}.left", f"layers.{layer}.{sublayer}.right"

@@ -1,4 +1,4 @@
-"""GradPruner+: the recipe that we recommend, built from GradPruner's own parts and what goes beyond the paper."""
+"""GradPruner+: our recommended recipe, built from GradPruner's own parts and our extensions."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from gradpruner.method import Method
 
 @dataclass(frozen=True)
 class GradPrunerPlus(GradPruner):
-    """GradPruner with other defaults: closed-form repair in place of merging, and as many steps as the set needs."""
+    """GradPruner with other defaults: repair instead of merging, and importance steps until the pruned set settles."""
 
     name: ClassVar[str] = "gradpruner_plus"
 
@@ -21,5 +21,5 @@ class GradPrunerPlus(GradPruner):
 
     @property
     def measured_as(self) -> type[Method]:
-        """GradPruner's importance run."""
+        """GradPruner, whose importance run this method shares."""
         return GradPruner

@@ -1,6 +1,6 @@
-"""What a decoder makes of a batch, layer by layer: for methods that look at activations.
+"""Hidden states of a decoder, layer by layer, for methods that look at activations.
 
-Padding has states, too; whoever adds up states has to leave it out by the attention mask.
+Padding has states, too: a caller that sums states must exclude padding by the attention mask.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 from gradpruner.encoding import IGNORED, Batch, position_ids, trim_to_answers
 from gradpruner.models.architectures import decoder_layers
 
-CHUNK_LOGITS = 2**24  # logits that exist at a time: 64 MiB in float32
+CHUNK_LOGITS = 2**24  # logits in memory at a time: 64 MiB in float32
 OnLayer = Callable[[int, Tensor, Tensor], None]  # (layer, its input, its output), the latter two (B, T, d)
 
 
 @contextmanager
 def watch_layers(model: PreTrainedModel, on_layer: OnLayer) -> Iterator[None]:
-    """Calls `on_layer` for every decoder layer of every forward pass while it is open.
+    """Calls `on_layer` for every decoder layer of every forward pass while the context is open.
 
-    The output of the last layer is the raw one: transformers' `hidden_states[-1]` is that after the final norm.
+    The output of the last layer is the raw one; transformers' `hidden_states[-1]` is the state after the final norm.
     """
 
     def hook(index: int) -> Callable[..., None]:
@@ -46,12 +46,12 @@ def watch_layers(model: PreTrainedModel, on_layer: OnLayer) -> Iterator[None]:
 
 @torch.no_grad()
 def last_hidden_state(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """States after the final norm, (B, T, d), without logits and without a graph."""
+    """Returns states after the final norm, (B, T, d); computes neither logits nor an autograd graph."""
     return decode(model, batch)
 
 
 def decode(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """States after the final norm, (B, T, d), without logits."""
+    """Returns states after the final norm, (B, T, d); computes no logits."""
     mask = batch["attention_mask"].to(model.device)
     output = model.get_decoder()(
         input_ids=batch["input_ids"].to(model.device),
@@ -64,19 +64,19 @@ def decode(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """Logits of states after the final norm, (..., d) to (..., vocabulary), capped where the architecture does so."""
+    """Returns the logits of states after the final norm, (..., d) to (..., vocabulary), capped if the model does so."""
     logits: Tensor = model.get_output_embeddings()(states)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def sum_over_tokens(function: Callable[..., Tensor], vocab_size: int, *states: Tensor) -> Tensor:
-    """The sum of a function of states over chunks of tokens, with logits for one chunk at a time, backwards, too.
+    """Returns the sum of a function over all states, with logits of one chunk at a time, also in the backward pass.
 
     Args:
-        function: takes the tensors of a chunk and gives a scalar; called again in the backward pass.
-        vocab_size: logits of a token.
-        *states: one row a token.
+        function: takes the tensors of a chunk and returns a scalar; called again in the backward pass.
+        vocab_size: logits per token.
+        *states: tensors with one row per token.
     """
     size = max(1, CHUNK_LOGITS // vocab_size)
     chunks = zip(*(torch.split(each, size) for each in states), strict=True)
@@ -84,10 +84,10 @@ def sum_over_tokens(function: Callable[..., Tensor], vocab_size: int, *states: T
 
 
 def text_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of all real tokens of a batch but the first of each row.
+    """Computes the negative log-likelihood of all real tokens of a batch except the first of each row.
 
     Returns:
-        Sum over tokens, a scalar; and how many tokens these are in each row, (B,).
+        The sum over these tokens, a scalar; and the number of these tokens per row, (B,).
     """
     on_device = {name: values.to(model.device) for name, values in batch.items()}
     mask = on_device["attention_mask"].bool()
@@ -101,7 +101,7 @@ def text_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def answer_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
-    """Negative log-likelihood of the answer tokens of a batch, summed, and how many tokens these are."""
+    """Returns the summed negative log-likelihood of the answer tokens of a batch, and the number of these tokens."""
     num_tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
     on_device = {name: values.to(model.device) for name, values in batch.items()}
     output = model(**trim_to_answers(on_device), use_cache=False)
@@ -111,7 +111,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def answer_nll(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    """Negative log-likelihood per answer token, over all answer tokens of the batches."""
+    """Returns the negative log-likelihood per answer token, over all answer tokens of the batches."""
     total, num_tokens = 0.0, 0
     for batch in batches:
         loss, count = answer_loss(model, batch)

@@ -3,7 +3,7 @@
 GradPruner (arXiv:2601.19503), Section 3.1. For a weight W with adapters A (r, in) and B (out, r), step i of t gives the
 simulated gradient G_i = grad_B_i @ grad_A_i (Eq. 2), F = 1/t * sum_i G_i^2 (Eq. 3), and a layer's importance is the sum
 of F over all entries of all its linear sublayers (Eq. 4). Scores never form an (out, in) matrix: ||B A||_F^2 is the
-inner product of two r x r Gram matrices. F itself is formed only for weights that merge, block of rows by block.
+inner product of two r x r Gram matrices. F itself is formed only for weights that merge, one block of rows at a time.
 
 This file is tensors only; `importance.py` runs the training steps that produce the factors.
 """
@@ -28,7 +28,7 @@ def simulated_gradient(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, est
     - `product`: grad_B @ grad_A (Eq. 2). Zero at the first step, because LoRA's B starts at zero and so does grad_A.
     - `tangent`: grad_B @ A + B @ grad_A, the first-order change of B @ A under a gradient step; non-zero at step 1.
 
-    LoRA's scaling alpha / r is the same for every sublayer and left out, as in the authors' code.
+    LoRA's scaling alpha / r is the same for every sublayer and omitted, as in the authors' code.
 
     Args:
         a: adapter A, (r, in).
@@ -50,7 +50,7 @@ def simulated_gradient(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, est
 
 
 def squared_frobenius(grad_b: Tensor, grad_a: Tensor) -> Tensor:
-    """||grad_b @ grad_a||_F^2 = <grad_b^T grad_b, grad_a grad_a^T>, without forming the (out, in) product.
+    """Returns ||grad_b @ grad_a||_F^2 = <grad_b^T grad_b, grad_a grad_a^T>, without forming the (out, in) product.
 
     Args:
         grad_b: left factor, (out, r).
@@ -64,20 +64,20 @@ def squared_frobenius(grad_b: Tensor, grad_a: Tensor) -> Tensor:
 
 
 def igia_matrix(factors: Sequence[Factors], weights: Sequence[float] | None = None, row_block: int = 1024) -> Tensor:
-    """F = 1/t * sum_i w_i * (left_i @ right_i)^2 (Eq. 3; all w_i = 1 there).
+    """Computes F = 1/t * sum_i w_i * (left_i @ right_i)^2 (Eq. 3, where all w_i = 1).
 
     The products are formed `row_block` rows at a time, so that F is the only (out, in) matrix in memory.
 
     Args:
-        factors: one (left, right) pair a step, shapes (out, k) and (k, in).
-        weights: one weight a step (see `step_weights`), or None for 1.
+        factors: one (left, right) pair per step, shapes (out, k) and (k, in).
+        weights: one weight per step (see `step_weights`), or None for all 1.
         row_block: rows of F formed at once.
 
     Returns:
         F, (out, in), float32 or wider.
 
     Raises:
-        ValueError: if there are no factors, or not one weight a step.
+        ValueError: if there are no factors, or not exactly one weight per step.
     """
     if not factors:
         raise ValueError("igia_matrix needs at least one step, got no factors.")
@@ -102,12 +102,12 @@ def igia_matrix(factors: Sequence[Factors], weights: Sequence[float] | None = No
 
 
 def step_weights(energies: Tensor, weighting: str = "energy") -> Tensor:
-    """How much each step counts in the mean of Eq. 3.
+    """Returns the weight of each step in the mean of Eq. 3.
 
     Args:
         energies: squared Frobenius norm per step, layer and sublayer, (t, L, M).
-        weighting: `energy` (every step counts as it is) or `normalized` (every step's sum over the model becomes one,
-            so that a few spiky steps cannot decide alone; a step without gradient counts nothing).
+        weighting: `energy` (weight 1 for every step) or `normalized` (scales every step's sum over the model to one, so
+            that a few spiky steps cannot decide alone; a step without gradient has weight 0).
 
     Returns:
         (t,) float64.
@@ -120,10 +120,10 @@ def step_weights(energies: Tensor, weighting: str = "energy") -> Tensor:
 
 
 def step_importance(energies: Tensor, score: str = "sumsq", weighting: str = "energy") -> Tensor:
-    """Importance of every layer at every step; its mean over steps is the layer importance.
+    """Returns the importance of every layer at every step; the mean over steps is the layer importance.
 
     - `sumsq`: sum over sublayers of ||G||_F^2 (Eq. 3 and 4).
-    - `frobenius`: sum over sublayers of ||G||_F, unsquared (the authors' code, which also leaves out 1/t).
+    - `frobenius`: sum over sublayers of ||G||_F, unsquared (the authors' code, which also omits 1/t).
 
     Args:
         energies: squared Frobenius norm per step, layer and sublayer, (t, L, M).
@@ -144,5 +144,5 @@ def step_importance(energies: Tensor, score: str = "sumsq", weighting: str = "en
 
 
 def layer_importance(energies: Tensor, score: str = "sumsq", weighting: str = "energy") -> Tensor:
-    """Layer importance (Eq. 4): the mean of `step_importance` over the t steps, (L,) float64."""
+    """Returns the layer importance (Eq. 4): the mean of `step_importance` over the t steps, (L,) float64."""
     return step_importance(energies, score, weighting).mean(dim=0)

@@ -1,4 +1,4 @@
-"""Run the first LoRA steps and keep their gradients: the first of GradPruner's four steps.
+"""Run the first LoRA steps and save their gradients: the first of GradPruner's four steps.
 
 GradPruner (arXiv:2601.19503), Section 3.1 and Algorithm 1, step 1. The base model is bit-identical afterwards.
 """
@@ -38,14 +38,14 @@ def record_early_gradients(
 ) -> EarlyGradients:
     """Fine-tunes LoRA adapters for `spec.steps` steps and writes every step's gradient factors to `directory`.
 
-    Factors go to disk step by step, so that memory is that of a plain LoRA step.
+    Factors go to disk after every step, so that the run needs no more memory than plain LoRA training.
 
     Args:
-        model: base model; on return its weights, flags and mode are as before.
+        model: base model; its weights, flags and mode are unchanged on return.
         batches: dicts of `input_ids`, `attention_mask`, `labels` (-100 = no loss), each (B, T).
-        spec: how to run.
+        spec: settings of the run.
         directory: empty folder for the result.
-        has_settled: says after every step whether these are enough, by the energies so far, (t, L, M).
+        has_settled: called after every step with the energies so far, (t, L, M); the run stops when it returns True.
 
     Raises:
         ValueError: if there are fewer batches than the steps need, or all gradients are zero.
@@ -101,7 +101,7 @@ def record_early_gradients(
 
 
 class _ImportanceTrainer(CompletionTrainer):
-    """Names the layers whose gradients are not finite, before the Trainer's norm spreads that over the model."""
+    """Trainer that names layers with NaN or infinite gradients, before clipping spreads these over the model."""
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(model, *args, **kwargs)
@@ -119,7 +119,7 @@ class _ImportanceTrainer(CompletionTrainer):
 
 
 class _GradientRecorder(TrainerCallback):
-    """Takes the factors of every sublayer before each optimizer step (after clipping, if there is any)."""
+    """Callback that saves the factors of every sublayer before each optimizer step (after clipping, if any)."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class _GradientRecorder(TrainerCallback):
             for layer in layers
         ]
         self.sublayers = list(self._modules[0])
-        self.energies: list[Tensor] = []  # t times (L, M)
+        self.energies: list[Tensor] = []  # one (L, M) per step
         self._spec, self._directory, self._has_settled = spec, directory, has_settled
 
     def on_pre_optimizer_step(
@@ -163,11 +163,11 @@ class _GradientRecorder(TrainerCallback):
 
 @contextmanager
 def _adapters(model: PreTrainedModel, spec: ImportanceSpec) -> Iterator[PreTrainedModel]:
-    """`model` with LoRA adapters on all linear sublayers; undoes everything on exit."""
+    """Yields `model` with LoRA adapters on all linear sublayers; undoes everything on exit."""
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training, use_cache = model.training, model.config.use_cache
     was_checkpointing = model.is_activation_checkpointing
-    embedding_hooks = model.get_input_embeddings()._forward_hooks  # peft and Trainer add one for checkpointing
+    embedding_hooks = model.get_input_embeddings()._forward_hooks  # peft and Trainer add a hook for checkpointing
     hooks_before = set(embedding_hooks)
     config = LoraConfig(
         r=spec.lora_rank,
@@ -197,7 +197,7 @@ def _adapters(model: PreTrainedModel, spec: ImportanceSpec) -> Iterator[PreTrain
 
 
 def _unwrap(model: PreTrainedModel) -> None:
-    """Puts the plain linear sublayers back, also where peft stopped halfway through wrapping them."""
+    """Restores the plain linear sublayers, even if peft stopped halfway through wrapping them."""
     for layer in decoder_layers(model):
         for name, module in list(layer.named_modules()):
             if isinstance(module, LoraLayer):
@@ -209,9 +209,9 @@ def _unwrap(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _quantized(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
-    """Has 4-bit copies (NF4, double quantization: QLoRA, arXiv:2305.14314) stand in for the linear sublayers.
+    """Replaces the linear sublayers by 4-bit copies until exit (NF4, double quantization: QLoRA, arXiv:2305.14314).
 
-    The sublayers themselves wait in memory, so that they come back bit-identical.
+    The original sublayers are kept in memory, so that they are bit-identical afterwards.
     """
     if not enabled:
         yield
@@ -224,12 +224,12 @@ def _quantized(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
     try:
         for layer, name, linear in originals:
             weight, has_bias = linear.weight, linear.bias is not None
-            # On meta it draws no initial values, so that adapters start as they do with adapter=lora.
+            # The meta device draws no random initial values, so that adapters start as they do with adapter=lora.
             quantized = Linear4bit(*weight.T.shape, bias=has_bias, compute_dtype=weight.dtype, device="meta")
             quantized.weight = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
             quantized.bias = linear.bias
             layer.set_submodule(name, quantized.to(weight.device))  # the move quantizes
-        model.is_loaded_in_4bit = True  # peft asks
+        model.is_loaded_in_4bit = True  # peft reads this flag
         yield
     finally:
         for layer, name, linear in originals:
@@ -240,7 +240,7 @@ def _quantized(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def _weights_restored(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
-    """Puts the linear weights back that an adapter init such as PiSSA changes; the copy waits on disk."""
+    """Restores on exit the linear weights that an adapter init such as PiSSA changes; the copy is on disk."""
     if not enabled:
         yield
         return

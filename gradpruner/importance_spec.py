@@ -1,6 +1,6 @@
 """Settings of the importance run.
 
-GradPruner (arXiv:2601.19503), Section 3.1; defaults are those of Appendix C.2.
+GradPruner (arXiv:2601.19503), Section 3.1. The defaults are those of Appendix C.2.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from gradpruner.checks import check_choice
 from gradpruner.igia import GRADIENT_ESTIMATES
 
 ADAPTERS = ("lora", "dora", "qlora")
-# Name -> peft's value. `mica` freezes B, so its gradient does not exist; eva, corda, loftq and lora_ga need data first.
+# Name -> peft's value. `mica` freezes B, so B has no gradient; eva, corda, loftq and lora_ga need data first.
 LORA_INITS: dict[str, bool | str] = {
     "default": True,
     "gaussian": "gaussian",
@@ -19,25 +19,25 @@ LORA_INITS: dict[str, bool | str] = {
     "olora": "olora",
     "orthogonal": "orthogonal",
 }
-PLAIN_INITS = ("default", "gaussian")  # leave the base weights alone
+PLAIN_INITS = ("default", "gaussian")  # these leave the base weights unchanged
 
 
 @dataclass(frozen=True)
 class ImportanceSettings:
-    """How the early gradients are taken, but for the number of steps; GradPruner has these settings, too.
+    """Settings of the importance run except the number of steps; `GradPruner` inherits them.
 
     Attributes:
-        batch_size: rows a batch.
-        accumulation: batches an optimizer step.
+        batch_size: rows per batch.
+        accumulation: batches per optimizer step.
         learning_rate: constant rate of AdamW. "Early" means that the model has hardly moved, so keep it small.
         lora_rank: rank r of the adapters.
-        lora_alpha: their alpha.
+        lora_alpha: alpha of the adapters.
         lora_init: one of `LORA_INITS`.
         adapter: `lora`; `dora`; or `qlora`, LoRA beside weights in 4 bits, which needs bitsandbytes (Table 13).
-        max_grad_norm: clip the gradient before it is captured, as the authors' code does; 0 does not clip.
+        max_grad_norm: clips the gradient to this norm before it is captured, as the authors' code does; 0: no clipping.
         gradient_estimate: one of `igia.GRADIENT_ESTIMATES`.
-        gradient_checkpointing: recompute activations, for less memory and more time.
-        seed: seeds the adapter's initial values.
+        gradient_checkpointing: recompute activations, which saves memory and costs time.
+        seed: seed of the adapters' initial values.
     """
 
     batch_size: int = 8
@@ -88,7 +88,7 @@ class ImportanceSettings:
 
 @dataclass(frozen=True)
 class ImportanceSpec(ImportanceSettings):
-    """A whole importance run.
+    """All settings of an importance run.
 
     Attributes:
         steps: optimizer steps, at least 2: the first has grad_A = 0 because LoRA's B starts at zero.

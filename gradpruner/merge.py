@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK_NUMEL = 2**19  # entries that a mask looks at together
+BLOCK_NUMEL = 2**19  # entries of a weight processed at a time
 MERGE_RULES = ("sign_average", "sign_sum", "fisher", "weighted_average", "none")
 
 
@@ -20,8 +20,8 @@ def top_fraction_mask(igia: Tensor, density: float) -> Tensor:
         density: fraction to keep, in [0, 1]; the paper's "80 % sparsity" is density 0.2.
 
     Returns:
-        bool tensor of the shape of `igia` with exactly `int(igia.numel() * density)` entries set; of equal values the
-        ones at the lowest flat index are kept.
+        bool tensor of the shape of `igia` with exactly `int(igia.numel() * density)` entries set; among equal values
+        those at the lowest flat index are set.
 
     Raises:
         ValueError: if `density` is outside [0, 1] or `igia` holds NaN.
@@ -51,10 +51,10 @@ def top_fraction_mask(igia: Tensor, density: float) -> Tensor:
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest of many values, exactly.
+    """Returns the exact k-th largest of many values.
 
-    Floats without a sign order like their bit patterns, so for an IGIA-Matrix it is found 16 bits at a time, from
-    histograms of the entries that agree with it so far: `kthvalue` would make copies of three times its size.
+    Non-negative floats order like their bit patterns, so for an IGIA-Matrix the value is found 16 bits at a time, from
+    histograms of the entries that agree with the bits so far. `kthvalue` would make copies of three times the input.
     """
     width = {torch.float32: 32, torch.float64: 64}.get(values.dtype)
     if width is None or any(bool(block.signbit().any()) for block in torch.split(values, BLOCK_NUMEL)):
@@ -84,19 +84,19 @@ def merge_layers(
     """Merges the weights of pruned layers into the same sublayer of the kept layer before them.
 
     An entry of a pruned weight passes if it is among the top `density` of its IGIA-Matrix and has the sign of the
-    *original* kept entry; a zero has no sign and never merges. Where nothing passes the kept entry stays as it is, bit
-    by bit, and no rule but `weighted_average` can flip a sign.
+    *original* kept entry; a zero has no sign and never merges. Where nothing passes, the kept entry is unchanged, bit
+    by bit. Only `weighted_average` can flip a sign.
 
     - `sign_average`: mean of the kept entry and all that pass (Eq. 6).
     - `sign_sum`: kept entry plus all that pass (Eq. 5 and the authors' code).
-    - `fisher`: mean of the kept entry and all that pass, weighted by their IGIA entries (Appendix B.2); a zero total
-      weight leaves the kept entry.
-    - `weighted_average`: mean of the kept entry and all masked ones whatever their sign (the ablation of Figure 7).
-    - `none`: the kept weight.
+    - `fisher`: mean of the kept entry and all that pass, weighted by their IGIA entries (Appendix B.2); where the
+      total weight is zero, the kept entry is unchanged.
+    - `weighted_average`: mean of the kept entry and all masked entries, whatever their sign (the ablation of Figure 7).
+    - `none`: the kept weight, unchanged.
 
     Args:
-        kept: weight of the layer that stays, (d_out, d_in).
-        pruned: the same sublayer of each layer that leaves, each (d_out, d_in).
+        kept: weight of the kept layer, (d_out, d_in).
+        pruned: weight of the same sublayer in each pruned layer, each (d_out, d_in).
         igias: IGIA-Matrix of each of `pruned`, in the same order and shape.
         density: fraction of each pruned weight that may merge, in [0, 1].
         rule: one of `MERGE_RULES`.
@@ -106,7 +106,7 @@ def merge_layers(
         A new tensor with the dtype of `kept`; the inputs are unchanged.
 
     Raises:
-        ValueError: if the rule is unknown, the lists differ in length, shapes differ, or `fisher` has no `kept_igia`.
+        ValueError: if the rule is unknown, the lists differ in length, shapes differ, or `fisher` gets no `kept_igia`.
     """
     check_rule(rule)
     if len(pruned) != len(igias):
@@ -146,7 +146,7 @@ def check_rule(rule: str) -> None:
 
 
 def _start(base: Tensor, rule: str, kept_igia: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum, total weight and touched flags before any pruned layer is added."""
+    """Returns the weighted sum, total weight and touched flags before any pruned layer is added."""
     untouched = torch.zeros_like(base, dtype=torch.bool)
     if rule != "fisher":
         return base.clone(), torch.ones_like(base), untouched

@@ -1,8 +1,8 @@
 """The protocol that GradPruner, every baseline and the dense model share.
 
 A method acts before fine-tuning (`measure`, then `prune`), during it (`callbacks`) and after it (`finish`). Measuring
-is apart from pruning because it is the expensive half and most settings of a sweep only concern the other: whatever
-`measurement_settings` does not name can vary without measuring again.
+is separate from pruning because it is the expensive half, and most settings of a sweep only affect pruning: settings
+that `measurement_settings` does not name can vary without measuring again.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a method made of a model.
+    """Compressed model with its plan and report.
 
     Attributes:
         model: the model to fine-tune.
         plan: what was done to its layers.
-        report: JSON-ready account of what the method saw: scores, series, warnings.
+        report: JSON-ready record of what the method computed: scores, series, warnings.
     """
 
     model: PreTrainedModel
@@ -44,20 +44,20 @@ class Compressed:
     report: dict[str, Any]
 
     def log_warnings(self) -> None:
-        """Logs the report's `warnings`; left to the caller, who may prune the same way several times."""
+        """Logs the report's `warnings`. `prune` does not, because a caller may prune the same way several times."""
         for warning in self.report.get("warnings", []):
             logger.warning(warning)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The training batches that a method wants to look at.
+    """Training batches that a method asks for.
 
     Attributes:
-        batch_size: rows a batch.
-        num_rows: how many rows in all.
-        seed: order of the rows.
-        once: take no row twice, even if there are fewer than asked for; else go round again, as training does.
+        batch_size: rows per batch.
+        num_rows: total number of rows.
+        seed: seed of the order of the rows.
+        once: use no row twice, even if fewer exist than asked for; otherwise rows repeat, as in training.
     """
 
     batch_size: int
@@ -66,17 +66,17 @@ class Calibration:
     once: bool = False
 
     def count(self, num_available: int) -> int:
-        """How many rows it is of that many."""
+        """Returns the number of rows to draw when `num_available` exist."""
         return min(self.num_rows, num_available) if self.once else self.num_rows
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Training on other data between pruning and the fine-tune.
+    """Training on other data between pruning and fine-tuning.
 
     Attributes:
         training: how to train.
-        distillation: learn from the dense model's predictions; None: from the data's answers.
+        distillation: how to learn from the dense model's predictions; None: learn from the data's answers.
     """
 
     training: TrainingSpec
@@ -93,23 +93,23 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods. Building one is cheap and checks its values; work starts in the hooks."""
+    """Base of all methods. Creating one is cheap and checks its values; work starts in the hooks."""
 
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        """Checks values in subclasses, each of which calls this one."""
+        """Does nothing; subclasses check their values and call this one."""
 
     def base_model(self, model: ModelSpec) -> ModelSpec:
-        """The model that the method starts from, given the dense one: that one, but for `small_dense`."""
+        """Returns the model that the method starts from: the dense model, except for `small_dense`."""
         return model
 
     def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
-        """A copy with everything that depends on the model or the training length made definite, and checked.
+        """Returns a checked copy in which everything that depends on the model or the training length is definite.
 
         Args:
             num_hidden_layers: decoder layers of the dense model.
-            training_steps: optimizer steps of the planned fine-tune, or None if not known.
+            training_steps: optimizer steps of the planned fine-tuning, or None if unknown.
 
         Raises:
             ValueError: if the settings do not fit.
@@ -117,69 +117,69 @@ class Method:
         return self
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """The shape of the compressed model, known before a weight is loaded.
+        """Returns the shape of the compressed model, before any weight is loaded.
 
         Args:
-            config: of the model that the method starts from.
+            config: config of the model that the method starts from.
 
         Raises:
-            ValueError: if the method does not fit the architecture, or cannot make it as small as it should.
+            ValueError: if the method does not support the architecture, or cannot make the model as small as required.
         """
         return config_shape(config)
 
     def undetermined(self) -> list[str]:
-        """What only the run finds out. Until then `shape` and `calibration` are those of the most it may be."""
+        """Describes the `auto` settings; until the run decides them, `shape` and `calibration` give upper bounds."""
         return []
 
     def check_training(self, training: TrainingSpec) -> None:
-        """Raises ValueError if the method does not work with this fine-tune."""
+        """Raises ValueError if the method does not work with these training settings."""
 
     def recovery(self) -> Recovery | None:
-        """Training on other data between pruning and the fine-tune, or None."""
+        """Returns the training on other data between pruning and fine-tuning, or None."""
         return None
 
     def repair_calibration(self) -> Calibration | None:
-        """The batches for `repair.repair` after pruning, or None for no repair."""
+        """Returns the batches for `repair.repair` after pruning, or None for no repair."""
         return None
 
     def variant(self) -> str:
-        """What sets this run apart from others of the method, for the name of its folder."""
+        """Returns what distinguishes this run from others of the method, for the name of its folder."""
         return ""
 
     def calibration(self) -> Calibration | None:
-        """The batches that `measure` needs, or None."""
+        """Returns the batches that `measure` needs, or None."""
         return None
 
     @property
     def measured_as(self) -> "type[Method]":
-        """The method whose `measure` this one has, settings being equal: the two then share what was measured."""
+        """Method whose `measure` gives the same result for equal settings; the two methods then share measurements."""
         return type(self)
 
     def measurement_settings(self) -> dict[str, Any]:
-        """The settings that decide what `measure` writes; part of its cache key."""
+        """Returns the settings that decide what `measure` writes; part of its cache key."""
         return {}
 
     def prune_settings(self) -> dict[str, Any]:
-        """All settings of the method; part of the cache key of everything that comes after."""
+        """Returns all settings of the method; part of the cache key of every later stage."""
         return dataclasses.asdict(self)
 
     def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
-        """Looks at the model and the data and writes what it saw to `directory`; leaves the model as it was."""
+        """Measures the model on the data and writes the result to `directory`; leaves the model unchanged."""
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
-        """Changes the model in place by what `measure` wrote to `directory`."""
+        """Compresses the model in place, using what `measure` wrote to `directory`."""
         num_layers = len(decoder_layers(model))
         return Compressed(model, PruningPlan(num_hidden_layers=num_layers, method=self.name), {})
 
     def compress(self, model: PreTrainedModel, batches: Iterable[Batch] = ()) -> Compressed:
-        """Measures and prunes in one go, for use without the runner.
+        """Measures, prunes and repairs in one call, for use without the runner.
 
         Args:
             model: the dense model; changed in place.
             batches: dicts of `input_ids`, `attention_mask`, `labels` (-100 = no loss), each (B, T).
 
         Raises:
-            ValueError: if the architecture is not known, or settings, model and batches do not fit.
+            ValueError: if the architecture is unknown, or settings, model and batches do not match.
         """
         check_model(model)
         method = self.resolve(len(decoder_layers(model)))
@@ -197,28 +197,28 @@ class Method:
         return dataclasses.replace(compressed, plan=compressed.plan.with_details(repair=[asdict(fit) for fit in fits]))
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Trainer callbacks that act during fine-tuning."""
+        """Returns the Trainer callbacks that act during fine-tuning."""
         return []
 
     def finish(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Last word on the fine-tuned model before it is evaluated and saved."""
+        """Makes the last changes to the fine-tuned model and returns the model to evaluate and save."""
         return model
 
 
 @dataclass(frozen=True)
 class DepthMethod(Method):
-    """Base of methods that take out whole layers. Give either `sparsity` or `num_pruned_layers`.
+    """Base of methods that prune whole layers. Give either `sparsity` or `num_pruned_layers`.
 
     Attributes:
-        sparsity: fraction of decoder layers to prune; `round(sparsity * layers)` leave. `auto` where the method can
+        sparsity: fraction of decoder layers to prune, `round(sparsity * layers)` layers; `auto` where the method can
             find it.
-        num_pruned_layers: how many layers leave.
-        repair: what to do about the damage before fine-tuning, one of `repair.REPAIRS`; `least_squares` folds a linear
-            map for every run of pruned layers into the layer before it.
-        repair_rows: training rows for that, at most all.
+        num_pruned_layers: number of layers to prune.
+        repair: how to repair the damage before fine-tuning, one of `repair.REPAIRS`; `least_squares` folds a linear map
+            for every run of pruned layers into the layer before it.
+        repair_rows: training rows to repair with, at most all.
     """
 
-    finds_sparsity: ClassVar[bool] = False  # knows sparsity=auto
+    finds_sparsity: ClassVar[bool] = False  # supports sparsity=auto
 
     sparsity: float | str | None = None
     num_pruned_layers: int | None = None
@@ -264,7 +264,7 @@ class DepthMethod(Method):
         return dataclasses.replace(self, sparsity=None, num_pruned_layers=num_pruned)
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
-        """Fewer layers of the same shape; which ones leave does not matter for that."""
+        """Returns a shape with fewer layers; which layers are pruned does not matter."""
         assert self.num_pruned_layers is not None
         if self.repair_calibration() is not None:
             check_repairable(config)
@@ -272,12 +272,12 @@ class DepthMethod(Method):
         return dataclasses.replace(dense, layers=dense.layers[self.num_pruned_layers :])
 
     def repair_calibration(self) -> Calibration | None:
-        """Rows of the training split, each at most once."""
+        """Returns rows of the training split, each at most once."""
         if self.repair == "none":
             return None
         return Calibration(8, self.repair_rows, getattr(self, "seed", 0), once=True)
 
     def variant(self) -> str:
-        """How much is pruned, and whether it is repaired."""
+        """Returns how much is pruned, and whether the model is repaired."""
         cut = f"sparsity{self.sparsity}" if self.num_pruned_layers is None else f"layers{self.num_pruned_layers}"
         return cut if self.repair == "none" else f"{cut}-{self.repair}"

@@ -1,4 +1,4 @@
-"""The pruning plan: which decoder layers leave, which merge, and which kept layer absorbs each.
+"""The pruning plan: which decoder layers are pruned, which of them merge, and which kept layer absorbs each.
 
 Pure Python, so that a plan can be made, checked, saved and read without a model.
 """
@@ -18,10 +18,10 @@ PLAN_VERSION = 3  # 2: details; 3: width
 
 @dataclass(frozen=True)
 class WidthPlan:
-    """Which units stay in the layers that stay; numbers are 0-based positions in the dense model, ascending.
+    """Units to keep in the kept layers; numbers are 0-based positions in the dense model, ascending.
 
     Attributes:
-        heads: query heads of each kept layer. A KV head stays if a query head that reads it does.
+        heads: query heads of each kept layer. A KV head is kept if a query head that reads it is kept.
         channels: MLP channels of each kept layer.
         hidden: channels of the residual stream, or None for all.
     """
@@ -47,7 +47,7 @@ class WidthPlan:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, with runs of units as text: `0-2 5` is 0, 1, 2 and 5."""
+        """Returns the JSON-ready form, with runs of units as text: `0-2 5` is 0, 1, 2 and 5."""
         return {
             "heads": [number_runs(units) for units in self.heads],
             "channels": [number_runs(units) for units in self.channels],
@@ -56,13 +56,13 @@ class WidthPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` wrote."""
+        """Builds the plan from the output of `to_dict`."""
         heads, channels = (tuple(map(_units, data[kind])) for kind in ("heads", "channels"))
         return cls(heads, channels, None if data["hidden"] is None else _units(data["hidden"]))
 
 
 def number_runs(units: Sequence[int]) -> str:
-    """Ascending numbers in short: `0-3 7 9-10`."""
+    """Returns ascending numbers in short form: `0-3 7 9-10`."""
     runs: list[list[int]] = []
     for unit in units:
         if runs and unit == runs[-1][1] + 1:
@@ -86,19 +86,19 @@ def _shortened(units: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What happens to every decoder layer; layer numbers are 0-based positions in the dense model.
+    """Plan of which decoder layers to prune and merge; layer numbers are 0-based positions in the dense model.
 
     Attributes:
         num_hidden_layers: decoder layers of the dense model.
-        pruned_layers: layers that leave, ascending.
+        pruned_layers: layers to prune, ascending.
         absorbed_by: for each pruned layer that was chosen to merge, the kept layer that absorbs it, or None where no
-            kept layer comes before it (it is then dropped unmerged).
-        merge_rule: rule of `merge.MERGE_RULES`.
+            kept layer comes before it (the pruned layer is then dropped unmerged).
+        merge_rule: one of `merge.MERGE_RULES`.
         density: fraction of each merged weight that may enter the kept one.
-        layer_importance: one score a layer, as the method saw it; empty for methods without scores.
+        layer_importance: one score per layer, as the method computed it; empty for methods without scores.
         method: name of the method that made the plan.
-        details: what else the method saw, JSON-ready: similarities tried, distances, losses.
-        width: which units stay in the layers that stay; None: all.
+        details: what else the method computed, JSON-ready: similarities tried, distances, losses.
+        width: units to keep in the kept layers; None: all.
     """
 
     num_hidden_layers: int
@@ -143,7 +143,7 @@ class PruningPlan:
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
-        """Layers that stay, ascending."""
+        """Layers to keep, ascending."""
         return tuple(layer for layer in range(self.num_hidden_layers) if layer not in self.pruned_layers)
 
     @property
@@ -158,15 +158,15 @@ class PruningPlan:
 
     @property
     def dropped_unmerged(self) -> tuple[int, ...]:
-        """Layers chosen to merge that no kept layer precedes."""
+        """Layers chosen to merge that have no kept layer before them."""
         return tuple(layer for layer in sorted(self.absorbed_by) if self.absorbed_by[layer] is None)
 
     def with_details(self, **details: Any) -> Self:
-        """A copy that says more in `details`."""
+        """Returns a copy with more `details`."""
         return dataclasses.replace(self, details={**self.details, **details})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, with the kept layers spelt out for readers."""
+        """Returns the JSON-ready form, with the kept layers spelt out for readers."""
         return {
             "version": PLAN_VERSION,
             **dataclasses.asdict(self),
@@ -180,7 +180,7 @@ class PruningPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` wrote; raises ValueError if it is of another version or inconsistent."""
+        """Builds the plan from the output of `to_dict`; raises ValueError on another version or inconsistent data."""
         if data.get("version") != PLAN_VERSION:
             raise ValueError(
                 f"Cannot read plan version {data.get('version')!r}, this release writes {PLAN_VERSION}. "
@@ -207,12 +207,12 @@ class PruningPlan:
 
 
 def preceding_kept_layer(layer: int, pruned_layers: Sequence[int]) -> int | None:
-    """The nearest layer before `layer` that stays ("only merged with the preceding retained layer", Section 3.2)."""
+    """Returns the nearest kept layer before `layer` ("only merged with the preceding retained layer", Section 3.2)."""
     return next((before for before in range(layer - 1, -1, -1) if before not in pruned_layers), None)
 
 
 def lowest_layers(layer_importance: Sequence[float], num_pruned_layers: int) -> tuple[int, ...]:
-    """The `num_pruned_layers` least important layers, ascending; of equal ones the first leaves first."""
+    """Returns the `num_pruned_layers` least important layers, ascending; among equals the first is pruned first."""
     ranking = sorted(range(len(layer_importance)), key=lambda layer: (layer_importance[layer], layer))
     return tuple(sorted(ranking[:num_pruned_layers]))
 
@@ -220,7 +220,7 @@ def lowest_layers(layer_importance: Sequence[float], num_pruned_layers: int) -> 
 def most_important_layers(
     layer_importance: Sequence[float], pruned_layers: Sequence[int], merge_count: int
 ) -> tuple[int, ...]:
-    """The `merge_count` most important of the pruned layers, ascending; of equal ones the first merges first."""
+    """Returns the `merge_count` most important pruned layers, ascending; among equals the first merges first."""
     ranking = sorted(pruned_layers, key=lambda layer: (-layer_importance[layer], layer))
     return tuple(sorted(ranking[:merge_count]))
 
@@ -235,19 +235,19 @@ def make_plan(
     merged_layers: Sequence[int] | None = None,
     method: str = "gradpruner",
 ) -> PruningPlan:
-    """Prunes the least important layers and merges the most important of those (Section 3).
+    """Makes a plan that prunes the least important layers and merges the most important of those (Section 3).
 
     Args:
-        layer_importance: one finite score a layer (Eq. 4).
-        num_pruned_layers: how many layers leave.
-        merge_count: how many of them merge; ignored when `merged_layers` is given.
-        merge_rule: rule of `merge.MERGE_RULES`.
-        density: fraction of each merged weight that may enter.
+        layer_importance: one finite score per layer (Eq. 4).
+        num_pruned_layers: number of layers to prune.
+        merge_count: number of pruned layers to merge; ignored when `merged_layers` is given.
+        merge_rule: one of `merge.MERGE_RULES`.
+        density: fraction of each merged weight that may enter the kept one.
         merged_layers: the pruned layers to merge, instead of the most important ones.
-        method: name for the plan.
+        method: name of the method, for the plan.
 
     Raises:
-        ValueError: if scores are not finite, counts do not fit, or an explicit layer is not among the pruned ones.
+        ValueError: if scores are not finite, counts do not fit, or a layer of `merged_layers` is not pruned.
     """
     num_layers = len(layer_importance)
     bad = [layer for layer, score in enumerate(layer_importance) if not abs(score) < float("inf")]
@@ -279,7 +279,7 @@ def make_plan(
 
 
 def check_counts(num_hidden_layers: int, num_pruned_layers: int, merge_count: int = 0) -> None:
-    """Raises ValueError if a model of that depth cannot lose or merge that many layers."""
+    """Raises ValueError if a model of that depth cannot have that many layers pruned or merged."""
     if not 0 <= num_pruned_layers <= num_hidden_layers - 2:
         raise ValueError(
             f"num_pruned_layers must leave at least 2 of the model's {num_hidden_layers} decoder layers, "

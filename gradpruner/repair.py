@@ -1,17 +1,17 @@
-"""Repair the damage of dropped layers in closed form, before any training: one linear map a run of pruned layers.
+"""Repair the damage of pruned layers in closed form, before any training: one linear map per run of pruned layers.
 
 Beyond the paper; related: ReplaceMe (arXiv:2505.02819). For a run of consecutive pruned layers, let M be the MLP output
-of the kept layer before it, Y what that is added to, and Z the state that enters the next kept layer of the dense
-model, all (tokens, d). The ridge problem
+of the kept layer before it, Y the residual stream that M is added to, and Z the state that enters the next kept layer
+in the dense model, all (tokens, d). The ridge problem
 
     T = argmin ||M T + Y - Z||^2 + lambda ||T - T_0||^2,   T_0 = I (default) or 0
 
-is solved, and T folded into that layer's down_proj (W becomes T' W), so the checkpoint stays a stock one. With T_0 = I
-a large lambda is the plain drop. Runs are fitted in order of depth, each on the model repaired so far; the target is
-always the dense model's state, so that a later map also mends what earlier ones left. Sums are kept in float64, two
-(d, d) matrices a run, never activations of more than a batch; padding and the first token of a row, an outlier in most
-models, are left out. Lambda is chosen on rows held out of the fit, and a fit that does not lower their error, or finds
-no more than rounding to mend, is not applied.
+is solved, and T is folded into the down_proj of that kept layer (W becomes T' W), so the checkpoint keeps its standard
+architecture. With T_0 = I, a large lambda amounts to plain dropping. Runs are fitted in order of depth, each on the
+model repaired so far. The target is always the dense model's state, so that a later map also corrects the error that
+remains from earlier runs. Sums are kept in float64: two (d, d) matrices per run, never activations of more than one
+batch. Padding and the first token of a row, an outlier in most models, are excluded. Lambda is chosen on rows held out
+of the fit. A fit is not applied if it does not lower their error, or if dropping costs no more than rounding.
 """
 
 import json
@@ -37,23 +37,23 @@ from gradpruner.surgery import only_layers
 
 REPAIRS = ("none", "least_squares")
 TOWARDS = ("identity", "zero")
-# Their layers add the output of down_proj to the residual stream as it is; in Gemma and OLMo 2 a norm comes between.
+# Their layers add the output of down_proj to the residual stream unchanged; in Gemma and OLMo 2 a norm comes between.
 REPAIRABLE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 DOWN_PROJ = "mlp.down_proj"
 WEIGHTS_FILE, FITS_FILE = "repair.safetensors", "repair.json"
-# Parts of the mean eigenvalue of M'M; the last ones are next to no change.
+# Fractions of the mean eigenvalue of M'M; the largest ones change next to nothing.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-BLOCK = 256  # columns of a matrix that are worked on at a time, so that no third one is needed
+BLOCK = 256  # columns of a matrix processed at a time, so that no third matrix is needed
 HELD_OUT = 5  # every fifth row is held out
 
 
 @dataclass(frozen=True)
-class Run:
-    """Consecutive pruned layers; numbers are positions in the dense model.
+class PrunedRun:
+    """Run of consecutive pruned layers; numbers are 0-based positions in the dense model.
 
     Attributes:
-        absorber: the kept layer before them.
-        last: the last of them, whose output is the target.
+        absorber: the kept layer before the run.
+        last: last layer of the run, whose output is the target.
     """
 
     absorber: int
@@ -62,14 +62,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Fit:
-    """What came of one run.
+    """Result for one run.
 
     Attributes:
-        absorber: layer whose down_proj was to change.
+        absorber: layer whose down_proj the map is for.
         last: last layer of the run.
-        num_tokens: tokens of the fit.
-        ridge: the lambda that was chosen, as a part of the mean eigenvalue of M'M.
-        error_dropped: squared error on held-out tokens if the run is just dropped, as a part of ||Z - Y||^2.
+        num_tokens: number of tokens in the fit.
+        ridge: the chosen lambda, as a fraction of the mean eigenvalue of M'M.
+        error_dropped: squared error on held-out tokens if the run is only dropped, as a fraction of ||Z - Y||^2.
         error_repaired: the same with the map.
         applied: whether the map was folded in.
     """
@@ -84,10 +84,10 @@ class Fit:
 
 
 def check_repairable(config: PreTrainedConfig) -> None:
-    """Refuses architectures in which something stands between down_proj and the residual stream.
+    """Refuses architectures that change the output of down_proj before the residual stream.
 
     Raises:
-        ValueError: naming those that are known.
+        ValueError: if the model type is not one of `REPAIRABLE_MODEL_TYPES`.
     """
     if config.model_type not in REPAIRABLE_MODEL_TYPES:
         raise ValueError(
@@ -97,13 +97,13 @@ def check_repairable(config: PreTrainedConfig) -> None:
         )
 
 
-def pruned_runs(plan: PruningPlan) -> list[Run]:
-    """The runs of a plan that a kept layer comes before, in order of depth."""
+def pruned_runs(plan: PruningPlan) -> list[PrunedRun]:
+    """Returns the runs of a plan that have a kept layer before them, in order of depth."""
     runs = []
     for layer in plan.pruned_layers:
         absorber = preceding_kept_layer(layer, plan.pruned_layers)
         if absorber is not None and layer + 1 not in plan.pruned_layers:
-            runs.append(Run(absorber, layer))
+            runs.append(PrunedRun(absorber, layer))
     return runs
 
 
@@ -115,20 +115,20 @@ def repair(
     batches: Iterable[Batch],
     towards: str = "identity",
 ) -> list[Fit]:
-    """Folds a map for every run of pruned layers into a pruned model, in place.
+    """Folds a map for every run of pruned layers into the pruned model, in place.
 
     Args:
-        model: what the plan made of the dense model; may share weights with it, see `surgery.sharing_copy`.
-        dense: the dense model; left as it was.
-        plan: which layers left.
-        batches: calibration rows, dicts of `input_ids` and `attention_mask`, each (B, T); gone through for every run.
-        towards: what a large lambda pulls T to, one of `TOWARDS`.
+        model: the pruned model; may share weights with `dense`, see `surgery.sharing_copy`.
+        dense: the dense model; unchanged.
+        plan: the plan that was applied to `model`.
+        batches: calibration rows, dicts of `input_ids` and `attention_mask`, each (B, T); all are read for every run.
+        towards: what a large lambda pulls T towards, one of `TOWARDS`.
 
     Returns:
-        One account a run.
+        One `Fit` per run.
 
     Raises:
-        ValueError: if the architecture is not known, or there are fewer than two rows.
+        ValueError: if the architecture is not supported, or there are fewer than two rows.
     """
     check_choice("towards", towards, TOWARDS)
     check_repairable(model.config)
@@ -143,7 +143,7 @@ def repair(
         states = _States(model, dense, plan, run, rows, min(HELD_OUT, num_rows))
         solution = solve(states.fitted(), towards)
         ridge, repaired, dropped = best_ridge(solution, states.held_out())
-        rounding = torch.finfo(model.dtype).eps ** 2  # what is missing below that is no layer's doing
+        rounding = torch.finfo(model.dtype).eps ** 2  # an error below this is not due to the dropped layers
         applied = repaired < dropped and dropped > rounding
         if applied:
             fold(_down_proj(model, plan, run.absorber), solution, ridge)
@@ -152,9 +152,9 @@ def repair(
 
 
 def fold(linear: nn.Linear, solution: "Solution", ridge: float) -> None:
-    """Makes the output of a linear sublayer what it was times the map of a lambda: y becomes y T.
+    """Multiplies the output y of a linear sublayer by the map of a lambda: y becomes y T.
 
-    The tensors are replaced, not written to, so that a model that shares them keeps the old ones.
+    Replaces the tensors instead of writing to them, so that a model that shares them keeps the old ones.
     """
     weight = torch.empty_like(linear.weight)
     for before, after in zip(torch.split(linear.weight, BLOCK, dim=1), torch.split(weight, BLOCK, dim=1), strict=True):
@@ -166,14 +166,14 @@ def fold(linear: nn.Linear, solution: "Solution", ridge: float) -> None:
 
 @dataclass(frozen=True)
 class Solution:
-    """The ridge problem of one run, solved for every lambda: M'M = V diag(e) V'.
+    """Ridge problem of one run, solved for every lambda: M'M = V diag(e) V'.
 
     Attributes:
         vectors: V, (d, d) float64.
         values: e, (d,) float64.
         projected: V' M' R, (d, d) float64, with R = Z - Y - M T_0.
         towards: one of `TOWARDS`.
-        num_tokens: how many tokens were summed.
+        num_tokens: number of tokens summed.
     """
 
     vectors: Tensor
@@ -183,13 +183,13 @@ class Solution:
     num_tokens: int
 
     def apply(self, outputs: Tensor, ridge: float) -> Tensor:
-        """Outputs times T for a lambda, as a part of the mean eigenvalue; (..., d) float64 to the same."""
+        """Returns outputs times T, (..., d) float64 to the same; `ridge` is a fraction of the mean eigenvalue."""
         change = (outputs @ self.vectors / (self.values + ridge * self.values.mean())) @ self.projected
         return change + outputs if self.towards == "identity" else change
 
 
 def solve(pairs: Iterable[tuple[Tensor, Tensor]], towards: str = "identity") -> Solution:
-    """Sums up M'M and M'R over pairs of M and Z - Y, (tokens, d) each, and decomposes the former."""
+    """Sums M'M and M'R over pairs of M and Z - Y, (tokens, d) each, and decomposes M'M."""
     gram: Tensor | None = None
     cross, num_tokens = torch.zeros(0), 0
     for outputs, missing in pairs:
@@ -210,14 +210,14 @@ def solve(pairs: Iterable[tuple[Tensor, Tensor]], towards: str = "identity") -> 
 
 
 def best_ridge(solution: Solution, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
-    """The lambda with the least error on other tokens than those of the fit.
+    """Returns the lambda with the least error on tokens held out of the fit.
 
     Args:
-        solution: of the fit.
-        pairs: M and Z - Y, (tokens, d) each.
+        solution: solution of the fit.
+        pairs: M and Z - Y of the held-out tokens, (tokens, d) each.
 
     Returns:
-        The lambda, its squared error, and that of T = I, the plain drop; as parts of ||Z - Y||^2.
+        The lambda, its squared error and that of T = I (plain dropping); the errors as fractions of ||Z - Y||^2.
     """
     errors = torch.zeros(len(RIDGES), dtype=torch.float64)
     dropped = nothing = 0.0
@@ -233,7 +233,7 @@ def best_ridge(solution: Solution, pairs: Iterable[tuple[Tensor, Tensor]]) -> tu
 
 
 def save_repair(model: PreTrainedModel, plan: PruningPlan, fits: Sequence[Fit], directory: Path) -> None:
-    """Writes the down_proj of every repaired layer, and the accounts."""
+    """Writes the down_proj of every repaired layer, and the fits."""
     tensors = {
         f"{layer}.{name}": value.detach().cpu().contiguous()
         for layer in (fit.absorber for fit in fits if fit.applied)
@@ -245,7 +245,7 @@ def save_repair(model: PreTrainedModel, plan: PruningPlan, fits: Sequence[Fit], 
 
 @torch.no_grad()
 def load_repair(model: PreTrainedModel, plan: PruningPlan, directory: Path) -> list[dict[str, Any]]:
-    """Puts what `save_repair` wrote into the pruned model; returns the accounts."""
+    """Loads the output of `save_repair` into the pruned model; returns the fits."""
     for name, value in load_file(directory / WEIGHTS_FILE).items():
         layer, _, parameter = name.partition(".")
         _down_proj(model, plan, int(layer)).get_parameter(parameter).copy_(value)
@@ -253,13 +253,13 @@ def load_repair(model: PreTrainedModel, plan: PruningPlan, directory: Path) -> l
 
 
 def read_fits(directory: Path) -> list[dict[str, Any]]:
-    """The accounts that `save_repair` wrote."""
+    """Reads the fits that `save_repair` wrote."""
     fits: list[dict[str, Any]] = json.loads((directory / FITS_FILE).read_text())
     return fits
 
 
 def _down_proj(model: PreTrainedModel, plan: PruningPlan, layer: int) -> nn.Linear:
-    """That of a kept layer of the dense model, in the pruned one."""
+    """Returns the pruned model's `down_proj` for dense layer `layer`, which must be kept."""
     return linear_sublayers(decoder_layers(model)[plan.kept_layers.index(layer)])[DOWN_PROJ]
 
 
@@ -267,12 +267,12 @@ class _States:
     """M and Z - Y of a run, batch by batch.
 
     Args:
-        model: pruned, and repaired in the runs before this one.
+        model: the pruned model, with all earlier runs repaired.
         dense: the dense model.
-        plan: which layers left.
-        run: which run.
+        plan: the plan that was applied to `model`.
+        run: the run to read.
         batches: all rows.
-        held_out: every how many-th row is not for the fit.
+        held_out: every `held_out`-th row is held out of the fit.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ class _States:
         model: PreTrainedModel,
         dense: PreTrainedModel,
         plan: PruningPlan,
-        run: Run,
+        run: PrunedRun,
         batches: list[Batch],
         held_out: int,
     ) -> None:
@@ -289,11 +289,11 @@ class _States:
         self.position = plan.kept_layers.index(run.absorber)  # of the absorber in the pruned model
 
     def fitted(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of the rows for the fit."""
+        """Yields (M, Z - Y) for the rows of the fit."""
         return self._pairs(held_out=False)
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of the others."""
+        """Yields (M, Z - Y) for the held-out rows."""
         return self._pairs(held_out=True)
 
     def _pairs(self, held_out: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -307,7 +307,7 @@ class _States:
 
     def _of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         mask = batch["attention_mask"].to(self._model.device)
-        tokens = mask.bool() & (mask.cumsum(-1) > 1)  # neither padding nor the first of a row
+        tokens = mask.bool() & (mask.cumsum(-1) > 1)  # neither padding nor the first token of a row
         target = _output(self._dense, self._run.last, batch)[tokens]
         outputs: list[Tensor] = []
         down_proj = linear_sublayers(decoder_layers(self._model)[self.position])[DOWN_PROJ]
@@ -320,7 +320,7 @@ class _States:
 
 
 def _output(model: PreTrainedModel, layer: int, batch: Batch) -> Tensor:
-    """Raw output of a layer, (B, T, d); later layers are not run."""
+    """Returns the raw output of a layer, (B, T, d); later layers are not run."""
     seen: list[Tensor] = []
 
     def note(index: int, before: Tensor, after: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Where and with what a run happened: device, seeds, versions, git state."""
+"""Environment of a run: device, seeds, versions, git state."""
 
 import platform
 import subprocess
@@ -15,12 +15,12 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetens
 
 
 def default_device() -> torch.device:
-    """The first CUDA device if there is one, else the CPU."""
+    """Returns the first CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_dtype() -> torch.dtype:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is tens of times slower."""
+    """Returns bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is tens of times slower."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
@@ -30,13 +30,13 @@ def set_seed(seed: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Turns off progress bars and warnings of libraries that say nothing about a run."""
+    """Turns off progress bars and irrelevant warnings of libraries."""
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft asks
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft reads it
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and commit of this process, for the record."""
+    """Returns versions, hardware and commit of this process, for the record."""
     device = default_device()
     return {
         "python": platform.python_version(),
@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in the project's folder, or None where there is no git or no repository."""
+    """Returns the output of a git command in the project's folder, or None where there is no git or no repository."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False

@@ -1,7 +1,7 @@
-"""Has the pruned set settled? Per-step importance tells, before anything is pruned.
+"""Check whether the pruned set has settled, from per-step importance and before anything is pruned.
 
-If the model has hardly moved, the lowest layers of any stretch of steps are the same. When a few spiky steps decide, or
-the adapter moves far enough to change the ranking, the sets disagree, and pruned accuracy falls.
+If the model has hardly moved, every stretch of steps ranks the same layers lowest. If a few spiky steps decide, or the
+adapter moves far enough to change the ranking, the sets disagree, and accuracy after pruning falls.
 """
 
 from typing import Any
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from gradpruner.plan import lowest_layers
 
-SETTLED_OVERLAP = 0.9  # between the final set and every prefix of at least three quarters of the steps
-HALVES_OVERLAP = 0.8  # between the sets of the first and of the second half
+SETTLED_OVERLAP = 0.9  # between the final set and that of every prefix of at least three quarters of the steps
+HALVES_OVERLAP = 0.8  # between the sets of the first and of the second half of the steps
 NUM_RESAMPLES = 1000
 RESAMPLED_OVERLAP = 0.95  # between the final set and that of resampled steps, on average
-UNDECIDED = 0.05  # a layer that is pruned in fewer, or in all but fewer, of the resamples is decided
-SPIKE_SHARE = 0.5  # of the summed importance in a tenth of the steps
+UNDECIDED = 0.05  # a layer is decided if at most this fraction of the resamples prunes it, or keeps it
+SPIKE_SHARE = 0.5  # fraction of the summed importance in the largest tenth of the steps
 
 
 def stability_report(step_importance: Tensor, num_pruned_layers: int) -> dict[str, Any]:
@@ -27,11 +27,11 @@ def stability_report(step_importance: Tensor, num_pruned_layers: int) -> dict[st
         num_pruned_layers: size of the set.
 
     Returns:
-        JSON-ready dict: `step_importance`; `prefix_overlap` (for each i, the share of the final set that the first i
-        steps already give; null while they hold no gradient); `halves_overlap`; `top_step_share` (share of all
-        importance in the largest tenth of the steps); `pruned_probability` (see `pruned_probability`) and
-        `undecided_layers`, those that resampling moves across the cut; `warnings`, a list of sentences, empty when all
-        is well.
+        JSON-ready dict: `step_importance`; `prefix_overlap` (for each i, the fraction of the final set that the first i
+        steps already give; null while these have no gradient); `halves_overlap`; `top_step_share` (fraction of all
+        importance in the largest tenth of the steps); `pruned_probability` (see `pruned_probability`);
+        `undecided_layers` (layers that some resamples prune and others keep); `warnings` (a list of sentences, empty
+        if nothing is wrong).
     """
     num_steps = len(step_importance)
     totals = step_importance.sum(dim=1)  # (t,)
@@ -55,7 +55,7 @@ def stability_report(step_importance: Tensor, num_pruned_layers: int) -> dict[st
             f"The pruned set drifts: the two halves of the importance steps agree on only {halves_overlap:.0%} of the "
             "layers. The adapter may move too far: lower method.learning_rate, or raise method.batch_size."
         )
-    if warnings and num_steps >= 10 and top_share > SPIKE_SHARE:  # a spike that moves no layer is no concern
+    if warnings and num_steps >= 10 and top_share > SPIKE_SHARE:  # a spike that changes no set is harmless
         warnings.append(
             f"{num_top} of {num_steps} importance steps hold {top_share:.0%} of the gradient energy and may decide "
             "alone. Consider method.step_weighting=normalized."
@@ -73,15 +73,15 @@ def stability_report(step_importance: Tensor, num_pruned_layers: int) -> dict[st
 
 
 def has_settled(step_importance: Tensor, num_pruned_layers: int, patience: int) -> bool:
-    """Whether more steps are unlikely to change the pruned set: where `steps=auto` stops.
+    """Returns whether more steps are unlikely to change the pruned set; `steps=auto` stops there.
 
-    The set must be the same with each of the last `patience` steps left out from the end, and resamples of the steps
-    must give it again but for a twentieth of its layers on average.
+    The set must have been the same after each of the `patience` steps before this one, and resamples of the steps must
+    agree with it on at least `RESAMPLED_OVERLAP` of its layers on average.
 
     Args:
         step_importance: importance per step and layer so far, (t, L).
         num_pruned_layers: size of the set.
-        patience: steps.
+        patience: number of earlier steps that must give the same set.
     """
     num_steps = len(step_importance)
     if num_steps <= patience:
@@ -95,14 +95,14 @@ def has_settled(step_importance: Tensor, num_pruned_layers: int, patience: int) 
 
 
 def pruned_probability(step_importance: Tensor, num_pruned_layers: int) -> list[float]:
-    """How often every layer is among the lowest when the steps are drawn anew with replacement (bootstrap).
+    """Returns how often each layer is among the lowest when steps are drawn again with replacement (bootstrap).
 
     Args:
         step_importance: importance per step and layer, (t, L).
         num_pruned_layers: size of the set.
 
     Returns:
-        One part in [0, 1] a layer; the same in every call.
+        One fraction in [0, 1] per layer; the same in every call.
     """
     num_steps, num_layers = step_importance.shape
     generator = torch.Generator().manual_seed(0)
@@ -115,7 +115,7 @@ def pruned_probability(step_importance: Tensor, num_pruned_layers: int) -> list[
 
 
 def _overlap(first: Tensor, second: Tensor, num_pruned_layers: int) -> float | None:
-    """Share of the lowest layers that two stretches of steps have in common; None if either holds no gradient."""
+    """Returns the fraction of lowest layers that two stretches of steps share; None if a stretch has no gradient."""
     if num_pruned_layers == 0 or not first.any() or not second.any():
         return None
     sets = [set(lowest_layers(part.mean(dim=0).tolist(), num_pruned_layers)) for part in (first, second)]

@@ -1,6 +1,6 @@
-"""Carry a pruning plan out on a model: merge, drop, renumber, make narrower, fix the config.
+"""Apply a pruning plan to a model: merge, drop and renumber layers, narrow them, update the config.
 
-GradPruner (arXiv:2601.19503), Section 3.2. Norms and biases of the kept layer stay as they are.
+GradPruner (arXiv:2601.19503), Section 3.2. Norms and biases of the kept layers are unchanged.
 """
 
 import copy
@@ -27,19 +27,19 @@ IgiaLookup = Callable[[int, str], Tensor]  # (layer, sublayer name) -> IGIA-Matr
 
 @torch.no_grad()
 def apply_plan(model: PreTrainedModel, plan: PruningPlan, igia: IgiaLookup | None = None) -> PreTrainedModel:
-    """Merges and removes layers in place.
+    """Merges, drops and narrows layers in place.
 
     Args:
         model: the dense model; changed in place.
-        plan: what to do.
-        igia: IGIA-Matrix of a sublayer; only asked for layers that merge, one sublayer at a time.
+        plan: the plan to apply.
+        igia: returns the IGIA-Matrix of a sublayer; called only for layers that merge, one sublayer at a time.
 
     Returns:
         `model`, for chaining.
 
     Raises:
-        ValueError: if the plan is for another depth, merges and no `igia` is given, or the layers of the model are laid
-            out in a way that we do not know.
+        ValueError: if the plan is for another depth, the plan merges and no `igia` is given, or the model's layers have
+            an unknown layout.
     """
     check_model(model)
     layers = decoder_layers(model)
@@ -61,10 +61,10 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, igia: IgiaLookup | Non
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Another model with the same weights in the same memory, for a dense model beside the pruned one.
+    """Returns another model with the same weights in the same memory, to have a dense model beside the pruned one.
 
-    Carrying out a plan, and LaCo, and repair replace tensors and do not write to them: what changes in one of the two
-    stays as it was in the other. Training does write to them.
+    `apply_plan`, LaCo and repair replace tensors instead of writing to them, so a change in one model leaves the other
+    unchanged. Training does write to the shared tensors.
     """
     shared = {id(weight): nn.Parameter(weight.data, weight.requires_grad) for weight in model.parameters()}
     return copy.deepcopy(model, {**shared, **{id(buffer): buffer for buffer in model.buffers()}})
@@ -73,11 +73,11 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
 def drop_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> None:
     """Keeps only `kept_layers` of the model, in place, with cache indices and config to match.
 
-    Each layer keeps its kind (window, rotary positions or none). What a decoder remembers of kinds that are gone, such
-    as the rotary frequencies of window layers, stays until the model is reloaded and is not used.
+    Each layer keeps its kind (window, rotary positions or none). Decoder state for kinds that no longer occur, such as
+    the rotary frequencies of window layers, remains until the model is reloaded, but is not used.
 
     Raises:
-        ValueError: if the model has no list of layers, or a config list with one entry a layer that we do not know.
+        ValueError: if the model has no list of layers, or its config has an unknown list with one entry per layer.
     """
     layers = decoder_layers(model)
     kept = [layers[layer] for layer in kept_layers]
@@ -89,7 +89,7 @@ def drop_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> None:
 
 @contextmanager
 def only_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> Iterator[None]:
-    """The model with only these layers while it is open; no weight is copied."""
+    """Reduces the model to these layers while the context is open; copies no weight."""
     decoder, layers = model.get_decoder(), decoder_layers(model)
     entries = {
         key: copy.copy(getattr(model.config, key))
@@ -107,7 +107,7 @@ def only_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> Iterato
 
 
 def _number(layers: Iterable[nn.Module]) -> None:
-    """Tells every layer its position: the key-value cache is addressed by it, and a gap breaks generate()."""
+    """Sets the position of every layer: the key-value cache is indexed by it, and a gap breaks generate()."""
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
@@ -117,7 +117,7 @@ def _number(layers: Iterable[nn.Module]) -> None:
 def _merge_into(
     layers: nn.ModuleList, absorber: int, merged: tuple[int, ...], plan: PruningPlan, igia: IgiaLookup
 ) -> None:
-    """Merges every linear sublayer of the `merged` layers into that of `absorber`."""
+    """Merges every linear sublayer of the `merged` layers into the same sublayer of `absorber`."""
     sources = [linear_sublayers(layers[layer]) for layer in merged]
     for name, target in linear_sublayers(layers[absorber]).items():
         device = target.weight.device

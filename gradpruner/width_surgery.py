@@ -1,7 +1,8 @@
-"""Make the layers of a model narrower: slice KV groups, query heads, MLP channels and channels of the residual stream.
+"""Narrow the layers of a model: slice KV groups, query heads, MLP channels and channels of the residual stream.
 
-Removing heads or MLP channels gives the logits that zeroing them gives. Removing channels of the residual stream does
-not quite: RMSNorm then takes its mean over fewer channels; nothing corrects for that, as in MINITRON's reference code.
+Removing heads or MLP channels gives the same logits as zeroing them. For channels of the residual stream this is only
+approximately so, because RMSNorm then averages over fewer channels; MINITRON's reference code does not correct for that
+either.
 """
 
 from collections.abc import Sequence
@@ -30,15 +31,15 @@ WRITES_HIDDEN = ("self_attn.o_proj", "mlp.down_proj")
 
 @torch.no_grad()
 def narrow(model: PreTrainedModel, width: WidthPlan) -> None:
-    """Keeps only the units of a plan, in place, with the config to match where all layers are then alike.
+    """Keeps only the units of a plan, in place; the config is updated where all layers then have the same shape.
 
     Args:
-        model: its layers are those that the plan keeps.
-        width: what stays of each of them.
+        model: the model with the plan's kept layers only.
+        width: units to keep in each layer.
 
     Raises:
-        ValueError: if the architecture is not known, the plan is for another number of layers, names units that the
-            model does not have, or would leave KV heads with different numbers of query heads.
+        ValueError: if the architecture is unknown, or if the plan is for another number of layers, names units that the
+            model does not have, or gives KV heads different numbers of query heads.
     """
     check_width_supported(model.config, "narrow")
     shape, layers = model_shape(model), decoder_layers(model)
@@ -55,7 +56,7 @@ def narrow(model: PreTrainedModel, width: WidthPlan) -> None:
 
 
 def narrowed_shape(shape: ModelShape, width: WidthPlan) -> ModelShape:
-    """The shape that a plan makes of another one; raises ValueError as `narrow` does."""
+    """Returns the shape after narrowing; raises ValueError as `narrow` does."""
     if len(width.heads) != len(shape.layers):
         raise ValueError(
             f"The plan says what stays of {len(width.heads)} layers, the model has {len(shape.layers)}. "
@@ -81,10 +82,10 @@ def narrowed_shape(shape: ModelShape, width: WidthPlan) -> ModelShape:
 
 
 def planned_shape(dense: ModelShape, plan: PruningPlan) -> ModelShape:
-    """The shape that a whole plan makes of the dense one.
+    """Returns the shape of the model after the whole plan is applied.
 
     Raises:
-        ValueError: if the plan is for another depth, or as `narrow` does.
+        ValueError: if the plan is for another depth, or for the reasons of `narrow`.
     """
     if plan.num_hidden_layers != len(dense.layers):
         raise ValueError(
@@ -132,7 +133,7 @@ def _narrow_hidden(model: PreTrainedModel, hidden: Tensor) -> None:
 
 
 def head_channels(heads: Sequence[int], width: int) -> Tensor:
-    """The channels of some heads of `width` channels each, in their order."""
+    """Returns the channels of some heads of `width` channels each, in the order of the heads."""
     return (torch.tensor(heads, dtype=torch.int64)[:, None] * width + torch.arange(width)).flatten()
 
 

@@ -1,4 +1,4 @@
-"""Every supported architecture from end to end, on tiny random models, and what is refused."""
+"""Every supported architecture from end to end, on tiny random models, and the models that are refused."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ LENGTH = 12  # longer than the window
 WINDOW = 4
 SLIDING, FULL = "sliding_attention", "full_attention"
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW}
-# Model type, then what it sets besides `TINY`: biases, window layers by each type's own rule, layers without positions.
+# Model type and its settings besides `TINY`: biases, window layers by the rule of each type, layers without positions.
 CASES = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -89,7 +89,7 @@ TINY = {
     "tie_word_embeddings": False,
 }
 METHOD = GradPruner(num_pruned_layers=2, merge_count=1, steps=2, batch_size=2, lora_rank=2)
-# What a layer is, as its modules remember it; `layer_idx` is where it is.
+# Attributes of a layer's modules that hold its kind; `layer_idx` holds its position.
 KIND = ("layer_type", "sliding_window", "is_sliding", "use_rope")
 
 
@@ -105,7 +105,7 @@ def name(request):
 
 @pytest.fixture
 def make_model():
-    """Factory: a random model of one of `CASES`, with 1-D parameters that differ from layer to layer."""
+    """Returns a factory of random models of `CASES`, with 1-D parameters that differ from layer to layer."""
 
     def make(name, **changes):
         torch.manual_seed(0)
@@ -141,7 +141,7 @@ def lists_of(config):
 
 
 def built_by_hand(dense, kept):
-    """A shallower model of the same class: its config is written out as JSON, its weights are renamed one by one."""
+    """Returns a shallower model of the same class: its config goes through JSON, its weights are renamed one by one."""
     entries = json.loads(dense.config.to_json_string(use_diff=False))
     for key in lists_of(dense.config):
         entries[key] = [entries[key][layer] for layer in kept]
@@ -159,7 +159,7 @@ def built_by_hand(dense, kept):
 
 
 def check_generation(model, batch):
-    """With the cache, past the window, the tokens and scores are those of running everything again."""
+    """Checks that tokens and scores are the same with and without the cache, past the window."""
     prompt = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
     cached = model.generate(**prompt, **settings, use_cache=True, output_logits=True)
@@ -204,7 +204,7 @@ def test_compress_generate_save_reload_and_compress_again(name, make_model, batc
     assert torch.equal(logits_of(twice, batches[0]), logits_of(again.model, batches[0]))
 
 
-# All, a mix, and only one kind of layer left.
+# All layers, a mix, and layers of only one kind.
 @pytest.mark.parametrize("kept", [(0, 1, 2, 3, 4, 5), (0, 2, 5), (1, 3), (0, 1), (4, 5), (2, 5), (3, 4), (0, 3)])
 def test_kept_layers_stay_what_they_are(name, kept, make_model, batches, tmp_path):
     dense = make_model(name)
@@ -235,7 +235,7 @@ def test_kept_layers_stay_what_they_are(name, kept, make_model, batches, tmp_pat
 def test_cases_mix_kinds_by_the_rule_of_their_type(name, expected, make_model, batches):
     model = make_model(name)
     assert lists_of(model.config) == expected
-    # The kinds matter for these inputs: all layers of the first kind make another model.
+    # The kinds matter for these inputs: with all layers of the first kind, the logits differ.
     for key, values in expected.items():
         if len(set(values)) > 1:
             same_kind = make_model(name, **{key: [values[0]] * 6})
@@ -248,7 +248,7 @@ def test_rules_by_position_are_written_out_before_layers_leave(name):
     config = make_config(name)
     expected = {key: [values[layer] for layer in (1, 3, 4, 5)] for key, values in lists_of(config).items()}
     for key in expected:
-        setattr(config, key, None)  # only the rule is left
+        setattr(config, key, None)  # now only the rule says it
     shorter = shrink_config(config, (1, 3, 4, 5))
     assert lists_of(shorter) == expected
     assert lists_of(type(config).from_dict(shorter.to_diff_dict())) == expected
@@ -359,7 +359,7 @@ def test_refused_before_weights(tmp_path):
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_token_ids_are_no_list_of_layers(num_layers):
-    """Llama 3 has three end tokens, a depth that a pruned model may well have."""
+    """Llama 3 has three end tokens, and a pruned model may have three layers."""
     check_supported(LlamaConfig(**SMALL | {"num_hidden_layers": num_layers}, eos_token_id=[1, 2, 3][:num_layers]))
 
 
@@ -414,7 +414,7 @@ def test_unknown_list_is_not_sliced_wrongly(config_class):
 
 
 def test_checking_needs_no_memory():
-    """70B parameters are looked at on the meta device."""
+    """A model of 70B parameters is checked on the meta device."""
     config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_key_value_heads=8)
     check_supported(config)
     assert next(empty_model(config).parameters()).is_meta

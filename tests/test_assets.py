@@ -156,7 +156,7 @@ def test_random_mistral(tiny_spec, assets_dir):
 def test_a_model_is_made_once_and_leaves_no_half_made_folder(tiny_spec, tmp_path, monkeypatch):
     source = tiny_spec.source(tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [source.rsplit("/", 1)[-1]]
-    monkeypatch.setattr(assets, "_byte_tokenizer", None)  # would fail if it were made again
+    monkeypatch.setattr(assets, "_byte_tokenizer", None)  # would fail if the model were made again
     assert tiny_spec.source(tmp_path) == source
 
 

@@ -1,17 +1,39 @@
 """Every YAML under conf/ composes and builds; the command line refuses what makes no sense."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 
+from baselines.calibration import Calibrated
+from baselines.width_pruning import WidthPruning
 from experiments import schema
-from experiments.run import CONF, build_pipeline, identity, run_directory
+from experiments.config import CONF, build_pipeline, identity, run_directory
 from gradpruner.files import content_hash
+from gradpruner.method import DepthMethod
+from gradpruner.models import ModelSpec
+from gradpruner.tasks import Task
 
 GROUPS = ("model", "dataset", "finetune", "method", "evaluation", "tracker", "debug", "experiment")
 CASES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+BASES = {
+    "dataset/base/task": Task,
+    "model/base/model": ModelSpec,
+    "method/base/depth": DepthMethod,
+    "method/base/width": WidthPruning,
+    "method/base/calibrated": Calibrated,
+}
+# Fields whose values belong to an option: a class that many options share cannot have them as defaults.
+OPTIONS_OWN = {
+    "model": {"dtype", "config"},
+    "dataset": {"prompt_with_options", "show_options", "max_train_samples", "max_length", "max_new_tokens", "metrics"},
+    "method": {"recover_on", "recover_training"},  # a library user asks for recovery, an experiment has the authors'
+    "finetune": {"mode"},
+}
 OWN_DATA = [
     "dataset.train_file=train.jsonl",
     "dataset.test_file=test.jsonl",
@@ -116,6 +138,40 @@ def test_yaml_fields_are_all_the_fields_of_the_class():
         assert not missing - {"source", "path", "revision"} or name != "jsonl", (name, missing)
         if name != "jsonl":
             assert not missing, (name, missing)
+
+
+def differing(node, target):
+    """The values of a node that are not the defaults of its class, by key; interpolations may be anything."""
+    fields = {field.name: field.default for field in dataclasses.fields(target)}
+    found = {}
+    for key, value in OmegaConf.to_container(node, resolve=False).items():
+        default = fields.get(key, dataclasses.MISSING)
+        value = tuple(value) if isinstance(value, list) else value
+        if default is dataclasses.MISSING or str(value).startswith("${"):
+            continue
+        if value != default:
+            found[key] = (value, default)
+    return found
+
+
+@pytest.mark.parametrize(("group", "name"), [case for case in CASES if case[0] not in ("debug", "experiment")])
+def test_a_yaml_repeats_no_default_wrongly(group, name):
+    node = config(f"{group}={name}")[group]
+    found = differing(node, get_class(node._target_))
+    assert not set(found) - OPTIONS_OWN.get(group, set()), found
+
+
+@pytest.mark.parametrize(("file", "target"), BASES.items())
+def test_a_base_has_the_defaults_of_its_class(file, target):
+    node = OmegaConf.load(CONF / f"{file}.yaml")
+    assert set(node) & {field.name for field in dataclasses.fields(target)} and not differing(node, target)
+
+
+def test_every_base_is_compared():
+    files = {
+        str(path.relative_to(CONF).with_suffix("")) for group in GROUPS[:-1] for path in CONF.glob(f"{group}/base/*")
+    }
+    assert files - {"model/base/hub"} == set(BASES)
 
 
 def test_conf_is_where_the_runner_looks():

@@ -58,7 +58,7 @@ def test_table_11():
         for counts in (dense, pruned)
     ]
     assert rows == [("1.79", "893.35", 7_504_924_672), ("1.06", "530.43", 4_669_468_672)]
-    # What the paper left out: 32 layers of scores and values, and the output head.
+    # The paper does not count scores and values of the 32 layers, nor the output head.
     complete = 893_353_197_568 + 32 * 2 * 128 * 128 * 4096 + 128 * 128_256 * 4096
     assert dense.macs(1, 128) == complete and dense.flops(1, 128) == 2 * complete
 
@@ -72,7 +72,7 @@ def test_shipped_configs_are_those_of_the_model_yamls():
 
 
 def test_kv_cache_of_grouped_queries():
-    """8 of 32 heads have keys and values, 128 numbers each; 2 bytes a number."""
+    """8 of 32 heads have keys and values, 128 numbers each, 2 bytes per number."""
     dense = count_model(shipped_config(LLAMA_8B))
     assert dense.kv_cache_bytes(1, 1, torch.bfloat16) == 32 * 2 * 8 * 128 * 2 == 131_072
     assert dense.keep(range(19)).kv_cache_bytes(4, 100, torch.float32) == 19 * 2 * 8 * 128 * 4 * 4 * 100
@@ -120,7 +120,7 @@ def test_unknown_counting():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("factory", ["tiny_llama", "tiny_mistral"])
 def test_macs_against_hooks(factory, tied, request):
-    """Every Linear of a real forward pass, plus attention by formula."""
+    """The MACs equal those of every Linear in a real forward pass, plus attention by formula."""
     model = request.getfixturevalue(factory)(tie_word_embeddings=tied)
     batch_size, length, seen = 3, 12, []
     for module in model.modules():
@@ -177,7 +177,7 @@ def test_saved_activations_are_those_of_a_real_forward_pass(tiny_llama):
 
     tokens = torch.randint(2, 258, (3, 16))
     mask = torch.ones_like(tokens)
-    mask[0, :4] = 0  # without padding the mask is left out
+    mask[0, :4] = 0  # without padding transformers drops the mask
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(tokens, attention_mask=mask, position_ids=tokens, use_cache=False, logits_to_keep=1)
     real = sum(storage.nbytes() for storage in saved.values())
@@ -257,7 +257,7 @@ print("increment", train(ModelSpec(kind, dtype="float32").load(Path(assets)), nu
     ],
 )
 def test_memory_estimate_against_a_measured_run(num_rows, mode, checkpointing, threshold, monkeypatch):
-    """Peak resident memory of a fresh process, within 25 %."""
+    """The estimate is within 25 % of the peak resident memory of a fresh process."""
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     if threshold:
         monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", threshold)
@@ -320,7 +320,7 @@ def test_a_hub_model_without_the_hub(monkeypatch, tmp_path, caplog):
 def test_a_readable_model_is_left_alone(monkeypatch, tmp_path, tiny_spec):
     assert for_dry_run(tiny_spec, tmp_path) is tiny_spec
     unknown = ModelSpec("org/Unknown")
-    assert for_dry_run(unknown, tmp_path) is unknown  # its own error says more
+    assert for_dry_run(unknown, tmp_path) is unknown  # the error of the model itself says more
     monkeypatch.setattr("gradpruner.models.offline_configs._hub_answers", lambda: True)
     monkeypatch.setattr(ModelSpec, "load_config", lambda self, folder: None)
     monkeypatch.setattr(ModelSpec, "load_tokenizer", lambda self, folder: None)

@@ -1,4 +1,4 @@
-"""Distillation: the divergence by hand, chunks, tokens that count, hidden states, and training with it."""
+"""Distillation: divergence by hand, chunks, compared tokens, hidden states, and training."""
 
 import pytest
 import torch
@@ -34,14 +34,14 @@ def test_states_weigh_as_much_as_logits():
 
 
 def answers_everywhere(batch):
-    """All real tokens but the first of each row have labels."""
+    """Returns the batch with labels on all real tokens but the first of each row."""
     mask = batch["attention_mask"]
     labels = torch.where((mask.cumsum(-1) > 1) & mask.bool(), batch["input_ids"], -100)
     return {**batch, "labels": labels}
 
 
 def by_hand(student, teacher, batch):
-    """Token by token over whole logits."""
+    """Computes the loss token by token over whole logits."""
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "position_ids": positions}
     p, q = (model(**inputs).logits.softmax(-1) for model in (teacher, student))
@@ -91,7 +91,7 @@ def test_padding_does_not_count(tiny_llama, make_batches):
 def test_states_of_a_shallower_and_narrower_student():
     real = torch.tensor([[False, True]])
     teacher = [torch.full((1, 2, 3), float(layer)) + torch.arange(3.0) for layer in range(5)]
-    # Layers 0, 2, 3 stay: 0 stands for what enters 2 (the output of 1), 2 for itself, 3 for the last output.
+    # Layers 0, 2, 3 are kept: 0 is compared with the input of 2 (output of 1), 2 with itself, 3 with the last output.
     width = WidthPlan(((0,),) * 3, ((0,),) * 3, (0, 2))
     plan = PruningPlan(num_hidden_layers=5, pruned_layers=(1, 4), width=width)
     student = [teacher[layer][..., [0, 2]].clone() for layer in (1, 2, 4)]

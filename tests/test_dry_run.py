@@ -1,4 +1,4 @@
-"""What a dry run prints, for models with and without the Hub; it loads no weights."""
+"""Tests of what a dry run prints, for models with and without the Hub; a dry run loads no weights."""
 
 import importlib.util
 import io
@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from experiments import dry_run
-from experiments.run import CONF, build_pipeline
+from experiments.config import CONF, build_pipeline
 from gradpruner.models.offline_configs import OfflineModelSpec
 from gradpruner.models.spec import ModelSpec
 
@@ -28,7 +28,7 @@ def stand_in_tokenizer(tiny_spec, assets_dir):
 
 
 def show(tmp_path, *overrides, offline=False):
-    """The dry run's output, one row a line."""
+    """Returns the dry run's output, one row per line."""
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=[f"cache_dir={tmp_path}/cache", *overrides])
     pipeline = build_pipeline(cfg)
@@ -41,7 +41,7 @@ def show(tmp_path, *overrides, offline=False):
 
 
 def row(output, label):
-    """The cells after a row's label."""
+    """Returns the cells after a row's label."""
     [line] = [line for line in output.splitlines() if line.lstrip("│ ").startswith(label)]
     return [cell.strip() for cell in line.strip("│ ").split("│")][1:]
 

@@ -8,7 +8,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.run import CONF, run_job
+from experiments.config import CONF
+from experiments.run import run_job
 
 CACHE = CONF.parent / ".cache"  # the converted model is shared with `make run`
 ROWS = {"train": 48, "test": 40}
@@ -21,7 +22,7 @@ def finished(tmp_path_factory):
     stages = tmp_path_factory.mktemp("cache")
     CACHE.mkdir(exist_ok=True)
     (CACHE / "assets").mkdir(exist_ok=True)
-    (stages / "assets").symlink_to(CACHE / "assets")  # but no finished stage is
+    (stages / "assets").symlink_to(CACHE / "assets")  # finished stages are not
     overrides = [
         "experiment=quickstart",
         f"output_dir={folder}/run",
@@ -40,7 +41,7 @@ def finished(tmp_path_factory):
 def test_the_dense_model_is_a_real_one(finished):
     _, run_dir = finished
     before = json.loads((run_dir / "reference" / "record.json").read_text())["metrics_before"]
-    # Forty rows say little about accuracy; a model that knew nothing would need log(49152) = 10.8 nats a token.
+    # Forty rows say little about accuracy; a model that knew nothing would need log(49152) = 10.8 nats per token.
     assert before["answer_nll"] + 5 * before["answer_nll_stderr"] < 0.7 * math.log(49152)
 
 
@@ -69,11 +70,11 @@ def test_plain_transformers_loads_the_checkpoint(finished):
     assert sum(parameter.numel() for parameter in model.parameters()) == record.pruning["num_parameters"]
     prompt = tokenizer("Question: What do plants need?\nAnswer:", return_tensors="pt")
     generated = model.generate(**prompt, max_new_tokens=5, do_sample=False)
-    with torch.no_grad():  # greedy decoding with the cache is what the model says without it
+    with torch.no_grad():  # greedy decoding with the cache equals the model without it
         for position in range(prompt.input_ids.shape[1], generated.shape[1]):
             assert model(generated[:, :position]).logits[0, -1].argmax() == generated[0, position]
 
-    # The answer that the run scored is as likely under the checkpoint.
+    # The checkpoint gives the answer the same log-likelihood as the run.
     prediction = json.loads((run_dir / "predictions.jsonl").read_text().splitlines()[0])
     from gradpruner.tasks import ArcEasy
 

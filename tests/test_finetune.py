@@ -1,4 +1,4 @@
-"""Fine-tuning: what is trained, what is written, and that an interrupted run ends where an undisturbed one does."""
+"""Fine-tuning: trained weights, written files, and equal results of interrupted and undisturbed runs."""
 
 import json
 

@@ -6,14 +6,17 @@ A cell passes all that a run checks before it loads weights, with data and Hub c
 import itertools
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import open_dict
 from transformers import LlamaConfig
 
-from experiments.run import CONF, _check_prunes, build_pipeline, run_directory
+from experiments.config import CONF, build_pipeline, run_directory
+from experiments.run import _check_prunes
 from experiments.schema import ConfigError
 from experiments.sweep import is_left_out
 from gradpruner.models.offline_configs import shipped_config, shipped_ids
@@ -49,7 +52,7 @@ def config(*overrides):
 
 def axes(name, scale):
     """The values that a preset's sweep has for each key."""
-    params = config(f"experiment={name}", f"scale={scale}").hydra.sweeper.params
+    params = config(f"experiment={name}", f"scale={scale}").hydra.sweeper.params or {}
     overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
     values = [o.sweep_string_iterator() if o.is_sweep_override() else [o.get_value_element_as_str()] for o in overrides]
     return {override.key_or_group: list(each) for override, each in zip(overrides, values, strict=True)}
@@ -89,6 +92,23 @@ def check_cell(name, scale, cell, tmp_path):
 def test_there_is_a_preset_for_every_table_and_figure_with_runs():
     numbers = {*(f"table{n}" for n in range(1, 14) if n != 11), *(f"figure{n}" for n in (1, 2, 5, 6, 7, 8, 9))}
     assert numbers == TABLES
+
+
+def files_of(*overrides):
+    """The files of conf/experiment/ that a config is composed of, but for those that only include another one."""
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        defaults = loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults
+    paths = {default.config_path for default in defaults if default.config_path.startswith("experiment/")}
+    return sorted(path for path in paths if set(yaml.safe_load((CONF / f"{path}.yaml").read_text())) != {"defaults"})
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", sorted(TABLES | NOT_OF_THE_PAPER))
+def test_a_preset_is_understood_from_three_files(name, scale):
+    for method in axes(name, scale).get("method", ["gradpruner"]):
+        files = files_of(f"experiment={name}", f"scale={scale}", f"method={method}")
+        assert 1 <= len(files) <= 3, files
 
 
 @pytest.mark.parametrize(("name", "scale"), PRESETS)

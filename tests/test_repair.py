@@ -23,7 +23,7 @@ from gradpruner.models.architectures import linear_sublayers
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.plan import PruningPlan
-from gradpruner.repair import RIDGES, Run, best_ridge, fold, pruned_runs, repair, solve
+from gradpruner.repair import RIDGES, PrunedRun, best_ridge, fold, pruned_runs, repair, solve
 from gradpruner.surgery import apply_plan, sharing_copy
 
 TINY = {
@@ -144,9 +144,9 @@ def test_runs():
     def runs(pruned):
         return pruned_runs(PruningPlan(num_hidden_layers=6, pruned_layers=pruned))
 
-    assert runs((1, 2, 4)) == [Run(0, 2), Run(3, 4)]
-    assert runs((4, 5)) == [Run(3, 5)]
-    assert runs((0, 1, 3)) == [Run(2, 3)]  # nothing comes before the first
+    assert runs((1, 2, 4)) == [PrunedRun(0, 2), PrunedRun(3, 4)]
+    assert runs((4, 5)) == [PrunedRun(3, 5)]
+    assert runs((0, 1, 3)) == [PrunedRun(2, 3)]  # nothing comes before the first
     assert runs(()) == []
 
 

@@ -1,4 +1,4 @@
-"""The report over run folders."""
+"""Tests of the report over run folders."""
 
 import io
 import subprocess
@@ -8,8 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from experiments.config import CONF
 from experiments.report import read_records, show
-from experiments.run import CONF, run_job
+from experiments.run import run_job
 from gradpruner.files import write_json
 from gradpruner.plan import PruningPlan, WidthPlan
 from gradpruner.reporting.tables import Table

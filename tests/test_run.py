@@ -1,4 +1,4 @@
-"""The runner: folders, records, resuming, sweeps, trackers."""
+"""Tests of the runner: folders, records, resuming, sweeps, trackers."""
 
 import json
 import logging
@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.run import CONF, build_pipeline, check_options, run_directory, run_job
+from experiments.config import CONF, build_pipeline, check_options, load_option, run_directory
+from experiments.run import run_job
 from gradpruner.record import RunRecord
 
 ROOT = CONF.parent
@@ -204,7 +207,7 @@ def test_what_a_test_dataset_cannot_be(folders, overrides, match):
 
 
 def wandb_records(folder):
-    """What an offline run wrote, in LevelDB's log format: blocks of 32 kB, chunks of them with a header of 7 bytes."""
+    """Yields what an offline run wrote in LevelDB's log format: blocks of 32 kB, of chunks with a 7-byte header."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     [file] = folder.glob("*.wandb")
@@ -216,7 +219,7 @@ def wandb_records(folder):
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or its last chunk
+        if kind in (1, 4):  # a whole record, or its last chunk
             yield Record.FromString(record)
             record = b""
 
@@ -385,6 +388,19 @@ def test_errors_are_one_readable_line(tmp_path):
     assert done.returncode == 1
     assert "Error: num_pruned_layers must leave at least 2 of the model's 6 decoder layers, got 5." in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("group", "name"), [("method", "igia_only"), ("dataset", "piqa")])
+def test_an_option_by_itself_is_that_of_the_config(group, name):
+    outside = load_option(group, name)  # hydra is not initialized here
+    assert not GlobalHydra.instance().is_initialized()
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        inside = load_option(group, name)
+        composed = compose("config", overrides=[f"{group}={name}"])
+    expected = OmegaConf.to_container(composed[group])  # interpolations are not resolved
+    for node in (outside, inside):
+        assert list(node) == list(expected) and OmegaConf.to_container(node) == expected
+        assert not OmegaConf.is_struct(node)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -10,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from experiments.prune_checkpoint import main
-from gradpruner.checkpoints import streaming, tensor_files
-from gradpruner.checkpoints.streaming import load_pruned, prune_checkpoint
+from gradpruner.checkpoints import pruned_tensors, streaming, tensor_files
+from gradpruner.checkpoints.streaming import prune_checkpoint
 from gradpruner.checkpoints.tensor_files import INDEX_FILE, WEIGHTS_FILE
 from gradpruner.files import write_json
 from gradpruner.grad_pruner import GradPruner
@@ -24,7 +26,7 @@ from gradpruner.surgery import apply_plan
 
 NUM_LAYERS = 6
 SMALL_SHARD = 20_000  # bytes; a layer of the float32 model takes 31 KB, its largest tensor 6 KB, its embedding 33 KB
-DEEP = ((0, 2, 3, 5), (0, 2, 3, 5))  # layer 0 has no kept layer before it; 2 and 3 go into 1, 5 into 4
+DEEP = ((0, 2, 3, 5), (0, 2, 3, 5))  # layer 0 has no kept layer before it; 2 and 3 merge into 1, 5 into 4
 
 
 def plan_for(pruned, merged=(), rule="sign_average", density=0.4, num_layers=NUM_LAYERS):
@@ -39,7 +41,7 @@ def plan_for(pruned, merged=(), rule="sign_average", density=0.4, num_layers=NUM
 
 
 def make_gradients(folder, model, steps=3, rank=2):
-    """Random factors for every sublayer, as the importance run stores them; step after step smaller."""
+    """Makes random factors for every sublayer, as the importance run stores them; they shrink from step to step."""
     generator = torch.Generator().manual_seed(7)
     shapes = {name: linear.weight.shape for name, linear in linear_sublayers(model.model.layers[0]).items()}
     folder.mkdir()
@@ -68,7 +70,7 @@ def make_gradients(folder, model, steps=3, rank=2):
 
 @pytest.fixture
 def make_source(tiny_llama, tiny_tokenizer, tmp_path):
-    """Factory of a dense checkpoint with everything that a model folder holds; also returns the model."""
+    """Returns a factory of dense checkpoints with everything that a model folder holds; it also returns the model."""
 
     def make(name="dense", max_shard_size="5GB", **config):
         model = tiny_llama(**config)
@@ -106,7 +108,7 @@ def target(tmp_path):
 
 
 def weights_in(folder):
-    """All tensors of a checkpoint, read by safetensors."""
+    """Returns all tensors of a checkpoint, read by safetensors."""
     tensors = {}
     for file in folder.glob("*.safetensors"):
         loaded = load_file(file)
@@ -123,7 +125,7 @@ def same_weights(one, other):
 
 
 def in_memory(plan, gradients, source, folder, weighting="energy"):
-    """The path that needs the whole model: load, apply_plan, save_pretrained."""
+    """Prunes the whole model in memory: load, apply_plan, save_pretrained."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     weights = None if gradients is None else step_weights(gradients.energies, weighting).tolist()
     apply_plan(model, plan, lambda layer, name: igia_matrix(gradients.factors(layer, name), weights))
@@ -200,7 +202,7 @@ def test_equals_what_gradpruner_makes(source, make_batches, tmp_path, target, we
 
 
 def test_sublayers_with_biases_and_norms_of_their_own(tmp_path, target):
-    """Qwen-like names come through by themselves: nothing here knows which tensors a layer holds."""
+    """Tensors with Qwen-like names are copied: the code does not know which tensors a layer holds."""
     folder = tmp_path / "dense"
     folder.mkdir()
     tensors = {"transformer.wte.weight": torch.randn(4, 2), "step": torch.tensor(3), "empty": torch.zeros(0, 4)}
@@ -219,7 +221,7 @@ def test_sublayers_with_biases_and_norms_of_their_own(tmp_path, target):
 
 
 def test_layers_from_ten_on(make_source, tmp_path, target):
-    """Names sort as text, layers as numbers."""
+    """Names sort as text; layers must sort as numbers."""
     source, _ = make_source(num_hidden_layers=12, max_shard_size=SMALL_SHARD)
     plan = plan_for((1, 2, 10), num_layers=12)
     in_memory(plan, None, source, tmp_path / "expected")
@@ -236,7 +238,7 @@ def test_per_layer_lists_of_the_config(make_source, target):
 
 def test_pruning_twice(source, tmp_path, target):
     prune_checkpoint(plan_for((1, 2)), None, source, target)
-    (target / "probe.json").write_text("{}")  # what the first pruned model said
+    (target / "probe.json").write_text("{}")  # the probe of the first pruned model
     prune_checkpoint(plan_for((1,), num_layers=4), None, target, tmp_path / "again")
     prune_checkpoint(plan_for((1, 2, 3)), None, source, tmp_path / "once")
     same_weights(weights_in(tmp_path / "again"), weights_in(tmp_path / "once"))
@@ -342,7 +344,7 @@ def test_links_of_the_hub_cache_are_followed(source, tmp_path, target):
 
 
 def test_pruned_layers_are_never_read(sharded, gradients, tmp_path, target, monkeypatch):
-    """Layers 0 and 2 leave unmerged: their shards may be gone, and of shared shards their bytes stay untouched."""
+    """Layers 0 and 2 are pruned unmerged: their own shards may be missing, and their bytes in others are not read."""
     plan = plan_for((0, 2, 3), (3,))
     in_memory(plan, gradients, sharded, tmp_path / "expected")
     unread = re.compile(r"model\.layers\.(0|2)\.")
@@ -361,7 +363,7 @@ def test_pruned_layers_are_never_read(sharded, gradients, tmp_path, target, monk
     same_weights(weights_in(target), weights_in(tmp_path / "expected"))
     names = [stored.name for stored in read]
     assert not any(map(unread.match, names))
-    # Of layer 3 only what merges, and no byte twice.
+    # Of layer 3 only the weights that merge are read, and no byte is read twice.
     sublayers = {f"model.layers.3.{name}.weight" for name in gradients.sublayers}
     assert {name for name in names if name.startswith("model.layers.3.")} == sublayers
     assert len({(stored.file, stored.start) for stored in read}) == len(read)
@@ -409,24 +411,34 @@ def test_short_reads_are_continued(source, tmp_path, target, monkeypatch):
 @pytest.mark.parametrize("rule", MERGE_RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_by_blocks(make_source, gradients, tmp_path, target, monkeypatch, rule, dtype):
-    monkeypatch.setattr(streaming, "BLOCK_NUMEL", 100)  # 3 rows of 32; 2 of 48
+    monkeypatch.setattr(pruned_tensors, "BLOCK_NUMEL", 100)  # 3 rows of 32; 2 of 48
     test_every_merge_rule(make_source, gradients, tmp_path, target, rule, dtype)
 
 
-# In memory
+def test_starts_without_peft():
+    """Loading and training libraries would take 60 MB more than the work itself."""
+    code = (
+        "import sys; import gradpruner.checkpoints.streaming;"
+        "print([name for name in ('peft', 'datasets', 'gradpruner.models.spec') if name in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
+# Loaded again
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
-def test_load_pruned_equals_apply_plan(make_source, gradients, make_batches, tmp_path, dtype, tied):
+def test_loads_as_the_model_that_apply_plan_makes(make_source, gradients, make_batches, tmp_path, target, dtype, tied):
     source, _ = make_source(max_shard_size=SMALL_SHARD, dtype=dtype, tie_word_embeddings=tied)
     plan = plan_for(*DEEP)
     expected = in_memory(plan, gradients, source, tmp_path / "expected")
-    model = load_pruned(plan, gradients, source)
+    prune_checkpoint(plan, gradients, source, target)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
     same_weights(model.state_dict(), expected.state_dict())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert model.dtype == dtype
-    assert not model.training
     assert model.config.num_hidden_layers == 2
     assert model.generation_config.max_new_tokens == 17
     batch = make_batches(1)[0]
@@ -434,14 +446,6 @@ def test_load_pruned_equals_apply_plan(make_source, gradients, make_batches, tmp
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
     model.generate(**inputs, max_new_tokens=3, do_sample=False)
-
-
-def test_load_pruned_names_missing_weights(source):
-    tensors = load_file(source / WEIGHTS_FILE)
-    tensors["model.stray.weight"] = tensors.pop("model.norm.weight")
-    save_file(tensors, source / WEIGHTS_FILE, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"missing \['model\.norm\.weight'\], unexpected .*stray.*save_pretrained"):
-        load_pruned(plan_for((1,)), None, source)
 
 
 # Interruptions
@@ -466,7 +470,7 @@ def test_interrupted_leaves_nothing(sharded, tmp_path, target, monkeypatch, erro
 
 
 def test_killed_leaves_no_target_and_can_start_again(sharded, tmp_path, target):
-    """A child process ends as by kill -9 in the middle of the weights: no clean-up runs."""
+    """A child process ends in the middle of the weights as after kill -9: no clean-up runs."""
     child = os.fork()
     if child == 0:
         tensor_files.StoredTensor.parts = lambda self, buffer: os._exit(9)
@@ -485,7 +489,7 @@ def test_killed_leaves_no_target_and_can_start_again(sharded, tmp_path, target):
 
 
 def refused(match, plan, gradients, source, target, **options):
-    """Refuses with that message and leaves the disk as it was."""
+    """Checks that pruning is refused with that message and the disk is unchanged."""
     before = sorted(target.parent.rglob("*"))
     with pytest.raises(ValueError, match=match):
         prune_checkpoint(plan, gradients, source, target, **options)
@@ -659,12 +663,12 @@ def test_damaged_shards(sharded, target):
 
 def test_file_that_shrinks_while_it_is_read(source, tmp_path, target, monkeypatch):
     def prepare(*arguments):
-        job = original(*arguments)
+        pruned = original(*arguments)
         os.truncate(source / WEIGHTS_FILE, 100_000)
-        return job
+        return pruned
 
-    original = streaming._prepare
-    monkeypatch.setattr(streaming, "_prepare", prepare)
+    original = streaming.prepare
+    monkeypatch.setattr(streaming, "prepare", prepare)
     with pytest.raises(ValueError, match=r"model\.safetensors ended \d+ bytes too early\. Download"):
         prune_checkpoint(plan_for((1,)), None, source, target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]

@@ -27,7 +27,7 @@ PLANS = [(1, 3), (2, 3, 4), (0,), (0, 1, 5), (5,), (1, 2, 3, 4)]
 
 @pytest.fixture(params=["llama", "llama-tied", "mistral", "mistral-tied"])
 def make_model(request, tiny_llama, tiny_mistral):
-    """Factory of one of the supported layouts, with tied and with separate embeddings."""
+    """Returns a factory of models of a supported layout, with tied or separate embeddings."""
     factory = tiny_llama if request.param.startswith("llama") else tiny_mistral
 
     def make(**config):
@@ -57,7 +57,7 @@ def plan_for(pruned, merged=(), rule="sign_average", density=0.5, num_layers=6):
 
 
 def built_by_hand(dense, kept, changed=None):
-    """A new, shallower model of the same class, filled by renaming the dense model's entries."""
+    """Returns a new, shallower model of the same class, filled by renaming the dense model's entries."""
     config = copy.deepcopy(dense.config)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None) is not None:
@@ -75,7 +75,7 @@ def built_by_hand(dense, kept, changed=None):
 
 
 def random_igia(model, seed=0):
-    """IGIA-Matrix of every sublayer, by (layer, name)."""
+    """Returns a random IGIA-Matrix for every sublayer, by (layer, name)."""
     generator = torch.Generator().manual_seed(seed)
     return {
         (index, name): torch.rand(linear.weight.shape, generator=generator)
@@ -204,7 +204,7 @@ def test_density_zero_merges_nothing(make_model, batch):
 
 
 def test_removing_an_identity_layer_leaves_logits_unchanged(make_model, batch):
-    """A layer that writes nothing to the residual stream can go (baselines.md, section 8)."""
+    """Pruning a layer that writes nothing to the residual stream changes nothing (baselines.md, section 8)."""
     model = make_model()
     with torch.no_grad():
         model.model.layers[3].self_attn.o_proj.weight.zero_()
@@ -233,7 +233,7 @@ def test_embeddings_stay_tied(make_model, tmp_path):
 
 
 def test_pruning_twice(tiny_llama, batch):
-    """Layer numbers of the second plan are those of the model that it is given."""
+    """Layer numbers of the second plan are those of the already pruned model."""
     dense = tiny_llama()
     reference = built_by_hand(dense, [0, 4, 5])
     apply_plan(apply_plan(dense, plan_for((1, 2))), plan_for((1,), num_layers=4))

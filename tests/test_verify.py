@@ -1,4 +1,4 @@
-"""`experiments.verify` passes a good checkpoint and names each kind of damage; what `gradpruner.checkpoints.probe` records."""
+"""Tests of `experiments.verify`, good checkpoints and each kind of damage, and of `gradpruner.checkpoints.probe`."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from experiments import verify
-from experiments.run import CONF
+from experiments.config import CONF
 from gradpruner.checkpoints.checkpoint import save_checkpoint
 from gradpruner.checkpoints.probe import TEXT, make_probe
 from gradpruner.plan import PruningPlan
@@ -24,7 +24,7 @@ FRESH = "plain transformers"
 
 @pytest.fixture(scope="module")
 def good(tiny_spec, tiny_tokenizer, assets_dir, tmp_path_factory):
-    """A checkpoint of four of six layers."""
+    """A checkpoint with four of six layers."""
     folder = tmp_path_factory.mktemp("verify") / "checkpoint"
     model = apply_plan(tiny_spec.load(assets_dir), PLAN)
     save_checkpoint(model, tiny_tokenizer, PLAN, folder, "tiny")
@@ -39,7 +39,7 @@ def checkpoint(good, tmp_path):
 
 @pytest.fixture
 def verify_here(monkeypatch):
-    """`verify` without the fresh process, for speed: name -> check."""
+    """Returns `verify` without the fresh process, for speed; it gives checks by name."""
 
     def run(folder):
         def in_this_process(folder, probe):
@@ -149,7 +149,7 @@ def test_what_is_no_checkpoint(good, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_good_in_every_dtype(dtype, tiny_llama, tiny_tokenizer, tmp_path, verify_here):
-    # Weights so large that the first new token is no tie, which other processors may break otherwise.
+    # Weights so large that the first new token is not a tie, which other processors may break differently.
     model = apply_plan(tiny_llama(dtype=dtype, seed=3, initializer_range=0.3), PLAN)
     save_checkpoint(model, tiny_tokenizer, PLAN, tmp_path / "checkpoint", "tiny")
     checks = verify_here(tmp_path / "checkpoint")
@@ -200,7 +200,7 @@ def test_changed_tokenizer(checkpoint, verify_here):
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(data))
     checks = verify_here(checkpoint)
-    assert failed(checks) == {"token ids"}  # the model itself is asked with the recorded ids
+    assert failed(checks) == {"token ids"}  # the model gets the recorded ids
     assert checks["token ids"].details == "108 tokens, 108 recorded, different from number 5 on"
 
 

@@ -1,4 +1,4 @@
-"""Width surgery: masked = sliced, identity, head mapping, counts, budgets, plans, and checkpoints with their loader."""
+"""Width surgery: masked = sliced, identity, head mapping, counts, budgets, plans, checkpoints and their loader."""
 
 import json
 
@@ -63,7 +63,7 @@ def logits(model, batch):
 
 
 def mask(model, width):
-    """The dense model with what leaves set to zero: the outputs of heads and channels, where they are read."""
+    """Zeroes the columns of the dense model's weights that read the pruned heads and channels."""
     for layer, heads, channels in zip(model.model.layers, width.heads, width.channels, strict=True):
         gone = [c for h in range(6) if h not in heads for c in range(h * 8, h * 8 + 8)]
         layer.self_attn.o_proj.weight.data[:, gone] = 0
@@ -82,7 +82,7 @@ def test_masked_is_sliced(model_type, make_batches):
 
 
 def test_a_query_head_still_reads_its_kv_head(make_batches):
-    # After group 1 left, query heads 4 and 5 read KV head 2, which is now number 1.
+    # After group 1 is pruned, query heads 4 and 5 read KV head 2, which is now number 1.
     dense, sliced = make_model(), make_model()
     narrow(sliced, UNEVEN)
     before, after = dense.model.layers[0].self_attn, sliced.model.layers[0].self_attn
@@ -94,7 +94,7 @@ def test_a_query_head_still_reads_its_kv_head(make_batches):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_hidden_channels_with_the_norm_corrected(model_type, tied, make_batches):
-    """RMSNorm's mean over d' channels is d / d' times that over d channels of which the rest are zero."""
+    """RMSNorm's mean over the d' kept channels is d / d' times the mean over d channels whose rest is zero."""
     [batch] = make_batches(1)
     hidden = tuple(channel for channel in range(48) if channel % 4)  # 36
     width = WidthPlan((ALL_HEADS,) * 3, (ALL_CHANNELS,) * 3, hidden)

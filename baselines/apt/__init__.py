@@ -1,4 +1,4 @@
-"""APT (arXiv:2401.12200) in its parts; records name the class that is re-exported here."""
+"""APT (arXiv:2401.12200), one module per topic. Records name `baselines.apt.Apt`, so it is re-exported here."""
 
 from baselines.apt.method import Apt
 

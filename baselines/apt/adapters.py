@@ -1,4 +1,4 @@
-"""What APT does to LoRA adapters and their optimizer while they train: narrower with the model, and of higher rank."""
+"""How APT changes LoRA adapters and their optimizer in training: narrows them with the model and raises ranks."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,28 +18,28 @@ from gradpruner.plan import WidthPlan
 from gradpruner.width_surgery import READS_HIDDEN, WRITES_HIDDEN, head_channels, narrow
 
 ADAPTER = "default"  # peft's name for the only adapter
-Change = tuple[Tensor, Tensor, Callable[[Tensor], Tensor] | None]  # old, new, old moments to new ones
+Change = tuple[Tensor, Tensor, Callable[[Tensor], Tensor] | None]  # old, new, conversion of moments
 
 
 def adapters(model: PeftModel) -> dict[str, lora.Linear]:
-    """LoRA layers by their name in the base model, in its order."""
+    """Returns the LoRA layers by their name in the base model, in the base model's order."""
     modules = model.get_base_model().named_modules()
     return {name: module for name, module in modules if isinstance(module, lora.Linear)}
 
 
 def factors(layer: lora.Linear) -> tuple[nn.Linear, nn.Linear]:
-    """A, whose weight is (rank, inputs), and B, (outputs, rank)."""
+    """Returns A, whose weight is (rank, inputs), and B, (outputs, rank)."""
     return layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
 
 
 def num_adapter_parameters(layer: lora.Linear) -> int:
-    """Parameters of A and B."""
+    """Returns the number of parameters of A and B."""
     return sum(factor.weight.numel() for factor in factors(layer))
 
 
 @contextmanager
 def without_adapters(model: PeftModel) -> Iterator[PreTrainedModel]:
-    """The base model with plain linear sublayers while it is open; what happens to these lasts."""
+    """Yields the base model with plain linear sublayers in place of LoRA layers; changes to these sublayers persist."""
     base, own = model.get_base_model(), adapters(model)
     try:
         for name, layer in own.items():
@@ -52,12 +52,12 @@ def without_adapters(model: PeftModel) -> Iterator[PreTrainedModel]:
 
 @torch.no_grad()
 def narrow_with_adapters(model: PeftModel, width: WidthPlan, optimizer: Optimizer) -> None:
-    """`width_surgery.narrow` for a model in training: slices frozen weights, adapters, and the optimizer's moments.
+    """Runs `width_surgery.narrow` on a model in training: slices frozen weights, adapters, and the optimizer's moments.
 
     Args:
         model: with LoRA on all linear sublayers of all decoder layers.
-        width: units of the model as it is that stay.
-        optimizer: of the adapters.
+        width: units to keep, numbered as in `model`.
+        optimizer: optimizer of the adapters.
     """
     with without_adapters(model) as base:
         shape = model_shape(base)
@@ -82,15 +82,15 @@ def narrow_with_adapters(model: PeftModel, width: WidthPlan, optimizer: Optimize
 
 @torch.no_grad()
 def grow(model: PeftModel, ranks: dict[str, int], optimizer: Optimizer, generator: torch.Generator) -> None:
-    """Gives adapters higher ranks; what the model computes stays the same, as alpha / rank does.
+    """Gives adapters higher ranks; the model's output and alpha / rank are unchanged.
 
-    New rows of A are drawn as peft does, new columns of B are zero. Moments of what grows start anew.
+    New rows of A are drawn as in peft, new columns of B are zero. The moments of adapters that grow start anew.
 
     Args:
         model: with LoRA.
-        ranks: by name of the LoRA layer, as `adapters` has it.
-        optimizer: of the adapters.
-        generator: of the draws, on the CPU.
+        ranks: new ranks by name of the LoRA layer, as in `adapters`.
+        optimizer: optimizer of the adapters.
+        generator: source of the draws, on the CPU.
     """
     changes: list[Change] = []
     config = model.peft_config[ADAPTER]
@@ -107,13 +107,13 @@ def grow(model: PeftModel, ranks: dict[str, int], optimizer: Optimizer, generato
         changes += [(before[0], a.weight, None), (before[1], b.weight, None)]
         alpha = layer.lora_alpha[ADAPTER] * rank / old
         layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, alpha, alpha / rank
-        # From these peft makes the same adapters again.
+        # peft makes the same adapters from these when it loads them.
         config.rank_pattern[name], config.alpha_pattern[name] = rank, alpha
     change_parameters(optimizer, changes)
 
 
 def take(linear: nn.Linear, kept: Tensor | None, dim: int) -> Change | None:
-    """Keeps only these rows (dim 0) or columns (dim 1) of a weight without bias; None is all."""
+    """Keeps only these rows (dim 0) or columns (dim 1) of a weight without bias; None keeps all."""
     if kept is None:
         return None
     old, index = linear.weight, kept.to(linear.weight.device)
@@ -122,14 +122,14 @@ def take(linear: nn.Linear, kept: Tensor | None, dim: int) -> Change | None:
 
 
 def change_parameters(optimizer: Optimizer, changes: list[Change]) -> None:
-    """Puts new parameters in the places of old ones, with the moments that follow from theirs, or with none."""
+    """Replaces old parameters by new ones in the optimizer, with converted moments, or none without a conversion."""
     new = {id(change[0]): change[1] for change in changes}
     for group in optimizer.param_groups:
         group["params"] = [new.get(id(parameter), parameter) for parameter in group["params"]]
     for old, parameter, convert in changes:
         state = optimizer.state.pop(old, None)
         if state and convert is not None:
-            # Besides moments there is a count of steps, a scalar.
+            # Besides moments, the state holds a step count, a scalar.
             optimizer.state[parameter] = {
                 key: convert(value) if value.shape == old.shape else value for key, value in state.items()
             }

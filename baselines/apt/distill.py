@@ -1,14 +1,15 @@
-"""APT's self-distillation: the model before pruning teaches the one that is being pruned.
+"""APT's self-distillation: the model before pruning teaches the model that is being pruned.
 
     L = mu L_distill + (1 - mu) L_answers,   L_distill = w_layer L_layer + w_logit T^2 KL(teacher || student)
 
-mu goes from 0 to 1 while the model is pruned. L_layer compares one layer of each quarter of the depth, drawn anew every
-step, with the same layer of the student after a map Tr; states are first divided by their root mean square, as in the
-code for sequence-to-sequence models, or LLaMA's few huge channels would be all of it. KL is summed over answer tokens
-and divided by the rows of the batch ("batchmean"). All of this is in float32: in bfloat16 it gives NaN.
+mu goes from 0 to 1 while the model is pruned. L_layer compares one of the teacher's layers in each quarter of the
+depth, drawn anew every step, with the same layer of the student after a map Tr. States are first divided by their root
+mean square, as in the code for sequence-to-sequence models; otherwise LLaMA's few huge channels would dominate. KL is
+summed over answer tokens and divided by the rows of the batch ("batchmean"). All of this is computed in float32:
+bfloat16 gives NaN.
 
 The teacher's frozen weights are the dense model's own tensors; only its adapters are copies. Pruning gives the student
-sliced copies of frozen weights, so from the first cut on memory holds both, until the teacher is not asked any more.
+sliced copies of frozen weights, so memory holds both from the first cut until the teacher is discarded.
 """
 
 import itertools
@@ -30,7 +31,7 @@ QUARTERS = 4
 
 
 class StateMap(nn.Module):
-    """Tr(x) = x + s B A x: the identity at first, since B is zero.
+    """The map Tr(x) = x + s B A x, at first the identity because B is zero.
 
     Args:
         width: channels of the residual stream.
@@ -51,14 +52,14 @@ class StateMap(nn.Module):
 
 
 def make_teacher(dense: PreTrainedModel, config: LoraConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The dense model with frozen adapters.
+    """Returns the dense model with frozen adapters.
 
     Args:
-        dense: adapters are put on it in place.
-        config: of the adapters, as they were before any rank grew.
-        state: their weights, as peft's `get_peft_model_state_dict` gives them.
+        dense: the dense model; adapters are added in place.
+        config: config of the adapters before any rank grew.
+        state: weights of the adapters, as peft's `get_peft_model_state_dict` returns them.
     """
-    with torch.random.fork_rng():  # the first weights of adapters are drawn
+    with torch.random.fork_rng():  # peft draws the initial weights of adapters
         teacher = get_peft_model(dense, config)
     set_peft_model_state_dict(teacher, dict(state))
     base: PreTrainedModel = teacher.get_base_model()
@@ -66,14 +67,14 @@ def make_teacher(dense: PreTrainedModel, config: LoraConfig, state: Mapping[str,
 
 
 def drawn_layers(num_layers: int, seed: int, step: int) -> list[int]:
-    """One layer of each quarter of the depth; seeded by the step, so that a resumed run draws the same."""
+    """Draws one layer in each quarter of the depth, seeded by the step so that a resumed run draws the same layers."""
     draw = random.Random(content_hash([seed, step]))
     bounds = [num_layers * quarter // QUARTERS for quarter in range(QUARTERS + 1)]
     return [draw.randrange(first, end) for first, end in itertools.pairwise(bounds) if first < end]
 
 
 def layer_loss(student: Tensor, teacher: Tensor, state_map: StateMap) -> Tensor:
-    """Mean squared difference of normalized states, (tokens, d) each, float32."""
+    """Returns the mean squared difference of normalized states, (tokens, d) each, float32."""
     return functional.mse_loss(state_map(_normalized(student)), _normalized(teacher))
 
 
@@ -90,25 +91,25 @@ def distillation_loss(
     logit_weight: float,
     temperature: float,
 ) -> tuple[Tensor, int]:
-    """The loss of a batch, as `finetune.finetune` takes it.
+    """Returns the loss of a batch, in the form that `finetune.run.finetune` takes.
 
     Args:
-        student: being trained.
+        student: the model in training.
         teacher: see `make_teacher`.
         batch: `input_ids`, `attention_mask`, `labels`, each (B, T).
-        mu: share of the distillation.
-        layers: whose states to compare.
+        mu: weight of the distillation, in [0, 1].
+        layers: layers whose states are compared.
         hidden: channels of the teacher's residual stream that the student has, (d',) int64.
         state_map: Tr, of width d'.
-        layer_weight: of L_layer.
-        logit_weight: of the divergence.
+        layer_weight: weight of L_layer.
+        logit_weight: weight of the divergence.
         temperature: T.
 
     Returns:
-        Loss times answer tokens, and how many tokens these are.
+        The loss times the number of answer tokens, and this number.
     """
     labels, real = batch["labels"][:, 1:], batch["attention_mask"].bool()
-    chosen = labels != IGNORED  # (B, T - 1): the next token is one to predict
+    chosen = labels != IGNORED  # (B, T - 1): the next token is an answer token
     num_tokens = int(chosen.sum())
     states: dict[str, list[Tensor]] = {"teacher": [], "student": []}
 

@@ -1,8 +1,8 @@
-"""Hooks by which APT watches and masks the units of a model, plain or with LoRA, without a change to its modules.
+"""Hooks by which APT watches and masks the units of a model, plain or with LoRA, without changing its modules.
 
-Masks multiply what goes into o_proj (KV groups) and down_proj (MLP channels), and all that is written to the residual
-stream (hidden channels). RMSNorm then takes its mean over the sum of the mask rather than over all channels: with a
-mask of zeros and ones that is what the norm of the sliced model does.
+Masks multiply the inputs of o_proj (KV groups) and down_proj (MLP channels), and everything that is written to the
+residual stream (hidden channels). RMSNorm then divides its sum of squares by the sum of the mask instead of the number
+of channels. With a mask of zeros and ones, the norm of the sliced model does the same.
 """
 
 from collections.abc import Iterable
@@ -24,14 +24,14 @@ Site = tuple[int, str]  # layer, and a projection that writes to the residual st
 
 
 class _Sums:
-    """Sums over real tokens, by channel, of an activation, its magnitude and that of its gradient; float32."""
+    """Sums over real tokens, per channel, of an activation, its magnitude and its gradient's magnitude; float32."""
 
     def __init__(self, num_channels: int, device: torch.device) -> None:
         self.value, self.absolute, self.gradient = torch.zeros(3, num_channels, device=device)
 
     @torch.no_grad()
     def add(self, activation: Tensor, real: Tensor) -> None:
-        """Adds an activation (B, T, C), and its gradient as soon as that is there; `real` is (B, T, 1)."""
+        """Adds an activation (B, T, C), and its gradient as soon as it is computed; `real` is (B, T, 1)."""
         values = activation.float() * real
         self.value += values.sum((0, 1))
         self.absolute += values.abs().sum((0, 1))
@@ -43,16 +43,16 @@ class _Sums:
 
 
 class UnitHooks:
-    """Watches the units that a model has, in forwards with gradients, and masks them in all.
+    """Hooks that watch a model's units in forwards with gradients, and mask the units in all forwards.
 
     Args:
         model: a decoder whose projections are nn.Linear or peft's LoRA layers around them.
-        kept: units of the dense model that it has, bool.
+        kept: units of the dense model that `model` has, bool.
     """
 
     def __init__(self, model: PreTrainedModel, kept: Units) -> None:
         self._layers, self._kept, self._width = decoder_layers(model), kept, head_dim(model.config)
-        self._masks: dict[Site, Tensor] = {}  # of what goes into a projection, by channel
+        self._masks: dict[Site, Tensor] = {}  # of a projection's input, per channel
         self._hidden_mask: Tensor | None = None
         self._real = torch.ones(1, 1, 1)
         self._reset()
@@ -69,12 +69,12 @@ class UnitHooks:
         self._handles += [norm.register_forward_hook(self._normalized) for norm in norms]
 
     def remove(self) -> None:
-        """Takes all hooks off; the model is then unmasked."""
+        """Removes all hooks; the model is then unmasked."""
         for handle in self._handles:
             handle.remove()
 
     def mask(self, masks: Units) -> None:
-        """Masks units from now on; those of the dense model that have left are ignored."""
+        """Masks units from now on; `masks` covers the dense model, and entries of pruned units are ignored."""
         self._masks, self._hidden_mask = {}, None
         for index, layer in enumerate(self._layers):
             channels = self._rep(layer) * self._width
@@ -90,7 +90,7 @@ class UnitHooks:
 
     @torch.no_grad()
     def scores(self) -> Units:
-        """Scores of all units from what was seen since the last call; -inf for those that have left."""
+        """Returns the scores of all units from the forwards since the last call; -inf for pruned units."""
         scores = self._kept.combine(
             lambda kept: torch.zeros(kept.shape, dtype=torch.float64).masked_fill(~kept, -torch.inf)
         )
@@ -98,7 +98,7 @@ class UnitHooks:
             attention, mlp = ((index, name) for name in WRITES_HIDDEN)
             for site in (attention, mlp):
                 into, out = self._into[site], self._out[site]
-                # Of the sum rather than the mean of the activations: kurtosis does not see scale.
+                # The sum serves as well as the mean of the activations: kurtosis does not depend on scale.
                 contribution = _weight(layer, site[1]).float() * into.value
                 per_channel = salience(into.absolute, into.gradient)
                 if site == attention:
@@ -145,7 +145,7 @@ class UnitHooks:
         return output if self._hidden_mask is None else output * self._hidden_mask.to(output.dtype)
 
     def _normalized(self, norm: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        """Corrects RMSNorm(x) = w x / sqrt(sum x^2 / d + eps) to the sum of the mask in place of d."""
+        """Corrects RMSNorm(x) = w x / sqrt(sum x^2 / d + eps) to use the sum of the mask in place of d."""
         if self._hidden_mask is None:
             return output
         epsilon: Any = norm.variance_epsilon
@@ -156,17 +156,17 @@ class UnitHooks:
 
 
 def static_scores(model: PreTrainedModel, batches: Iterable[Batch]) -> Units:
-    """Sum over batches of the scores of each, without training.
+    """Returns the sum of the scores of all batches, without training.
 
     Args:
-        model: the dense model; left as it was.
-        batches: with answers, which the loss is about.
+        model: the dense model; unchanged.
+        batches: with answers, on which the loss is computed.
     """
     kept = Units.full(config_shape(model.config), True)
     total = Units.full(config_shape(model.config), 0.0)
     embedded: list[Tensor] = []
     hooks = UnitHooks(model, kept)
-    # Gradients go down to the embedding's output, and to no weight.
+    # Gradients flow back to the embedding's output, and to no weight.
     handle = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: embedded.append(output.requires_grad_())
     )
@@ -183,7 +183,7 @@ def static_scores(model: PreTrainedModel, batches: Iterable[Batch]) -> Units:
 
 
 def _weight(layer: nn.Module, name: str) -> Tensor:
-    """The frozen weight of a sublayer, without its adapter."""
+    """Returns the frozen weight of a sublayer, without its adapter."""
     module: Any = layer.get_submodule(name)
     weight: Tensor = getattr(module, "base_layer", module).weight
     return weight

@@ -1,4 +1,4 @@
-"""What APT's two variants share: which parameters a budget counts, and how small the model gets."""
+"""Shared code of APT's two variants: which parameters a budget counts, and how small the model gets."""
 
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ class AptPruning(WidthPruning):
     """Base of `apt` and `apt_fast`.
 
     Attributes:
-        gamma: part of the parameters outside of embedding and output head that stays, for `match=native`.
+        gamma: fraction of the parameters outside the embedding and output head to keep, for `match=native`.
     """
 
     gamma: float = 0.6
@@ -31,7 +31,7 @@ class AptPruning(WidthPruning):
             )
 
     def check_training(self, training: TrainingSpec) -> None:
-        """Raises ValueError unless it is LoRA: APT is made of adapters that tune what it prunes."""
+        """Raises ValueError unless `training` uses LoRA: APT prunes, grows and tunes adapters."""
         if training.mode != "lora":
             raise ValueError(
                 f"APT prunes and grows LoRA adapters, so it needs finetune=lora, got finetune={training.mode}. "
@@ -39,17 +39,17 @@ class AptPruning(WidthPruning):
             )
 
     def variant(self) -> str:
-        """How much is pruned, and measured how."""
+        """Returns `gamma` for `match=native`, otherwise the sparsity and `match`."""
         return f"gamma{self.gamma}" if self.match == "native" else super().variant()
 
     def budget(self, config: PreTrainedConfig) -> tuple[Costs, int]:
-        """What counts, and how much of it may stay.
+        """Returns the costs of units, and how many parameters may be kept.
 
         Args:
-            config: of the dense model.
+            config: config of the dense model.
 
         Raises:
-            ValueError: if not even one KV group and MLP channel a layer fits.
+            ValueError: if not even one KV group and one MLP channel per layer fit.
         """
         costs = Costs.of(config, embeddings=self.match != "native")
         dense, step = config_shape(config), hidden_step(config)
@@ -66,9 +66,9 @@ class AptPruning(WidthPruning):
         return costs, target
 
     def narrower_shape(self, config: PreTrainedConfig) -> ModelShape:
-        """What the dry run counts: the method's sizes follow from data, these are the same part of each kind of unit.
+        """Returns a shape for the dry run, with the same fraction of each kind of unit; real sizes depend on data.
 
-        Its parameters are those of the budget, to within an MLP channel a layer. Nothing else relies on it.
+        The parameter count meets the budget to within one MLP channel per layer. Nothing else relies on this shape.
         """
         costs, target = self.budget(config)
         dense, step = config_shape(config), hidden_step(config)
@@ -87,13 +87,13 @@ class AptPruning(WidthPruning):
 
 
 def hidden_step(config: PreTrainedConfig) -> int:
-    """The number of hidden channels stays a multiple of this: LlamaConfig wants one of its number of heads."""
+    """Returns the divisor of the number of hidden channels: LlamaConfig requires a multiple of the number of heads."""
     heads: int = config.num_attention_heads
     return heads if config.hidden_size % heads == 0 else 1
 
 
 def _narrowed(dense: ModelShape, part: float, step: int) -> ModelShape:
-    """A uniform shape with that part of all units, at least one of each; hidden channels as `scores` keeps them."""
+    """Returns a uniform shape with the fraction `part` of all units; `step` hidden channels count as one unit."""
     layer = dense.layers[0]
     rep = layer.num_attention_heads // layer.num_key_value_heads
     groups = max(1, round(part * layer.num_key_value_heads))

@@ -1,17 +1,18 @@
-"""APT's arithmetic: what units score and cost, which stay under a budget, and how budgets and ranks go over time.
+"""APT's arithmetic: scores and costs of units, the choice of units under a budget, and schedules of budgets and ranks.
 
-APT (Zhao et al., arXiv:2401.12200). With H what goes into an output projection W (heads, MLP channels) or comes out of
-it (hidden channels), L the loss, and sums over batch and tokens, a channel j scores
+APT (Zhao et al., arXiv:2401.12200). With H the input (heads, MLP channels) or the output (hidden channels) of an output
+projection W, L the loss, and sums over batch and tokens, a channel j scores
 
     S_j = (sum |H_j|) (sum |dL/dH_j|) + sqrt(max(0, kurtosis of its column of mean(H) * W))
 
-a head the sum of the first term over its channels and the kurtosis of all its columns; a hidden channel both terms for
-all 2 L output projections, with its rows of the same matrices. Units of all kinds are then ranked by score over cost.
+A head scores the sum of the first term over its channels, plus the second term with the kurtosis of all its columns. A
+hidden channel scores both terms summed over all 2 L output projections, with its rows of the same matrices. Units of
+all kinds are then ranked by score / cost.
 
-Deviations from the code (ROIM1998/APT): a KV group is the sum of its query heads, which the code does not know; the
-kurtosis of a head is that of its own columns, where a reshape mixes all heads; padding has no part in sums and means;
-one KV group and one MLP channel of every layer always stay; the prefix is exact, where a comparison in the code's
-search may cost a unit.
+Deviations from the code (ROIM1998/APT): a KV group scores the sum of its query heads, while the code has no KV groups;
+the kurtosis of a head is of its own columns, where a reshape in the code mixes all heads; padding is excluded from sums
+and means; one KV group and one MLP channel of every layer are always kept; the prefix is exact, where a comparison in
+the code's search may lose a unit.
 """
 
 import math
@@ -35,7 +36,7 @@ Count = TypeVar("Count", int, Tensor)
 
 @dataclass(frozen=True)
 class Units:
-    """One number for every unit of the dense model: a score, a mask, or whether it stays.
+    """One number for every unit of the dense model: a score, a mask, or whether the unit is kept.
 
     Attributes:
         groups: KV groups, (L, KV heads).
@@ -49,7 +50,7 @@ class Units:
 
     @classmethod
     def full(cls, shape: ModelShape, value: float | bool) -> Self:
-        """The same number for all; float64 or bool."""
+        """Returns the same number for all units; float64 or bool."""
         layer, num_layers = shape.layers[0], len(shape.layers)
         sizes = ((num_layers, layer.num_key_value_heads), (num_layers, layer.intermediate_size), (shape.hidden_size,))
         dtype = torch.bool if isinstance(value, bool) else torch.float64
@@ -57,25 +58,25 @@ class Units:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str = "") -> Self:
-        """Reads what `tensors` gave."""
+        """Reads the tensors that `tensors` returned."""
         return cls(*(tensors[prefix + field.name] for field in fields(cls)))
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """By name, for saving."""
+        """Returns the tensors by name, for saving."""
         return {prefix + field.name: getattr(self, field.name) for field in fields(self)}
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three tensors."""
+        """Returns the three tensors."""
         return self.groups, self.channels, self.hidden
 
     def combine(self, function: Callable[..., Tensor], *others: "Units") -> "Units":
-        """A function of the tensors, kind by kind."""
+        """Applies a function to the tensors, kind by kind."""
         return Units(
             *(function(*tensors) for tensors in zip(self.all(), *(each.all() for each in others), strict=True))
         )
 
     def parts(self) -> dict[str, float]:
-        """Mean of each kind: of units that stay, the part."""
+        """Returns the mean of each kind, which for bool is the fraction of units that are kept."""
         return {name: float(values.double().mean()) for name, values in self.tensors().items()}
 
 
@@ -83,9 +84,10 @@ class Units:
 
 
 def excess_kurtosis(values: Tensor, dim: int) -> Tensor:
-    """Mean fourth power of standardized values, less 3, with the standard deviation of a sample (n - 1), as the code.
+    """Returns the mean fourth power of standardized values, minus 3.
 
-    Where all values are equal, or there is only one, it is -3.
+    The standard deviation is that of a sample (n - 1), as in the code. If all values are equal, or there is only one,
+    the result is -3.
     """
     centred, size = values - values.mean(dim, keepdim=True), values.shape[dim]
     deviation = torch.linalg.vector_norm(centred, dim=dim, keepdim=True) / math.sqrt(max(1, size - 1))
@@ -95,23 +97,23 @@ def excess_kurtosis(values: Tensor, dim: int) -> Tensor:
 
 
 def outlier_term(values: Tensor, dim: int) -> Tensor:
-    """sqrt(max(0, kurtosis)), float64 on the CPU."""
+    """Returns sqrt(max(0, kurtosis)), float64 on the CPU."""
     return excess_kurtosis(values, dim).clamp_min(0).sqrt().double().cpu()
 
 
 def salience(sum_abs: Tensor, sum_abs_gradient: Tensor) -> Tensor:
-    """The product of sums (paper's Eq. 4), not the sum of products; one a channel, float64 on the CPU."""
+    """Returns the product of sums (paper's Eq. 4), not the sum of products, per channel; float64 on the CPU."""
     return (sum_abs.double() * sum_abs_gradient.double()).cpu()
 
 
 def group_scores(per_channel: Tensor, contribution: Tensor, num_groups: int, width: int) -> Tensor:
-    """Scores of KV groups: sums over the query heads that read one.
+    """Returns the scores of KV groups: sums over the query heads that read each group.
 
     Args:
-        per_channel: salience of what goes into o_proj, (query heads * width,).
+        per_channel: salience of o_proj's input, (query heads * width,).
         contribution: mean(H) * W, (d, query heads * width), at any scale.
-        num_groups: KV heads.
-        width: channels of a head.
+        num_groups: number of KV heads.
+        width: channels per head.
 
     Returns:
         (num_groups,) float64.
@@ -122,16 +124,16 @@ def group_scores(per_channel: Tensor, contribution: Tensor, num_groups: int, wid
 
 
 def running(score: Units, new: Units) -> Units:
-    """The moving average; -inf, of units that left, stays."""
+    """Returns the moving average; pruned units keep their -inf."""
     return score.combine(lambda old, own: DECAY * old + (1 - DECAY) * own, new)
 
 
 def rank_salience(factor: Tensor, gradient: Tensor) -> float:
-    """|sum_j A_rj dL/dA_rj|, mean over the ranks r of an adapter.
+    """Returns |sum_j A_rj dL/dA_rj|, averaged over the ranks r of an adapter.
 
     Args:
         factor: A, (rank, inputs).
-        gradient: of the loss, (rank, inputs).
+        gradient: gradient of the loss, (rank, inputs).
     """
     return float((factor * gradient).sum(1).abs().mean())
 
@@ -141,15 +143,15 @@ def rank_salience(factor: Tensor, gradient: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters of a decoder whose layers keep `groups` KV groups and `channels` MLP channels between them.
+    """Parameters per unit of a decoder.
 
     Attributes:
-        group: weights of a KV group, for each channel of the residual stream.
-        channel: weights of an MLP channel, for each channel of the residual stream.
-        group_bias: other parameters of a KV group.
-        channel_bias: other parameters of an MLP channel.
-        outside: other parameters of a channel of the residual stream: norms, biases, embeddings.
-        fixed: what no unit takes along.
+        group: weights per KV group and channel of the residual stream.
+        channel: weights per MLP channel and channel of the residual stream.
+        group_bias: other parameters per KV group.
+        channel_bias: other parameters per MLP channel.
+        outside: other parameters per channel of the residual stream: norms, biases, embeddings.
+        fixed: parameters that belong to no unit.
     """
 
     group: int
@@ -161,11 +163,11 @@ class Costs:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, embeddings: bool) -> Self:
-        """Those of a model.
+        """Returns the costs of a model.
 
         Args:
-            config: of the dense model, one of `shape.WIDTH_MODEL_TYPES`.
-            embeddings: count input embedding and output head, too; the method itself does not.
+            config: config of the dense model, one of `shape.WIDTH_MODEL_TYPES`.
+            embeddings: also count the input embedding and output head; APT itself does not.
         """
         model, sizes = empty_model(config), config_shape(config).layers[0]
         layers = decoder_layers(model)
@@ -174,7 +176,7 @@ class Costs:
         for name, parameter in layers[0].named_parameters():
             module = name.rsplit(".", 1)[0]
             if parameter.ndim > 1:
-                continue  # weights are what `group` and `channel` count
+                continue  # `group` and `channel` count the weights
             if module in READS_HIDDEN and module.startswith("self_attn"):
                 group_bias += parameter.numel() // sizes.num_key_value_heads
             elif module in READS_HIDDEN:
@@ -182,7 +184,7 @@ class Costs:
             elif module in (*WRITES_HIDDEN, "input_layernorm", "post_attention_layernorm"):
                 outside += len(layers)
             else:
-                fixed += parameter.numel() * len(layers)  # norms of single heads
+                fixed += parameter.numel() * len(layers)  # head norms, which all heads share
         outside += 1  # the final norm
         if embeddings:
             both = {
@@ -193,25 +195,25 @@ class Costs:
         return cls(head_dim(config) * (2 * rep + 2), 3, group_bias, channel_bias, outside, fixed)
 
     def count(self, hidden: Count, groups: Count, channels: Count) -> Count:
-        """Parameters with so many units, of all layers together; numbers or int64 tensors."""
+        """Returns the parameters with these numbers of units over all layers; ints or int64 tensors."""
         inside = hidden * (groups * self.group + channels * self.channel + self.outside)
         return inside + groups * self.group_bias + channels * self.channel_bias + self.fixed
 
     def of_shape(self, shape: ModelShape) -> int:
-        """Parameters of a whole model."""
+        """Returns the parameters of a whole model."""
         groups = sum(layer.num_key_value_heads for layer in shape.layers)
         channels = sum(layer.intermediate_size for layer in shape.layers)
         return self.count(shape.hidden_size, groups, channels)
 
 
 def unit_costs(shape: ModelShape, width: int) -> tuple[int, int, int]:
-    """Parameters by which the score of a KV group, an MLP channel and a hidden channel is divided, as in the code.
+    """Returns the parameters by which the scores of a KV group, an MLP channel and a hidden channel are divided.
 
-    That counts biases everywhere, which LLaMA does not have, and no embedding.
+    As in the code, all projections count as having biases, which LLaMA does not have, and embeddings do not count.
 
     Args:
-        shape: of the dense model.
-        width: channels of a head.
+        shape: shape of the dense model.
+        width: channels per head.
     """
     layer, num_layers = shape.layers[0], len(shape.layers)
     rep = layer.num_attention_heads // layer.num_key_value_heads
@@ -220,11 +222,11 @@ def unit_costs(shape: ModelShape, width: int) -> tuple[int, int, int]:
     return shape.hidden_size * group + width * (rep + 2), shape.hidden_size * 3 + 1, hidden
 
 
-# ---- which units stay ----
+# ---- choice of units ----
 
 
 def keep_one(scores: Units, multiple: int = 1) -> Units:
-    """Scores with the best KV group and MLP channel of each layer, and `multiple` hidden channels, at infinity."""
+    """Returns scores with the best KV group and MLP channel per layer, and `multiple` hidden channels, at infinity."""
     raised = scores.combine(torch.clone)
     for values in (*raised.groups, *raised.channels):
         values[list(highest(values, 1))] = torch.inf
@@ -235,18 +237,20 @@ def keep_one(scores: Units, multiple: int = 1) -> Units:
 def densest_units(
     scores: Units, unit_cost: Sequence[float], costs: Costs, budget: float, multiple: int = 1
 ) -> tuple[Units, int]:
-    """The longest prefix that fits the budget, of all units sorted by score over cost; of equal ones the first leaves.
+    """Keeps the longest prefix that fits the budget, of all units sorted by score / cost.
+
+    Of equal units, the first is pruned first.
 
     Args:
-        scores: float64; infinity stays and comes first, -inf has left already.
-        unit_cost: of a KV group, an MLP channel and a hidden channel.
-        costs: parameters of what stays.
-        budget: parameters.
-        multiple: the number of hidden channels that stay is a multiple of it: of those in the prefix the last ones
-            leave. What this frees, the prefix can use.
+        scores: float64; infinity is kept and comes first, -inf marks units that are already pruned.
+        unit_cost: costs of a KV group, an MLP channel and a hidden channel.
+        costs: parameters per kept unit.
+        budget: parameters that may be kept.
+        multiple: the number of kept hidden channels is a multiple of it: the last ones in the prefix are pruned, and
+            the prefix can use the parameters that this frees.
 
     Returns:
-        Which units stay, and the length of the prefix.
+        Which units are kept, and the length of the prefix.
     """
     kinds = scores.all()
     density = torch.cat([values.flatten() / cost for values, cost in zip(kinds, unit_cost, strict=True)])
@@ -254,7 +258,7 @@ def densest_units(
     kind = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     order = torch.sort(density, stable=True).indices.flip(0)[: int((density > -torch.inf).sum())]
     groups, channels, hidden = ((kind[order] == index).cumsum(0) for index in range(3))
-    cumulative = costs.count(hidden // multiple * multiple, groups, channels)  # of every prefix; never falls
+    cumulative = costs.count(hidden // multiple * multiple, groups, channels)  # parameters of every prefix; never falls
     length = int(torch.searchsorted(cumulative, torch.tensor(math.floor(budget)), right=True))
     kept = torch.zeros_like(density, dtype=torch.bool)
     chosen = order[:length]
@@ -266,11 +270,11 @@ def densest_units(
 
 
 def width_plan(kept: Units, rep: int, among: Units) -> WidthPlan | None:
-    """The plan that keeps these units of a model that has others; None if that is all of them.
+    """Returns the plan that keeps these units of a model; None if the model has no others.
 
     Args:
-        kept: units of the dense model that stay, bool.
-        rep: query heads of a KV group.
+        kept: units of the dense model to keep, bool.
+        rep: query heads per KV group.
         among: units of the dense model that the model has, bool.
     """
     if all(torch.equal(own, other) for own, other in zip(kept.all(), among.all(), strict=True)):
@@ -289,11 +293,11 @@ def _positions(kept: Tensor) -> tuple[int, ...]:
     return tuple(kept.nonzero().flatten().tolist())
 
 
-# ---- over time ----
+# ---- schedules ----
 
 
 def kept_fraction(step: float, start: float, end: float, last: float) -> float:
-    """The cubic schedule: 1 until `start`, `last` from `end` on."""
+    """Returns the value of the cubic schedule: 1 until `start`, `last` from `end` on."""
     if step >= end:
         return last
     return min(1.0, last + (1.0 - last) * ((end - step) / (end - start)) ** 3)
@@ -301,12 +305,12 @@ def kept_fraction(step: float, start: float, end: float, last: float) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When what happens; all are counts of optimizer steps that are done.
+    """Times of APT's events, in completed optimizer steps.
 
     Attributes:
-        start: the warm-up is over: masks move from here on, and the teacher is the model as it is.
-        cuts: when units leave, ascending.
-        distil_end: the teacher is not asked any more.
+        start: end of the warm-up: masks start to move, and the teacher is made from the model at this step.
+        cuts: when units are pruned, ascending.
+        distil_end: when distillation ends.
     """
 
     start: int
@@ -315,35 +319,35 @@ class Schedule:
 
     @classmethod
     def of(cls, num_steps: int, prune_start: float, prune_end: float, distil_end: float, num_cuts: int) -> Self:
-        """From parts of all steps; fewer cuts than asked for where there are fewer steps."""
+        """Makes the schedule from fractions of all steps; there are fewer than `num_cuts` cuts if steps are too few."""
         start = max(1, round(prune_start * num_steps))  # nothing has a score before the first step
         length = max(0, round(prune_end * num_steps) - start)
         cuts = sorted({start + math.ceil(length * cut / num_cuts) for cut in range(1, num_cuts + 1)})
         return cls(start, tuple(cuts), round(distil_end * num_steps))
 
     def progress(self, step: int) -> float:
-        """From 0 at `start` to 1 at the last cut and after."""
+        """Returns the progress of pruning, from 0 at `start` to 1 at the last cut and after."""
         length = self.cuts[-1] - self.start
         return 1.0 if step >= self.cuts[-1] else max(0.0, (step - self.start) / length)
 
     def next_cut(self, step: int) -> int:
-        """The first cut at this step or after it."""
+        """Returns the first cut at this step or after it."""
         return next(cut for cut in self.cuts if cut >= step)
 
 
 def grown_ranks(
     ranks: Sequence[int], widths: Sequence[int], saliences: Sequence[float], target: float, max_rank: int
 ) -> list[int]:
-    """Ranks of adapters after the more salient half of them has taken up what is left of the target.
+    """Returns the ranks of adapters after the more salient half has grown to use up the target.
 
-    r' = floor(r ((target - current) / parameters of that half + 1)), as in the code; the paper's is r target / current.
+    r' = floor(r ((target - current) / parameters of that half + 1)), as in the code; the paper has r target / current.
 
     Args:
         ranks: r of each adapter.
-        widths: parameters of one rank: inputs + outputs.
+        widths: parameters per rank: inputs + outputs.
         saliences: see `rank_salience`, averaged over steps.
         target: parameters of all adapters.
-        max_rank: no rank grows beyond.
+        max_rank: rank beyond which no adapter grows.
     """
     growing = highest(saliences, len(ranks) // 2)
     current = sum(rank * width for rank, width in zip(ranks, widths, strict=True))

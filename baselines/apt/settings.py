@@ -1,4 +1,4 @@
-"""The settings of APT."""
+"""Settings of APT."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,21 @@ from gradpruner.finetune.spec import TrainingSpec
 
 @dataclass(frozen=True)
 class AptSettings(AptPruning):
-    """When APT prunes, how adapters grow, and what the teacher's part of the loss is.
+    """Settings for when APT prunes, how adapters grow, and how the teacher contributes to the loss.
 
     Attributes:
-        prune_start: part of the training steps before masks move.
-        prune_end: part of the training steps by which the last cut is made.
-        num_cuts: cuts between the two.
-        mask_step: how far a mask moves in a training step.
+        prune_start: fraction of the training steps before masks move.
+        prune_end: fraction of the training steps by which the last cut is made.
+        num_cuts: cuts from `prune_start` to `prune_end`.
+        mask_step: how far a mask moves per training step.
         growth: adapter parameters at the last cut, as a multiple of those at the start.
-        max_rank: no adapter grows beyond.
+        max_rank: rank beyond which no adapter grows.
         distil: learn from the model before the first cut.
-        distil_end: part of the training steps up to which it does.
-        layer_weight: of the loss that compares states.
-        logit_weight: of the loss that compares predictions.
-        temperature: divides the logits of both.
-        seed: of new ranks, and of the layers that are compared.
+        distil_end: fraction of the training steps after which distillation ends.
+        layer_weight: weight of the loss that compares states.
+        logit_weight: weight of the loss that compares predictions.
+        temperature: divides the logits of teacher and student.
+        seed: seed of new ranks, and of the layers that are compared.
     """
 
     prune_start: float = 0.01
@@ -54,7 +54,7 @@ class AptSettings(AptPruning):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
 
     def check_training(self, training: TrainingSpec) -> None:
-        """Raises ValueError unless it is LoRA, without recomputed activations."""
+        """Raises ValueError unless `training` uses LoRA without gradient checkpointing."""
         super().check_training(training)
         if training.gradient_checkpointing:
             raise ValueError(
@@ -63,9 +63,9 @@ class AptSettings(AptPruning):
             )
 
     def variant(self) -> str:
-        """How much is pruned, and whether there is a teacher."""
+        """Returns how much is pruned, and whether there is a teacher."""
         return super().variant() + ("" if self.distil else "-alone")
 
     def schedule(self, num_steps: int) -> Schedule:
-        """When what happens in a run of so many optimizer steps."""
+        """Returns the schedule of a run of `num_steps` optimizer steps."""
         return Schedule.of(num_steps, self.prune_start, self.prune_end, self.distil_end, self.num_cuts)

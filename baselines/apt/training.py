@@ -1,4 +1,4 @@
-"""What APT does in the steps of a fine-tune, as a callback of the Trainer."""
+"""APT's work in the steps of a fine-tune, as a Trainer callback."""
 
 import copy
 import json
@@ -49,12 +49,12 @@ from gradpruner.models.shape import LayerShape, ModelShape, config_shape, head_d
 from gradpruner.plan import PruningPlan
 from gradpruner.surgery import sharing_copy
 
-STATE_FILE = "apt.safetensors"  # in a checkpoint of the Trainer
-STATE_MAP = "state_map"  # module of the trained model; not saved with adapters
+STATE_FILE = "apt.safetensors"  # in a Trainer checkpoint
+STATE_MAP = "state_map"  # name of a module of the trained model; not saved with the adapters
 
 
 class AptTraining(PruningCallback):
-    """Scores, masks, cuts, grows and teaches."""
+    """Callback that scores, masks and prunes units, grows adapters, and distils."""
 
     def __init__(self, apt: AptSettings) -> None:
         self._apt = apt
@@ -68,10 +68,10 @@ class AptTraining(PruningCallback):
     # ---- events ----
 
     def prepare(self, model: PreTrainedModel, checkpoint: Path | None) -> None:
-        """See `PruningCallback.prepare`; takes over what a checkpoint holds.
+        """Prepares for training and restores a checkpoint's state; see `PruningCallback.prepare`.
 
         Raises:
-            ValueError: if the checkpoint is not one of this method.
+            ValueError: if the checkpoint is not from this method.
         """
         config = model.config
         self._dense, self._hidden_step = config_shape(config), hidden_step(config)
@@ -105,7 +105,7 @@ class AptTraining(PruningCallback):
         model: PeftModel | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the map of states, before the optimizer is made."""
+        """Adds the state map before the optimizer is made."""
         assert model is not None
         if self._apt.distil:
             lora = model.peft_config[ADAPTER]
@@ -123,7 +123,7 @@ class AptTraining(PruningCallback):
         model: PeftModel | None = None,
         **kwargs: Any,
     ) -> None:
-        """Starts to watch."""
+        """Restores the teacher and starts to watch units."""
         assert model is not None
         self._model = model
         self._schedule: Schedule = self._apt.schedule(state.max_steps)
@@ -138,13 +138,13 @@ class AptTraining(PruningCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Notes the step, for the loss."""
+        """Records the step, for the loss."""
         self._step = state.global_step
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Scores the adapters, whose gradients are there now."""
+        """Scores the adapters, whose gradients are complete now."""
         if self._hooks is None:
             return
         for index, layer in enumerate(adapters(self._model).values()):
@@ -161,10 +161,10 @@ class AptTraining(PruningCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Scores the units; then moves masks, or cuts."""
+        """Scores the units, then moves masks or makes a cut."""
         step = state.global_step
         if step >= self._schedule.distil_end:
-            self._teacher, self._untaught, self._teacher_state = None, None, {}  # the dense weights, too, are free now
+            self._teacher, self._untaught, self._teacher_state = None, None, {}  # also frees the dense weights
         if self._hooks is None:
             return
         self._scores = running(self._scores, self._hooks.scores())
@@ -183,7 +183,7 @@ class AptTraining(PruningCallback):
             self._hooks.mask(self._masks)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Saves what a resumed run needs besides weights."""
+        """Saves everything that a resumed run needs besides weights."""
         super().on_save(args, state, control, **kwargs)
         units = {"scores": self._scores, "masks": self._masks, "kept": self._kept}
         tensors = {name: value for kind, own in units.items() for name, value in own.tensors(f"{kind}.").items()}
@@ -196,7 +196,7 @@ class AptTraining(PruningCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leaves nothing on the model."""
+        """Removes hooks and state map from the model."""
         if self._hooks is not None:
             self._hooks.remove()
         if self._apt.distil:
@@ -205,7 +205,7 @@ class AptTraining(PruningCallback):
     # ---- pruning ----
 
     def _chosen(self, cut: int) -> Units:
-        """Units that are to stay after that cut, by the scores so far."""
+        """Returns the units to keep at that cut, by the scores so far."""
         whole, schedule = self._costs.of_shape(self._dense), self._schedule
         part = kept_fraction(cut, schedule.start, schedule.cuts[-1], self._target / whole)
         scores = keep_one(self._scores, self._hidden_step)
@@ -217,7 +217,7 @@ class AptTraining(PruningCallback):
         return (mask + torch.where(kept, step, -step)).clamp(0.0, 1.0)
 
     def _cut(self, kept: Units, step: int, optimizer: Optimizer) -> None:
-        """Slices the model, and lets adapters grow."""
+        """Slices the model and grows adapters."""
         assert self._hooks is not None
         self._hooks.remove()
         width = width_plan(kept, self._rep, self._kept)
@@ -245,7 +245,7 @@ class AptTraining(PruningCallback):
         ranks = [layer.r[ADAPTER] for layer in own.values()]
         widths = [num_adapter_parameters(layer) // rank for layer, rank in zip(own.values(), ranks, strict=True)]
         grown = grown_ranks(ranks, widths, self._saliences, target, self._apt.max_rank)
-        # Seeded by its place, a draw needs no state of a generator in the checkpoint. 32 bits are all torch takes.
+        # Seeded by the step, a draw needs no generator state in the checkpoint. torch takes only 32 bits.
         generator = torch.Generator().manual_seed(int(content_hash([self._apt.seed, step])[:8], 16))
         grow(self._model, dict(zip(own, grown, strict=True)), optimizer, generator)
 
@@ -259,7 +259,7 @@ class AptTraining(PruningCallback):
         return ModelShape(int(self._kept.hidden.sum()), tuple(layers))
 
     def _describe(self) -> None:
-        """Brings plan and report up to date."""
+        """Updates plan and report."""
         shape = self._shape()
         width = width_plan(self._kept, self._rep, Units.full(self._dense, True))
         self.plan = PruningPlan(num_hidden_layers=len(shape.layers), method=self._apt.name, width=width)
@@ -279,11 +279,11 @@ class AptTraining(PruningCallback):
         return module
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
-        """What the checkpoint holds under a prefix."""
+        """Returns the checkpoint's tensors under a prefix."""
         return {name.removeprefix(prefix): value for name, value in self._saved.items() if name.startswith(prefix)}
 
     def _teach(self, adapter_state: dict[str, Tensor]) -> None:
-        """Makes the teacher, from the adapters of the model before the first cut."""
+        """Makes the teacher from the adapters of the model before the first cut."""
         assert self._untaught is not None
         config = copy.deepcopy(self._model.peft_config[ADAPTER])
         config.rank_pattern, config.alpha_pattern = {}, {}

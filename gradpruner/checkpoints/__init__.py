@@ -1,1 +1,1 @@
-"""What is saved, and pruning of saved checkpoints. Imports nothing: `streaming` must start in 500 MB."""
+"""Saving checkpoints, and pruning saved ones. Imports nothing, because `streaming` must run within 500 MB."""

@@ -1,7 +1,7 @@
-"""Save a compressed, fine-tuned model so that plain transformers, and whatever builds on it, loads it without us.
+"""Save a compressed, fine-tuned model so that plain transformers, and tools built on it, load it without this code.
 
-Where layers differ in width no stock config describes the model. Then `shape.json` beside the weights does, config.json
-keeps the sizes of the dense model's layers, plain transformers refuses the weights, and `load_checkpoint` reads them.
+If layers differ in width, no stock config describes the model. Then `shape.json` beside the weights holds the widths,
+config.json keeps the dense model's, and only `load_checkpoint` can load the weights: plain transformers refuses them.
 """
 
 import json
@@ -40,9 +40,9 @@ def save_checkpoint(
     """Writes weights, config, tokenizer, plan, probe and a model card to `folder`, whole or not at all.
 
     Args:
-        model: what to save; of a PeftModel the base goes to `folder` and the adapter to `folder/adapter`.
-        tokenizer: saved as it is, chat template included.
-        plan: what was pruned.
+        model: model to save; of a PeftModel the base goes to `folder` and the adapter to `folder/adapter`.
+        tokenizer: saved unchanged, chat template included.
+        plan: which layers were pruned and merged.
         folder: replaced if it exists.
         base_name: name of the dense model, for the card.
         settings: the config of the run, for the card.
@@ -71,18 +71,18 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """Loads what `save_checkpoint` wrote, whether its layers are alike or not.
+    """Loads what `save_checkpoint` wrote, whether or not all layers have the same width.
 
     Args:
-        folder: with config.json and safetensors.
-        dtype: of the weights; `auto` is as saved.
+        folder: folder with config.json and safetensors.
+        dtype: dtype of the weights; `auto` is the saved one.
 
     Returns:
         The model in evaluation mode, on the CPU.
 
     Raises:
         ValueError: if `shape.json` is damaged, or does not fit the weights.
-        OSError: if there is no checkpoint.
+        OSError: if `folder` holds no checkpoint.
     """
     folder = Path(folder)
     if not (folder / SHAPE_FILE).is_file():
@@ -116,7 +116,7 @@ def _read_shape(folder: Path, num_layers: int) -> ModelShape:
 
 @torch.no_grad()
 def _read_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Fills all parameters from the files; tied ones have one name there."""
+    """Fills all parameters from the files; tied parameters have one name there."""
     file_names = locate_tensors(folder)
     stored = find_tensors(folder, file_names, file_names)
     wanted = {name: tensor for name, tensor in model.named_parameters() if name in stored}

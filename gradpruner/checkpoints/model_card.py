@@ -1,4 +1,4 @@
-"""The README.md of a saved checkpoint: which layers went where, and with which settings."""
+"""README.md of a saved checkpoint: which layers were pruned and merged, and with which settings."""
 
 import json
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ def model_card(
     shape: ModelShape | None = None,
     is_stock: bool = True,
 ) -> str:
-    """Text of the card.
+    """Returns the text of the card.
 
     Args:
-        plan: what was pruned and merged.
+        plan: which layers were pruned and merged.
         base_name: name of the dense model.
-        settings: JSON-ready settings that made the checkpoint, printed whole.
-        has_probe: `probe.json` lies beside the card.
-        shape: of the model, for plans that make layers narrower.
-        is_stock: plain transformers loads the checkpoint; else `shape.json` lies beside the card.
+        settings: JSON-ready settings that the checkpoint was made with, printed in full.
+        has_probe: whether `probe.json` is beside the card.
+        shape: shape of the model, printed for plans that make layers narrower.
+        is_stock: whether plain transformers loads the checkpoint; if not, `shape.json` is beside the card.
     """
     merged = ", ".join(f"{layer} into {absorber}" for absorber, layers in plan.merges.items() for layer in layers)
     rule = f" ({plan.merge_rule}, density {plan.density})" if merged else ""

@@ -1,7 +1,6 @@
-"""What a model says about one fixed text, recorded when it is saved, so that a reloaded checkpoint can be compared.
+"""A model's answers to one fixed text, recorded when it is saved, so that a reloaded checkpoint can be compared.
 
-`experiments/verify.py` does the comparing, in a process that knows nothing of this package; `probe.json` is all they
-share.
+`experiments/verify.py` compares, in a process that does not import this package. The two share only `probe.json`.
 """
 
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE_FILE = "probe.json"
 PROBE_VERSION = 1
-# An accent, digits, a line break and quotes, so that a changed tokenizer shows; 108 tokens to a byte tokenizer.
+# An accent, digits, a line break and quotes, so that a changed tokenizer shows; 108 tokens for a byte tokenizer.
 TEXT = 'The café on 3rd Street opened in 1987.\nIt sells tea and "honey" cakes. About 250 people visit it every day.'
 NUM_POSITIONS = 8
 TOP_K = 8
@@ -21,13 +20,13 @@ NUM_NEW_TOKENS = 16
 
 @torch.no_grad()
 def make_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Asks the model about `TEXT`; leaves it as it is.
+    """Runs the model on `TEXT`; the model is unchanged.
 
     Returns:
-        JSON-ready: `text`, its `token_ids`, what they decode to (`decoded`), the `dtype` of the weights; `positions`,
-        evenly spread and the last one among them, each with its `top` as pairs of token id and log-probability
-        (float32); the greedy `continuation`, and for each of its tokens the `margins`, log-probability above the
-        runner-up, small where another device or kernel may choose otherwise.
+        JSON-ready: `text`, its `token_ids`, the text that they decode to (`decoded`), the `dtype` of the weights;
+        `positions`, evenly spread up to and including the last one, each with its `top` as pairs of token id and
+        log-probability (float32); the greedy `continuation`, and one of the `margins` per token of it: log-probability
+        above the runner-up, small where another device or kernel may choose another token.
 
     Raises:
         ValueError: if the model answers with NaN or infinity.
@@ -56,7 +55,7 @@ def make_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> di
 
 
 def _log_probabilities(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
-    """Log-probability of every next token after each of `token_ids`, float32, (T, vocabulary)."""
+    """Returns the log-probability of every next token after each of `token_ids`, float32, (T, vocabulary)."""
     logits = model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False).logits[0]
     log_probabilities: Tensor = logits.float().log_softmax(-1)
     if not bool(log_probabilities.isfinite().all()):
@@ -68,22 +67,22 @@ def _log_probabilities(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
 
 
 def _top(log_probabilities: Tensor) -> list[tuple[int, float]]:
-    """The `TOP_K` likeliest tokens of a position, likeliest first."""
+    """Returns the `TOP_K` likeliest tokens of a position, likeliest first."""
     values, token_ids = log_probabilities.topk(min(TOP_K, log_probabilities.numel()))
     return list(zip(token_ids.tolist(), values.tolist(), strict=True))
 
 
 def _greedy(model: PreTrainedModel, token_ids: list[int]) -> tuple[list[int], list[float]]:
-    """Greedy continuation and its margins.
+    """Returns the greedy continuation and its margins.
 
-    Without a key-value cache, without generation settings and past any end-of-text token: the plainest definition
-    there is, and what `generate()` has to agree with.
+    There is no key-value cache, no generation settings and no stop at an end-of-text token: this is the plainest
+    definition, and `generate()` has to agree with it.
     """
     continuation: list[int] = []
     margins: list[float] = []
     for _ in range(NUM_NEW_TOKENS):
         log_probabilities = _log_probabilities(model, token_ids + continuation)[-1]
         best, runner_up = log_probabilities.topk(2).values.tolist()
-        continuation.append(int(log_probabilities.argmax()))  # as generate() does: of equal ones, topk may name another
+        continuation.append(int(log_probabilities.argmax()))  # as in generate(): topk may name another of equal ones
         margins.append(best - runner_up)
     return continuation, margins

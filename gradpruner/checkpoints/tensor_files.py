@@ -1,6 +1,6 @@
 """Safetensors files, read part by part.
 
-Files are read with plain reads rather than mapped: pages of a mapped file count as memory of the process.
+Files are read rather than mapped, because the pages of a mapped file count as memory of the process.
 """
 
 import io
@@ -21,7 +21,7 @@ FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file: `num_bytes` from byte `start` of `file`."""
+    """A tensor in a safetensors file: `num_bytes` bytes from byte `start` of `file`."""
 
     name: str
     file: Path
@@ -32,11 +32,11 @@ class StoredTensor:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element."""
+        """Bytes per element."""
         return self.num_bytes // max(1, math.prod(self.shape))
 
     def parts(self, buffer: memoryview) -> Iterator[memoryview]:
-        """The tensor's bytes, at most a `buffer` at a time, each part in the same memory as the one before."""
+        """Yields the tensor's bytes, at most a `buffer` at a time; each part overwrites the one before."""
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.start)
             for done in range(0, self.num_bytes, max(1, len(buffer))):
@@ -45,17 +45,17 @@ class StoredTensor:
                 yield part
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
-        """The part with these indices of the first dimension, without reading it."""
+        """Returns the rows `start` to `stop` - 1 of the first dimension, without reading them."""
         stride = self.num_bytes // self.shape[0]
         shape = (stop - start, *self.shape[1:])
         return replace(self, shape=shape, start=self.start + start * stride, num_bytes=shape[0] * stride)
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """Reads the tensor into new memory."""
         check_float(self)
         data = torch.empty(self.num_bytes, dtype=torch.uint8)
         for _ in self.parts(data.numpy().data):
-            pass  # one part, which fills the buffer: the tensor itself
+            pass  # there is one part, which fills the whole buffer
         return data.view(FLOAT_DTYPES[self.dtype]).reshape(self.shape)
 
 
@@ -69,7 +69,7 @@ def check_float(stored: StoredTensor) -> None:
 
 
 def locate_tensors(source: Path) -> dict[str, str]:
-    """Tensor name -> name of the file that holds it."""
+    """Returns tensor name -> name of the file that holds it."""
     if (source / WEIGHTS_FILE).is_file():
         return dict.fromkeys(read_header(source / WEIGHTS_FILE), WEIGHTS_FILE)
     if (source / INDEX_FILE).is_file():
@@ -92,7 +92,7 @@ def locate_tensors(source: Path) -> dict[str, str]:
 
 
 def find_tensors(source: Path, file_names: Mapping[str, str], used: Iterable[str]) -> dict[str, StoredTensor]:
-    """Where the `used` tensors are; opens only the files that hold some of them."""
+    """Locates the `used` tensors by name; opens only files that hold some of them."""
     headers: dict[str, dict[str, StoredTensor]] = {}
     stored = {}
     for name in used:
@@ -114,7 +114,7 @@ def find_tensors(source: Path, file_names: Mapping[str, str], used: Iterable[str
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file: 8 bytes with the length N of a JSON header, the header, the data."""
+    """Returns the tensors of a safetensors file: 8 bytes with the length N of a JSON header, the header, the data."""
     try:
         with file.open("rb", buffering=0) as stream:
             length = int.from_bytes(fill(memoryview(bytearray(8)), stream), "little")

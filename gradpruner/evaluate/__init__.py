@@ -1,1 +1,1 @@
-"""Score a model on a task: by the likelihood of the answers."""
+"""Score a model on a task, by generated answers or by the likelihood of the answers."""

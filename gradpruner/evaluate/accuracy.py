@@ -1,4 +1,4 @@
-"""Accuracy of generated answers: the share that equals its reference once both are normalised.
+"""Accuracy of generated answers: the fraction that equals the reference once both are normalised.
 
 An `evaluate` metric, loaded from this file: `evaluate.load("gradpruner/evaluate/accuracy.py")`.
 """
@@ -14,17 +14,17 @@ _EDGES = re.compile(r"^\W+|\W+$")
 
 
 def normalise(text: str) -> str:
-    """Text as it is compared: Unicode-normalised, case-folded, single spaces, no punctuation at the ends.
+    """Returns the text to compare: Unicode-normalised, case-folded, single spaces, no punctuation at the ends.
 
-    Fair to a model that adds a full stop or a capital. Articles and punctuation inside stay, because options may differ
-    in just these. Text without a letter or digit keeps its punctuation.
+    A model is not penalised for an added full stop or capital. Articles and inner punctuation are kept, because options
+    may differ in just these. Text without a letter or digit keeps its punctuation.
     """
     folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return _EDGES.sub("", folded) or folded
 
 
 class Accuracy(evaluate.Metric):
-    """Exact match, see `normalise`."""
+    """Exact match of normalised texts, see `normalise`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -37,7 +37,7 @@ class Accuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        """Returns `accuracy` in [0, 1], and `accuracy_rows`, 0.0 or 1.0 for each pair."""
+        """Returns `accuracy` in [0, 1], and `accuracy_rows`, 0.0 or 1.0 per pair."""
         rows = [
             float(normalise(prediction) == normalise(reference))
             for prediction, reference in zip(predictions, references, strict=True)

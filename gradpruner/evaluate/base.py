@@ -1,8 +1,8 @@
-"""What an evaluation is to the rest of the project, and how its predictions reach the disk.
+"""The interface of an evaluation, and how its predictions are written to disk.
 
-An `Evaluation` turns examples into `Question`s (tokens), answers them batch by batch, and measures the answers. Which
-questions share a batch is fixed beforehand, and every batch is written down when it is done: an evaluation that was
-interrupted goes on with the next one and ends with the same file.
+An `Evaluation` turns examples into `Question`s (tokens), answers them batch by batch, and measures the answers. The
+batches are fixed beforehand, and every batch is written when it is done: an interrupted evaluation continues with the
+next batch and ends with the same file.
 """
 
 import json
@@ -34,9 +34,9 @@ class Question:
     """One tokenized test example.
 
     Attributes:
-        example: what is asked.
-        prompt: its tokens, shortened if need be.
-        completions: tokens of what is scored: its options, or its reference answer.
+        example: the test example.
+        prompt: tokens of the prompt, shortened if necessary.
+        completions: tokens of the texts to score: the options, or the reference answer.
     """
 
     example: Example
@@ -45,16 +45,16 @@ class Question:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and all completions."""
+        """Number of tokens in the prompt and all completions."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
 
 
 @dataclass(frozen=True)
 class Evaluation(ABC):
-    """Base of all ways to evaluate. Building one is cheap and checks its values.
+    """Base of all ways to evaluate. Creating one is cheap and checks its values.
 
     Attributes:
-        batch_size: questions at once; changes speed and memory, not results.
+        batch_size: questions per batch; changes speed and memory, not results.
 
     Raises:
         ValueError: on values that cannot work.
@@ -70,11 +70,11 @@ class Evaluation(ABC):
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}. Raise evaluation.batch_size.")
 
     def resolve(self, task: Task, examples: Sequence[Example]) -> Self:
-        """A copy with everything that depends on task and machine made definite and checked; downloads nothing."""
+        """Returns a checked copy with everything that depends on task and machine definite; downloads nothing."""
         return self
 
     def prepare(self) -> None:  # noqa: B027  # most need nothing
-        """Fetches what measuring will need, so that a failure comes before the work, not after it."""
+        """Fetches what `measure` will need, so that a failure comes before the work, not after it."""
 
     @abstractmethod
     def questions(self, examples: Sequence[Example], encoder: Encoder) -> list[Question]:
@@ -86,20 +86,20 @@ class Evaluation(ABC):
 
     @abstractmethod
     def predict(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[dict[str, Any]]:
-        """Answers a batch: one JSON-ready dict a question, with its `id`."""
+        """Answers a batch and returns one JSON-ready dict per question, with its `id`."""
 
     @abstractmethod
     def prediction_settings(self) -> dict[str, Any]:
-        """The settings that decide what `predict` gives; part of its cache key."""
+        """Returns the settings that decide what `predict` returns; part of its cache key."""
 
     @abstractmethod
     def measure(
         self, predictions: Sequence[dict[str, Any]], examples: Sequence[Example]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The metrics with their standard errors, and the predictions with what each scored."""
+        """Returns the metrics with their standard errors, and the predictions with their scores."""
 
     def measurement_settings(self) -> dict[str, Any]:
-        """The settings that decide what `measure` makes of given predictions; part of its cache key."""
+        """Returns the settings that decide what `measure` returns for given predictions; part of its cache key."""
         return {}
 
 
@@ -112,7 +112,7 @@ def encode_questions(
     """Tokenizes test examples; see `Encoder.encode`.
 
     Raises:
-        DataError: if a prompt does not fit: leaving test rows out would change what is measured.
+        DataError: if a prompt does not fit: skipping test rows would change what is measured.
     """
     encoded = encoder.encode(examples, completions, reserve)
     unfit = [example.id for example, row in zip(examples, encoded, strict=True) if row is None]
@@ -139,11 +139,11 @@ def predict_all(
     """Answers every question and writes `predictions.jsonl`, in the order of the questions.
 
     Args:
-        load_model: gives the model in evaluation mode; called only if there is something left to answer.
+        load_model: returns the model in evaluation mode; called only if questions are still unanswered.
         evaluation: how to answer.
-        encoder: the one that made the questions.
-        questions: what to answer.
-        directory: where to write; the batches that an interrupted call finished there are not answered again.
+        encoder: the encoder that made the questions.
+        questions: the questions to answer.
+        directory: folder to write to; batches that an interrupted call finished there are not answered again.
     """
     lengths = [question.length for question in questions]
     order = sorted(
@@ -177,7 +177,7 @@ def predict_all(
 
 
 def _whole_batches(journal: Path, expected: list[list[str]]) -> list[list[dict[str, Any]]]:
-    """The batches that the journal holds whole; whatever comes after them is cut off the file."""
+    """Returns the batches that are complete in the journal, and truncates the file after them."""
     done: list[list[dict[str, Any]]] = []
     if not journal.is_file():
         return done
@@ -200,7 +200,7 @@ def _whole_batches(journal: Path, expected: list[list[str]]) -> list[list[dict[s
 def pad(
     rows: Sequence[Sequence[int]], device: torch.device, left: bool, pad_token_id: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (B, T) int64; padding is masked."""
+    """Pads rows and returns token ids and attention mask, both (B, T) int64; padding is masked."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), pad_token_id)
     mask = torch.zeros_like(ids)

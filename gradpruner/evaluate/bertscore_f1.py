@@ -1,7 +1,7 @@
-"""BERTScore F1 of generated answers (Zhang et al., arXiv:1904.09675), by the library bert-score.
+"""BERTScore F1 of generated answers (Zhang et al., arXiv:1904.09675), from the library bert-score.
 
 An `evaluate` metric, loaded from this file with the encoder as arguments. No IDF weights and no rescaling, as the paper
-names neither. An empty answer scores 0, where the library would fail; text over the encoder's 512 tokens is cut there.
+names neither. An empty answer scores 0, where the library would fail; text is cut after the encoder's 512 tokens.
 """
 
 import logging
@@ -11,7 +11,7 @@ import datasets
 import evaluate
 from bert_score import BERTScorer
 
-logger = logging.getLogger("gradpruner.evaluate.bertscore_f1")  # `evaluate` loads a copy under a name of its own
+logger = logging.getLogger("gradpruner.evaluate.bertscore_f1")  # `evaluate` loads a copy under another name
 
 MAX_TOKENS = 512  # positions of BERT, RoBERTa and MiniLM
 PAIRS_AT_ONCE = 64  # the library keeps the embeddings of all texts of a call
@@ -25,9 +25,9 @@ class BertScoreF1(evaluate.Metric):
 
         Args:
             encoder: folder of the encoder, or its Hub id.
-            num_layers: the layer whose output is compared, from 1.
+            num_layers: the layer whose output is compared, counted from 1.
             device: torch device to run on.
-            kwargs: `evaluate.Metric`'s own.
+            kwargs: arguments of `evaluate.Metric`.
         """
         super().__init__(**kwargs)
         self._encoder, self._num_layers, self._device = encoder, num_layers, device
@@ -43,18 +43,18 @@ class BertScoreF1(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        """Returns `bertscore_f1`, and `bertscore_f1_rows` for each pair."""
+        """Returns `bertscore_f1`, and `bertscore_f1_rows`, one score per pair."""
         scorer = BERTScorer(model_type=self._encoder, num_layers=self._num_layers, device=self._device)
         tokenizer = scorer._tokenizer
-        # Some tokenizers bring no maximum, and the number that stands for none overflows.
+        # Some tokenizers have no maximum, and the number that stands for none overflows.
         tokenizer.model_max_length = min(MAX_TOKENS, tokenizer.model_max_length)
         pairs = list(zip(predictions, references, strict=True))
         filled = [index for index, pair in enumerate(pairs) if all(text.strip() for text in pair)]
         rows = [0.0] * len(pairs)
         for start in range(0, len(filled), PAIRS_AT_ONCE):
             chunk = filled[start : start + PAIRS_AT_ONCE]
-            # One text a batch: the library orders texts by a hash that differs between processes, and padding would let
-            # that order show in the last digits.
+            # One text per batch: the library orders texts by a hash that differs between processes, and with padding
+            # that order would change the last digits.
             _, _, f1 = scorer.score([pairs[i][0] for i in chunk], [pairs[i][1] for i in chunk], batch_size=1)
             for index, value in zip(chunk, f1.tolist(), strict=True):
                 rows[index] = value

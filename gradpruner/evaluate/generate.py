@@ -1,8 +1,8 @@
-"""Let the model write its answer, greedily, and measure the text: the paper's setting (Section 4.1).
+"""Generate answers greedily and measure the text: the paper's setting (Section 4.1).
 
-Prompts are padded on the left and masked, so that an answer does not depend on what else is in the batch. Writing stops
-at the end of sequence or after as many tokens as the dataset allows. The likelihood of the reference answer is scored
-on the way: it moves where the text does not yet.
+Prompts are padded on the left and masked, so that an answer does not depend on the rest of the batch. Generation stops
+at the end of sequence or after the dataset's maximum number of tokens. The likelihood of the reference answer is scored
+as well, because it shows differences before the text does.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ from gradpruner.tasks import Example, Task
 
 @dataclass(frozen=True)
 class Generation(Evaluation):
-    """Generates an answer to every example.
+    """Evaluation that generates an answer to every example.
 
     A prediction has `id`, `label`, `generated` and `reference` (text), `generated_tokens`, `is_finished` (the model
     ended its answer by itself), `answer_nll` (summed over the reference answer, or its first `max_new_tokens` tokens)
-    and `answer_tokens`; measured, it has what it scored besides.
+    and `answer_tokens`; `measure` adds its scores.
 
     Attributes:
         bertscore_model: the encoder, see `encoders.choose_encoder`.
-        bertscore_layer: its layer, see there.
-        max_new_tokens: tokens of an answer; set by `resolve` from the task.
-        metrics: what to measure; set by `resolve` from the task.
+        bertscore_layer: layer of the encoder, see there.
+        max_new_tokens: maximum number of tokens of an answer; set by `resolve` from the task.
+        metrics: names of the metrics; set by `resolve` from the task.
     """
 
     name: ClassVar[str] = "generate"
@@ -46,10 +46,10 @@ class Generation(Evaluation):
     metrics: tuple[str, ...] | None = None
 
     def resolve(self, task: Task, examples: Sequence[Example]) -> Self:
-        """Takes the task's length and metrics, and chooses the encoder if one is needed.
+        """Returns a copy with the task's answer length and metrics, and with an encoder chosen if one is needed.
 
         Raises:
-            ValueError: if the encoder's layer is not known.
+            ValueError: if the encoder's layer is unknown.
         """
         has_choices = all(example.choices for example in examples)
         metrics = task.metrics or (("accuracy",) if has_choices else ("rouge_l", "bertscore_f1"))
@@ -60,14 +60,14 @@ class Generation(Evaluation):
         return dataclasses.replace(resolved, bertscore_model=encoder.name, bertscore_layer=encoder.layer)
 
     def questions(self, examples: Sequence[Example], encoder: Encoder) -> list[Question]:
-        """Prompts, with room for an answer, and reference answers."""
+        """Returns prompts, with room for an answer, and reference answers."""
         assert self.max_new_tokens is not None
         answers = [(example.answer,) for example in examples]
-        # The room must not depend on the reference: its length is not the model's to know.
+        # The room must not depend on the reference answer, whose length the model cannot know.
         return encode_questions(examples, answers, encoder, reserve=self.max_new_tokens)
 
     def predict(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[dict[str, Any]]:
-        """Answers a batch."""
+        """Generates answers to a batch, and scores the reference answers."""
         references = [
             dataclasses.replace(question, completions=[question.completions[0][: self.max_new_tokens]])
             for question in batch
@@ -95,7 +95,7 @@ class Generation(Evaluation):
         return rows
 
     def _generate(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[list[int]]:
-        """New tokens of every question; after an end of sequence comes padding."""
+        """Returns the new tokens of every question; padding follows an end of sequence."""
         pad_token_id = encoder.tokenizer.pad_token_id
         ids, mask = pad([question.prompt for question in batch], model.device, left=True, pad_token_id=pad_token_id)
         config = GenerationConfig(
@@ -110,11 +110,11 @@ class Generation(Evaluation):
         return new
 
     def prediction_settings(self) -> dict[str, Any]:
-        """Everything but the measuring."""
+        """Returns all settings except those of `measure`."""
         return {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
 
     def measurement_settings(self) -> dict[str, Any]:
-        """Metrics and encoder."""
+        """Returns metrics and encoder."""
         return {"metrics": self.metrics, "encoder": self.bertscore_model, "layer": self.bertscore_layer}
 
     def prepare(self) -> None:
@@ -125,7 +125,7 @@ class Generation(Evaluation):
     def measure(
         self, predictions: Sequence[dict[str, Any]], examples: Sequence[Example]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """See `metrics.text_metrics`; `finished` is the share of answers that the model ended by itself."""
+        """Computes `metrics.text_metrics`, and `finished`: the fraction of answers that the model ended by itself."""
         assert self.metrics is not None
         arguments: dict[str, Any] = {}
         if (encoder := self._encoder) is not None:
@@ -152,7 +152,7 @@ class Generation(Evaluation):
 
 
 def _ends(model: PreTrainedModel, encoder: Encoder) -> set[int]:
-    """Ids that end an answer: the one that fine-tuning taught, and those the model came with."""
+    """Returns the ids that end an answer: the one used in fine-tuning, and those of the original model."""
     own = model.generation_config.eos_token_id
     ids = [] if own is None else own if isinstance(own, list) else [own]
     return {encoder.tokenizer.eos_token_id, *ids}
@@ -160,7 +160,7 @@ def _ends(model: PreTrainedModel, encoder: Encoder) -> set[int]:
 
 @contextmanager
 def _own_generation_config(model: PreTrainedModel | PeftModel, config: GenerationConfig) -> Iterator[None]:
-    """Sets a checkpoint's own settings aside: transformers fills in what `config` leaves open, such as penalties."""
+    """Replaces a checkpoint's own settings until exit: transformers would fill gaps in `config`, such as penalties."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     own, base.generation_config = base.generation_config, config
     try:

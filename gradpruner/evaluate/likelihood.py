@@ -1,8 +1,8 @@
 """Log-likelihood of every option, with the prompt read once for all options of a question.
 
-A question is one row: its prompt, then all its options one after another, each at the positions and with the view that
-it would have right after the prompt. That reads no prompt twice, pads no option to the length of another, and computes
-logits only where there is something to score. Results do not depend on what else is in the batch.
+A question is packed into one row: the prompt, then all options one after another. Every option has the positions and
+the attention mask that it would have directly after the prompt. No prompt is read twice, no option is padded to the
+length of another, and logits are computed only where they are scored. Results do not depend on the rest of the batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ from gradpruner.evaluate.base import Evaluation, Question, encode_questions, pad
 from gradpruner.evaluate.metrics import likelihood_metrics
 from gradpruner.tasks import Example
 
-MASKED_ATTENTION = ("sdpa", "eager")  # attentions of transformers that take a mask of any pattern
-TOKENS_AT_ONCE = 1024  # with padding: enough for full speed of matrix products, and logits stay small
+MASKED_ATTENTION = ("sdpa", "eager")  # attentions of transformers that accept a mask of any pattern
+TOKENS_AT_ONCE = 1024  # including padding: enough for full speed of matrix products, with small logits
 
 
 @dataclass(frozen=True)
 class Likelihood(Evaluation):
-    """Scores the options of every example, or the reference answer of an example without options.
+    """Evaluation that scores the options of every example, or the reference answer of an example without options.
 
     A prediction has `id`, `label`, `log_likelihoods` (summed over an option's tokens, in nats), `num_tokens` and
     `num_characters` of each option (delimiter not counted), `prediction` (argmax) and `prediction_norm` (argmax per
@@ -36,7 +36,7 @@ class Likelihood(Evaluation):
     name: ClassVar[str] = "likelihood"
 
     def questions(self, examples: Sequence[Example], encoder: Encoder) -> list[Question]:
-        """Prompts and options; a prompt leaves room for the longest option."""
+        """Returns prompts and options; a prompt has room for the longest option."""
         return encode_questions(examples, [example.choices or (example.answer,) for example in examples], encoder)
 
     def predict(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[dict[str, Any]]:
@@ -45,24 +45,24 @@ class Likelihood(Evaluation):
         return [_prediction(question, own) for question, own in zip(batch, scores, strict=True)]
 
     def prediction_settings(self) -> dict[str, Any]:
-        """Only the batch size, which moves the last digits."""
+        """Returns only the batch size, which changes the last digits."""
         return {"batch_size": self.batch_size}
 
     def measure(
         self, predictions: Sequence[dict[str, Any]], examples: Sequence[Example]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """See `metrics.likelihood_metrics`."""
+        """Computes `metrics.likelihood_metrics`."""
         return likelihood_metrics(predictions), list(predictions)
 
 
 def score_completions(model: PreTrainedModel, batch: Sequence[Question]) -> list[list[float]]:
-    """Summed log-likelihood, in nats, of every completion of every question.
+    """Returns the summed log-likelihood, in nats, of every completion of every question.
 
-    Rows of like length are read together, so that hardly any padding is read.
+    Rows of similar length are read together, so that there is hardly any padding.
     """
     is_shared = _can_share(model, batch)
     rows = [
-        Row(question.prompt, completions)
+        PackedRow(question.prompt, completions)
         for question in batch
         for completions in ([question.completions] if is_shared else [[own] for own in question.completions])
     ]
@@ -77,41 +77,41 @@ def score_completions(model: PreTrainedModel, batch: Sequence[Question]) -> list
 
 
 @dataclass(frozen=True)
-class Row:
-    """A prompt and completions of it, read as one sequence; the last token of a completion is only predicted."""
+class PackedRow:
+    """A prompt and its completions as one sequence; the last token of a completion is predicted but not read."""
 
     prompt: list[int]
     completions: list[list[int]]
 
     @cached_property
     def input_ids(self) -> list[int]:
-        """The prompt, then each completion without its last token."""
+        """Tokens of the prompt, then of each completion without its last token."""
         return [*self.prompt, *(token for own in self.completions for token in own[:-1])]
 
     @property
     def branches(self) -> list[int]:
-        """What each token belongs to: 0 the prompt, 1, 2, ... the completions."""
+        """Branch of each token: 0 is the prompt; 1, 2, ... are the completions."""
         return [0] * len(self.prompt) + [number for number, own in enumerate(self.completions, 1) for _ in own[:-1]]
 
     @property
     def positions(self) -> list[int]:
-        """Positions of the tokens: those of a completion follow the prompt's."""
+        """Position of each token; every completion continues directly after the prompt."""
         after = len(self.prompt)
         return [*range(after), *(after + index for own in self.completions for index in range(len(own[:-1])))]
 
     @property
     def is_scored(self) -> list[int]:
-        """1 for the tokens that predict one of a completion: the prompt's last and all after it."""
+        """1 for tokens that predict a completion token (the last token of the prompt and all after it), else 0."""
         return [0] * (len(self.prompt) - 1) + [1] * (len(self.input_ids) - len(self.prompt) + 1)
 
 
 @torch.inference_mode()
-def _score_rows(model: PreTrainedModel, rows: Sequence[Row], is_shared: bool) -> list[list[float]]:
-    """Summed log-likelihoods of the completions in each row.
+def _score_rows(model: PreTrainedModel, rows: Sequence[PackedRow], is_shared: bool) -> list[list[float]]:
+    """Returns the summed log-likelihoods of the completions in each row.
 
     Args:
-        model: what reads them.
-        rows: one forward pass.
+        model: the model that reads the rows.
+        rows: the rows of one forward pass.
         is_shared: whether a row may have more than one completion; see `_can_share`.
     """
     input_ids, mask = pad([row.input_ids for row in rows], model.device, left=True)  # (B, T)
@@ -125,16 +125,16 @@ def _score_rows(model: PreTrainedModel, rows: Sequence[Row], is_shared: bool) ->
             attention_mask=mask,
             position_ids=pad([row.positions for row in rows], model.device, left=True)[0],
             use_cache=False,
-        ).logits[0]  # (S, V): those of all rows
+        ).logits[0]  # (S, V): scored tokens of all rows
     parts = torch.split(logits, is_scored.sum(dim=1).tolist())
     return [_completion_scores(part, row.completions) for part, row in zip(parts, rows, strict=True)]
 
 
 @contextmanager
 def _only(head: nn.Module, is_wanted: Tensor) -> Iterator[None]:
-    """Has the output layer compute only what is wanted of its (B, T) inputs, as (1, S, V).
+    """Makes the output layer compute only the wanted positions of its (B, T) inputs until exit, as (1, S, V).
 
-    `logits_to_keep` can only take the same columns of every row.
+    `logits_to_keep` can only select the same columns in every row.
     """
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][is_wanted][None],))
     try:
@@ -144,9 +144,9 @@ def _only(head: nn.Module, is_wanted: Tensor) -> Iterator[None]:
 
 
 def _can_share(model: PreTrainedModel, batch: Sequence[Question]) -> bool:
-    """Whether the completions of a question can stand in one row, each blind to the others.
+    """Returns whether the completions of a question can share one row without attending to each other.
 
-    That takes an attention with masks of any pattern, and no sliding window shorter than prompt and completion:
+    Sharing needs an attention that accepts any mask, and no sliding window shorter than prompt and completion:
     transformers adds no window to a mask that it is given.
     """
     if model.config._attn_implementation not in MASKED_ATTENTION:
@@ -157,11 +157,11 @@ def _can_share(model: PreTrainedModel, batch: Sequence[Question]) -> bool:
 
 
 def _branch_mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask to add to attention scores, (B, 1, T, T): a token sees what precedes it in the prompt and its branch.
+    """Returns the mask to add to attention scores, (B, 1, T, T): a token sees earlier tokens of prompt and own branch.
 
     Args:
         branch: (B, T): 0 is the prompt, 1, 2, ... the completions after it, -1 padding, which only padding sees.
-        dtype: of the model.
+        dtype: dtype of the model.
     """
     query, key = branch[:, :, None], branch[:, None, :]
     visible = ((key == 0) | (key == query)).tril()  # (B, T, T)
@@ -171,11 +171,11 @@ def _branch_mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _completion_scores(logits: Tensor, completions: Sequence[Sequence[int]]) -> list[float]:
-    """Log-likelihoods of the completions in a row.
+    """Returns the log-likelihoods of the completions in a row.
 
     Args:
         logits: (S, V): after the prompt's last token, then after all but the last token of each completion in turn.
-        completions: their tokens.
+        completions: tokens of each completion.
     """
     where, start = [], 1
     for own in completions:
@@ -206,5 +206,5 @@ def _prediction(question: Question, scores: list[float]) -> dict[str, Any]:
 
 
 def _argmax(values: Sequence[float]) -> int:
-    """Index of the largest value, the first of equal ones."""
+    """Returns the index of the largest value, the first among equals."""
     return max(range(len(values)), key=lambda index: (values[index], -index))

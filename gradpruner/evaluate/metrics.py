@@ -1,7 +1,7 @@
-"""From predictions to metrics, each with its standard error.
+"""Metrics of predictions, each with its standard error.
 
-Metrics of generated text are `evaluate` modules in files of their own beside this one; likelihoods are no text, so what
-is made of them is a function here.
+Metrics of generated text are `evaluate` modules, each in a file next to this one. Metrics of likelihoods are functions
+in this file.
 """
 
 import math
@@ -17,15 +17,15 @@ BOOTSTRAP_SEED = 0
 
 
 def likelihood_metrics(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Measures log-likelihoods.
+    """Computes the metrics of log-likelihoods.
 
-    - `accuracy`: share of questions whose option with the highest summed log-likelihood is right.
+    - `accuracy`: fraction of questions whose option with the highest summed log-likelihood is right.
     - `accuracy_norm`: the same with the sum divided by the option's length in characters, as in lm-evaluation-harness.
     - `majority_accuracy` and `chance_accuracy`: see `baselines`.
-    - `answer_nll`: see there.
+    - `answer_nll`: see `answer_nll`.
 
     Args:
-        predictions: dicts of `likelihood.Likelihood`.
+        predictions: dicts from `likelihood.Likelihood`.
 
     Returns:
         JSON-ready dict; accuracies only if the examples have options. Standard errors end in `_stderr`.
@@ -49,21 +49,21 @@ def likelihood_metrics(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def text_metrics(
     names: Sequence[str], predictions: Sequence[str], references: Sequence[str], **encoder: Any
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Measures generated answers.
+    """Computes the metrics of generated answers.
 
-    - `accuracy`: share that equals the reference once both are normalised; `accuracy_mode` is `generate`.
-    - `rouge_l`, `bertscore_f1`: means over the answers; and with both of them
-    - `similarity`: their mean (the paper's Section 4.1).
+    - `accuracy`: fraction that equals the reference once both are normalised; `accuracy_mode` is `generate`.
+    - `rouge_l`, `bertscore_f1`: means over the answers.
+    - `similarity`: mean of `rouge_l` and `bertscore_f1`, if both are computed (the paper's Section 4.1).
 
     Args:
         names: which of `accuracy`, `rouge_l`, `bertscore_f1`.
         predictions: generated answers.
-        references: what they are compared with.
+        references: reference answers.
         encoder: arguments of `bertscore_f1`.
 
     Returns:
-        The metrics, with standard errors that end in `_stderr` (bootstrap over the answers, but binomial for accuracy);
-        and what each answer scored, by metric.
+        The metrics, with standard errors that end in `_stderr` (binomial for accuracy, bootstrap over the answers for
+        the other metrics); and the score of each answer, by metric.
     """
     modules = [load_metric(name, **(encoder if name == "bertscore_f1" else {})) for name in names]
     computed = evaluate.combine(modules).compute(predictions=list(predictions), references=list(references))
@@ -81,7 +81,7 @@ def text_metrics(
 
 
 def load_metric(name: str, **arguments: Any) -> Any:
-    """The `evaluate` module in the file of that name beside this one; needs no network."""
+    """Loads the `evaluate` module in the file of that name next to this one; needs no network."""
     from gradpruner.evaluate import accuracy, bertscore_f1, rouge_l  # late: bert-score takes seconds to import
 
     files = {"accuracy": accuracy.__file__, "bertscore_f1": bertscore_f1.__file__, "rouge_l": rouge_l.__file__}
@@ -89,9 +89,9 @@ def load_metric(name: str, **arguments: Any) -> Any:
 
 
 def answer_nll(predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Negative log-likelihood of the reference answers per token, over all tokens, in nats.
+    """Returns the negative log-likelihood of the reference answers per token, over all tokens, in nats.
 
-    The sensitive number at small scale. The standard error is that of a ratio of sums over examples.
+    The most sensitive metric at small scale. The standard error is that of a ratio of sums over examples.
     """
     tokens = sum(row["answer_tokens"] for row in predictions)
     nll = sum(row["answer_nll"] for row in predictions) / tokens
@@ -100,10 +100,10 @@ def answer_nll(predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def baselines(labels: Sequence[int], num_choices: Sequence[int]) -> dict[str, float]:
-    """The bars that any model must clear.
+    """Returns the scores that any model must exceed.
 
-    - `majority_accuracy`: what always giving the most frequent label would score.
-    - `chance_accuracy`: what guessing would.
+    - `majority_accuracy`: score of always giving the most frequent label.
+    - `chance_accuracy`: expected score of guessing.
     """
     return {
         "majority_accuracy": Counter(labels).most_common(1)[0][1] / len(labels),
@@ -112,7 +112,7 @@ def baselines(labels: Sequence[int], num_choices: Sequence[int]) -> dict[str, fl
 
 
 def _bootstrap_stderr(values: Sequence[float]) -> float:
-    """Standard deviation of the mean over resamples with replacement; seeded, so that a record does not change."""
+    """Returns the standard deviation of the mean over resamples with replacement; seeded, so records do not change."""
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     array = np.asarray(values, dtype=np.float64)
     means = [array[generator.integers(len(array), size=len(array))].mean() for _ in range(NUM_RESAMPLES)]

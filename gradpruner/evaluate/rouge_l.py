@@ -1,7 +1,7 @@
-"""ROUGE-L of generated answers: F1 of the longest common subsequence of words (Lin, 2004), by the library rouge-score.
+"""ROUGE-L of generated answers: F1 of the longest common subsequence of words (Lin, 2004), from rouge-score.
 
-An `evaluate` metric, loaded from this file: `evaluate.load("rouge")` would need the Hub. No stemming, as there. The
-library's words are runs of the letters a to z and digits, so that text in another script scores 0.
+An `evaluate` metric, loaded from this file: `evaluate.load("rouge")` would need the Hub. Like that metric, this one
+uses no stemming. The library's words are runs of the letters a to z and digits, so text in another script scores 0.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ class RougeL(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        """Returns `rouge_l` in [0, 1], and `rouge_l_rows` for each pair."""
+        """Returns `rouge_l` in [0, 1], and `rouge_l_rows`, one score per pair."""
         scorer = RougeScorer(["rougeL"], use_stemmer=False)
         rows = [
             float(scorer.score(reference, prediction)["rougeL"].fmeasure)

@@ -1,7 +1,7 @@
 """LoRA and full fine-tuning on the Hugging Face Trainer.
 
-`spec` says how to train, `run` does it, `trainer` is what all training here shares, `distill` learns from the dense
-model. Records name the class that is re-exported here.
+`spec` holds the settings, `run` trains, `trainer` is the base of every training run here, `distill` is the loss of
+learning from the dense model. Records name the class that is re-exported here.
 """
 
 from gradpruner.finetune.spec import TrainingSpec

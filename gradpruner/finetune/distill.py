@@ -1,9 +1,9 @@
 """Distillation: a compressed model learns to predict what the dense one predicts.
 
 MINITRON (Muralidharan et al., arXiv:2407.14679): L = T^2 KL(p_teacher || p_student) over the whole vocabulary, mean
-over tokens, no cross-entropy. Optionally plus alpha L_states, alpha = L / L_states taken as a number, so that the two
-weigh the same. Logits exist for a few tokens at a time, the teacher's and the student's alike, and are computed again
-in the backward pass: those of a whole batch would be most of the memory of a step.
+over tokens, no cross-entropy. Optionally alpha L_states is added, with alpha = L / L_states as a constant, so that both
+terms weigh the same. Logits of teacher and student are computed for a few tokens at a time, and again in the backward
+pass, because the logits of a whole batch would take most of the memory of a step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +25,12 @@ TOKENS = ("all", "answer")
 
 @dataclass(frozen=True)
 class Distillation:
-    """How to learn from the dense model.
+    """Settings of the distillation from the dense model.
 
     Attributes:
-        temperature: T, divides the logits of both.
-        tokens: `all` real tokens but the first of a row, or those of the `answer`.
-        states: also compare hidden states after the layers that stay.
+        temperature: T, divides the logits of both models.
+        tokens: `all` compares all real tokens but the first of a row, `answer` those of the answer.
+        states: also compare hidden states after the kept layers.
     """
 
     temperature: float = 1.0
@@ -45,7 +45,7 @@ class Distillation:
 
 
 def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over tokens.
+    """Returns T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over tokens.
 
     Args:
         teacher_logits: (tokens, vocabulary).
@@ -62,18 +62,18 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: f
 
 
 def add_states_loss(logit_loss: Tensor, states_loss: Tensor) -> Tensor:
-    """L + alpha L_states with alpha = L / L_states, a number."""
+    """Returns L + alpha L_states with the constant alpha = L / L_states; no gradient flows through alpha."""
     alpha = logit_loss.detach() / states_loss.detach().clamp_min(torch.finfo(states_loss.dtype).tiny)
     return logit_loss + alpha * states_loss
 
 
 class DistillationLoss:
-    """The loss of a batch, as `finetune.finetune` takes it.
+    """Distillation loss of a batch, as `run.finetune` takes it.
 
     Args:
-        teacher: the dense model, frozen.
-        settings: what to compare.
-        plan: how the student was made: which of the teacher's states its own stand for.
+        teacher: the dense model; it is frozen.
+        settings: which tokens and states to compare.
+        plan: how the student was pruned, which tells the teacher state that each student state is compared with.
     """
 
     def __init__(self, teacher: PreTrainedModel, settings: Distillation, plan: PruningPlan) -> None:
@@ -81,9 +81,9 @@ class DistillationLoss:
         self._settings, self._plan = settings, plan
 
     def __call__(self, student: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """Loss summed over tokens, and how many tokens these are."""
+        """Returns the loss summed over tokens, and the number of tokens."""
         assert isinstance(student, PreTrainedModel)
-        chosen = batch["labels"][:, 1:] != IGNORED  # (B, T - 1): the next token is one to predict
+        chosen = batch["labels"][:, 1:] != IGNORED  # (B, T - 1): positions whose next token has a label
         real = batch["attention_mask"].bool()
         with torch.no_grad(), _states(self._teacher, self._settings.states) as teacher_states:
             teacher_last = decode(self._teacher, batch)[:, :-1][chosen]  # (tokens, d)
@@ -105,16 +105,16 @@ class DistillationLoss:
 
 
 def states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], plan: PruningPlan, real: Tensor) -> Tensor:
-    """Mean squared difference of hidden states over layers, real tokens and channels.
+    """Returns the mean squared difference of hidden states over layers, real tokens and channels.
 
-    The output of a kept layer stands for what enters the next kept layer of the dense model (the last one's for the
-    dense model's last output); of a narrower residual stream, the channels that stay are compared.
+    The output of a kept layer is compared with the input of the next kept layer in the dense model, the output of the
+    last one with the dense model's last output. With a narrower residual stream, only the kept channels are compared.
 
     Args:
-        student: output of every layer, each (B, T, d).
-        teacher: the dense model's, each (B, T, d of the dense model).
-        plan: how the student was made.
-        real: where there is no padding, (B, T) bool.
+        student: output of every layer of the student, each (B, T, d).
+        teacher: output of every layer of the dense model, each (B, T, d of the dense model).
+        plan: how the student was pruned.
+        real: True where there is no padding, (B, T) bool.
     """
     stands_for = [*(layer - 1 for layer in plan.kept_layers[1:]), plan.num_hidden_layers - 1]
     hidden = None if plan.width is None or plan.width.hidden is None else list(plan.width.hidden)
@@ -127,7 +127,7 @@ def states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], plan: Prun
 
 @contextmanager
 def _states(model: PreTrainedModel, wanted: bool) -> Iterator[list[Tensor]]:
-    """The outputs of the layers of a forward pass."""
+    """Collects the outputs of a model's layers during a forward pass."""
     outputs: list[Tensor] = []
     if not wanted:
         yield outputs

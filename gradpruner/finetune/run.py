@@ -1,7 +1,6 @@
 """LoRA and full fine-tuning from one TrainingSpec, with the Hugging Face Trainer.
 
-Defaults are the paper's (Appendix C.2) and, where it is silent, those of the authors' scripts. A run that is killed
-goes on from its last whole checkpoint and ends with the same weights.
+A killed run resumes from its last whole checkpoint and ends with the same weights. For the defaults see `spec`.
 """
 
 import json
@@ -12,7 +11,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from datasets import Dataset
@@ -43,15 +42,35 @@ HISTORY_KEYS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 COMPLETE_MARK = "complete.json"  # written last into a Trainer checkpoint
 
 
+class TrainingAccount(TypedDict):
+    """What a fine-tune cost and how its loss went; JSON-ready.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: trained on, without padding.
+        train_seconds: wall time, interrupted runs included.
+        peak_memory_bytes: see `cost.PeakMemory`.
+        loss: mean over the last tenth of the steps.
+        history: one dict per step, with the keys in `HISTORY_KEYS`.
+    """
+
+    steps: int
+    tokens: int
+    train_seconds: float
+    peak_memory_bytes: int
+    loss: float
+    history: list[dict[str, float]]
+
+
 class PruningCallback(TrainerCallback):
     """A callback that prunes the model while it trains.
 
-    What it has done is in `plan`, which is saved beside the weights and carried out again to load them.
+    `plan` records the pruning. It is saved beside the weights and applied again when they are loaded.
 
     Attributes:
-        plan: all that was done so far to the model that the fine-tune started from.
-        report: JSON-ready account, with `num_parameters` and `shape` of the model as it is.
-        loss: of a batch, or None for the likelihood of the answers.
+        plan: everything pruned so far from the model that the fine-tune started with.
+        report: JSON-ready account, with `num_parameters` and `shape` of the model in its current state.
+        loss: loss of a batch, or None for the likelihood of the answers.
     """
 
     plan: PruningPlan
@@ -60,12 +79,12 @@ class PruningCallback(TrainerCallback):
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel, checkpoint: Path | None) -> None:
-        """Called before adapters are put on and the Trainer is made.
+        """Prepares the callback, before adapters are added and the Trainer is made.
 
         Args:
-            model: as the fine-tune starts from it.
-            checkpoint: folder of an interrupted run that goes on, with its `plan`; the model then becomes narrower by
-                that when this returns.
+            model: the model that the fine-tune starts with.
+            checkpoint: checkpoint folder to resume from, or None. It holds the `plan` that the fine-tune applies to
+                the model after this method returns.
         """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -88,27 +107,26 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
     loss: Loss | None = None,
     description: str = "fine-tune",
-) -> dict[str, Any]:
+) -> TrainingAccount:
     """Fine-tunes `model` and writes the trained weights and an account of the run to `directory`.
 
     Args:
-        model: the (compressed) model; trained in place, and wrapped in place for LoRA. Load what was written with
-            `load_finetuned` rather than go on with it.
+        model: the (compressed) model; trained in place, and wrapped in place for LoRA. Do not use it afterwards: load
+            the result with `load_finetuned`.
         rows: tokenized training rows.
         pad_token_id: id to pad with.
         spec: how to train.
-        directory: where to write; if it holds the checkpoints of an interrupted run of the same spec, that goes on.
+        directory: where to write; if it holds checkpoints of an interrupted run of the same spec, that run is resumed.
         seed: seeds the adapter, the order of rows and dropout.
-        callbacks: extra callbacks of the method; what a `PruningCallback` did to the model is written, too.
-        loss: instead of the likelihood of the answers.
-        description: for the progress bar.
+        callbacks: extra callbacks of the method; the plan and report of a `PruningCallback` are written, too.
+        loss: loss of a batch; None for the likelihood of the answers.
+        description: label of the progress bar.
 
     Returns:
-        `steps`, `tokens` (without padding), `train_seconds`, `peak_memory_bytes`, `loss` (mean over the last tenth of
-        the steps) and `history`, one dict a step.
+        The account, as written to `directory`.
 
     Raises:
-        DivergedError: if loss or gradient become NaN or infinite; the last good checkpoint stays.
+        DivergedError: if loss or gradient become NaN or infinite; the last good checkpoint is kept.
     """
     set_seed(seed)
     checkpoints = directory / CHECKPOINTS_FOLDER
@@ -144,13 +162,13 @@ def finetune(
     _save(model, spec, directory)
     for callback in pruning:
         callback.save(directory)
-    history = [
+    history: list[dict[str, float]] = [
         {key: entry[key] for key in HISTORY_KEYS if key in entry}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
     last = [entry["loss"] for entry in history[-max(1, len(history) // 10) :]]
-    result = {
+    account: TrainingAccount = {
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "train_seconds": clock.seconds(),
@@ -158,13 +176,13 @@ def finetune(
         "loss": sum(last) / len(last),
         "history": history,
     }
-    write_json(directory / RESULT_FILE, result)
+    write_json(directory / RESULT_FILE, account)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return result
+    return account
 
 
 def load_finetuned(model: PreTrainedModel, spec: TrainingSpec, directory: Path) -> PreTrainedModel:
-    """Puts the weights that `finetune` wrote into the model it started from.
+    """Puts the weights that `finetune` wrote into the model that it started with.
 
     Returns:
         The model in evaluation mode; with `mode=lora` and `merge_adapter=false` a PeftModel around it.
@@ -180,10 +198,10 @@ def load_finetuned(model: PreTrainedModel, spec: TrainingSpec, directory: Path) 
     return merged.eval()
 
 
-def read_result(directory: Path) -> dict[str, Any]:
-    """The account that `finetune` wrote."""
-    result: dict[str, Any] = json.loads((directory / RESULT_FILE).read_text())
-    return result
+def read_result(directory: Path) -> TrainingAccount:
+    """Returns the account that `finetune` wrote."""
+    account: TrainingAccount = json.loads((directory / RESULT_FILE).read_text())
+    return account
 
 
 class _FinetuneTrainer(CompletionTrainer):
@@ -200,7 +218,7 @@ class _FinetuneTrainer(CompletionTrainer):
 
 
 class _SeededLengthGroupedSampler(LengthGroupedSampler):
-    """transformers' sampler draws from the global random state, which a resumed run does not have."""
+    """Length-grouped sampler with a seed; transformers' own uses the global random state, which a resume lacks."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=list(lengths))
@@ -215,7 +233,7 @@ class _SeededLengthGroupedSampler(LengthGroupedSampler):
 
 
 class _Clock(TrainerCallback):
-    """Training time over interruptions; marks whole checkpoints; stops at a bad gradient before it is saved."""
+    """Counts training time across interruptions, marks whole checkpoints, stops before a bad gradient is saved."""
 
     def __init__(self, seconds_before: float) -> None:
         self._before, self._start = seconds_before, time.perf_counter()
@@ -249,7 +267,7 @@ class _Clock(TrainerCallback):
 
 
 def _last_whole_checkpoint(checkpoints: Path) -> tuple[str | None, float]:
-    """The newest checkpoint that was written to its end, and the training seconds up to it."""
+    """Returns the newest checkpoint that was written completely, and the training seconds up to it."""
     marks = sorted(checkpoints.glob(f"checkpoint-*/{COMPLETE_MARK}"), key=lambda p: int(p.parent.name.split("-")[1]))
     if not marks:
         return None, 0.0
@@ -257,13 +275,13 @@ def _last_whole_checkpoint(checkpoints: Path) -> tuple[str | None, float]:
 
 
 def _prune_again(model: PreTrainedModel, folder: Path) -> None:
-    """Carries out what a `PruningCallback` had done to the model when it wrote to the folder."""
+    """Applies the plan that a `PruningCallback` saved in the folder, if there is one."""
     if (folder / PLAN_FILE).is_file():
         apply_plan(model, PruningPlan.load(folder / PLAN_FILE))
 
 
 def _lora_config(model: PreTrainedModel, spec: TrainingSpec, resume_from: str | None) -> LoraConfig:
-    """Adapters on all linear sublayers; a `PruningCallback` may have changed ranks of those that training resumes."""
+    """Returns adapters for all linear sublayers; on resuming with saved ranks, which a `PruningCallback` may change."""
     patterns = ("rank_pattern", "alpha_pattern")
     saved = None if resume_from is None else LoraConfig.from_pretrained(resume_from)
     return LoraConfig(

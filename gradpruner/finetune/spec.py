@@ -1,4 +1,4 @@
-"""How to fine-tune: TrainingSpec.
+"""Settings of a fine-tune: TrainingSpec.
 
 Defaults are the paper's (Appendix C.2) and, where it is silent, those of the authors' scripts.
 """
@@ -13,27 +13,27 @@ MODES = ("full", "lora")
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """How to fine-tune.
+    """Settings of a fine-tune.
 
     Attributes:
         mode: `full` or `lora`.
         learning_rate: peak rate of AdamW.
-        batch_size: rows an optimizer step.
-        micro_batch_size: rows at once; the rest is accumulation.
+        batch_size: rows per optimizer step.
+        micro_batch_size: rows per forward pass; gradients accumulate up to `batch_size`.
         epochs: passes over the training rows.
         max_steps: optimizer steps, instead of `epochs`.
-        warmup_fraction: part of the steps in which the rate rises.
+        warmup_fraction: fraction of the steps in which the rate rises.
         lr_scheduler: name of a transformers scheduler.
-        min_lr_ratio: part of the peak rate at which a cosine schedule ends.
-        weight_decay: of AdamW.
-        max_grad_norm: clip the gradient to this norm; 0 does not clip.
+        min_lr_ratio: fraction of the peak rate at which a cosine schedule ends.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: norm that gradients are clipped to; 0 does not clip.
         lora_rank: rank of the adapters.
-        lora_alpha: their alpha.
+        lora_alpha: alpha of the adapters.
         lora_dropout: dropout before the adapters.
-        merge_adapter: fold the adapter into the saved checkpoint; else it is saved beside it.
+        merge_adapter: fold the adapter into the saved checkpoint, instead of saving it beside the checkpoint.
         group_by_length: batch rows of similar length.
         gradient_checkpointing: recompute activations, for less memory and more time.
-        save_steps: optimizer steps between checkpoints that an interrupted run resumes from.
+        save_steps: optimizer steps between checkpoints, from which an interrupted run resumes.
     """
 
     mode: str = "lora"
@@ -78,11 +78,11 @@ class TrainingSpec:
 
     @property
     def accumulation(self) -> int:
-        """Micro batches an optimizer step."""
+        """Micro batches per optimizer step."""
         return self.batch_size // self.micro_batch_size
 
     def num_steps(self, num_rows: int) -> int:
-        """Optimizer steps of a run over `num_rows` rows, counted as the Trainer does."""
+        """Returns the optimizer steps of a run over `num_rows` rows, counted as the Trainer does."""
         if self.max_steps is not None:
             return self.max_steps
         micro_batches = math.ceil(num_rows / self.micro_batch_size)

@@ -1,4 +1,4 @@
-"""What every training run here shares, on top of the Hugging Face Trainer."""
+"""Base of every training run here, on top of the Hugging Face Trainer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import (
 
 from gradpruner.encoding import Batch, trim_to_answers
 
-# The loss of a batch, summed over tokens, and how many these are: as many as have labels behind the first column.
+# Maps a batch to its loss, summed over tokens, and the number of tokens with labels after the first column.
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 
@@ -33,7 +33,7 @@ class CompletionTrainer(Trainer):
         self, model: nn.Module, args: TrainingArguments, *, description: str, loss: Loss | None = None, **kwargs: Any
     ) -> None:
         _ = args.n_gpu  # computes it, so that it can be set
-        args._n_gpu = 1  # with several GPUs in one process the Trainer would split batches behind our back
+        args._n_gpu = 1  # with several GPUs in one process the Trainer would silently split batches
         super().__init__(model, args, **kwargs)
         self._loss = loss
         self.remove_callback(PrinterCallback)
@@ -43,7 +43,7 @@ class CompletionTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss, on the columns that have any; or another one."""
+        """Returns the given loss, or the model's own on the columns that have labels; stops if it is not finite."""
         if self._loss is None:
             result = super().compute_loss(model, trim_to_answers(inputs), return_outputs, num_items_in_batch)
         else:
@@ -59,7 +59,7 @@ class CompletionTrainer(Trainer):
 
 
 class _ProgressBar(TrainerCallback):
-    """One bar over optimizer steps that shows the current loss."""
+    """Progress bar over optimizer steps that shows the current loss."""
 
     def __init__(self, description: str) -> None:
         self._description = description

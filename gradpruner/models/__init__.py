@@ -3,6 +3,18 @@
 Records name the class that is re-exported here.
 """
 
-from gradpruner.models.spec import ModelSpec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradpruner.models.spec import ModelSpec
 
 __all__ = ["ModelSpec"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: loading models takes 60 MB of libraries that `checkpoints.streaming` does without."""
+    if name == "ModelSpec":
+        from gradpruner.models.spec import ModelSpec
+
+        return ModelSpec
+    raise AttributeError(f"module 'gradpruner.models' has no attribute {name!r}")

@@ -1,9 +1,9 @@
-"""How a decoder is laid out: its layers, their linear sublayers, and what a config says of single layers.
+"""Layout of a decoder: its layers, their linear sublayers, and the config entries for single layers.
 
-No model is known by name here: a decoder is a list of layers with the same linear sublayers, 1-D parameters such as
-norms and biases, and config lists with one entry a layer. What is laid out otherwise is refused before weights are
-read. To support a new architecture, add a case to `tests/test_architectures.py`; once it passes, add its `model_type`
-to `SUPPORTED_MODEL_TYPES`, and its config lists to `PER_LAYER_CONFIG_LISTS`.
+No code here is specific to one model: a decoder is a list of layers with the same linear sublayers, 1-D parameters such
+as norms and biases, and config lists with one entry per layer. Any other layout is refused before weights are read. To
+support a new architecture, add a case to `tests/test_architectures.py`; once it passes, add its `model_type` to
+`SUPPORTED_MODEL_TYPES`, and its config lists to `PER_LAYER_CONFIG_LISTS`.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-# Those that tests/test_architectures.py compresses, generates with, saves, reloads and compresses again.
+# Model types that tests/test_architectures.py compresses, generates with, saves, reloads and compresses again.
 SUPPORTED_MODEL_TYPES = (
     "llama",
     "mistral",
@@ -25,18 +25,18 @@ SUPPORTED_MODEL_TYPES = (
     "phi3",
     "olmo2",
 )
-# Config entries with one value a decoder layer; surgery keeps those of the kept layers. transformers derives them from
-# rules by position (max_window_layers, sliding_window_pattern, no_rope_layer_interval, ...) only where they are None.
+# Config entries with one value per decoder layer; surgery keeps the values of the kept layers. transformers derives
+# them from rules by position (max_window_layers, sliding_window_pattern, no_rope_layer_interval, ...) only if None.
 PER_LAYER_CONFIG_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Refuses a model whose layers cannot be taken out one by one, from its config alone.
+    """Refuses a model whose layers cannot be pruned one by one, from its config alone.
 
     Builds the model on the meta device to look at its layers; no weights are read.
 
     Raises:
-        ValueError: naming the part of the architecture that is not known.
+        ValueError: naming the part of the architecture that is not supported.
     """
     _check_family(config)
     _check_per_layer_entries(config)
@@ -46,7 +46,7 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """`check_supported` for a model that is already there, whose layers may differ from what its config says."""
+    """Does the work of `check_supported` for a loaded model, whose layers may differ from its config."""
     config = model.config
     _check_family(config)
     _check_per_layer_entries(config)
@@ -61,7 +61,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def _check_family(config: PreTrainedConfig) -> None:
-    """Raises ValueError on kinds of models that the config gives away."""
+    """Raises ValueError on kinds of models that the config alone shows to be unsupported."""
     entries = vars(config)
     nested = sorted(key for key, value in entries.items() if isinstance(value, PreTrainedConfig))
     counts = {key: value for key, value in entries.items() if _is_count(value)}
@@ -86,7 +86,7 @@ def _check_family(config: PreTrainedConfig) -> None:
 
 
 def _check_per_layer_entries(config: PreTrainedConfig) -> None:
-    """Raises ValueError on config entries that speak of single layers in a way that we cannot slice."""
+    """Raises ValueError on config entries for single layers that cannot be sliced here."""
     if config.is_heterogeneous:
         names = ", ".join(sorted(config.per_layer_attributes))
         _refuse(config, f"its layers differ from each other: per_layer_config sets {names} layer by layer")
@@ -111,7 +111,7 @@ def _check_per_layer_entries(config: PreTrainedConfig) -> None:
 
 
 def _check_layers(model: PreTrainedModel) -> None:
-    """Raises ValueError unless all layers have the same linear sublayers and otherwise 1-D parameters only."""
+    """Raises ValueError unless all layers have the same linear sublayers and only 1-D parameters besides."""
     config, layers = model.config, decoder_layers(model)
     shapes = [{name: tuple(value.shape) for name, value in layer.named_parameters()} for layer in layers]
     experts = sorted(name for name in shapes[0].keys() | shapes[-1].keys() if "experts." in name)
@@ -121,7 +121,7 @@ def _check_layers(model: PreTrainedModel) -> None:
         different = sorted(name for name in shapes[0].keys() | found.keys() if shapes[0].get(name) != found.get(name))
         if different:
             _refuse(config, f"its layers differ from each other: layer {layer} from layer 0 in {_some(different)}")
-    # The layers are alike, so the first speaks for all.
+    # All layers have the same parameters, so checking the first is enough.
     linears = {f"{name}.weight" for name in linear_sublayers(layers[0])}
     unknown = [
         f"{name} ({value.ndim}-D)"
@@ -143,7 +143,7 @@ def _is_count(value: object) -> bool:
 
 
 def _some(names: list[str], limit: int = 4) -> str:
-    """The first few of many names."""
+    """Returns the first few of many names as text."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -154,7 +154,7 @@ def _refuse(config: PreTrainedConfig, part: str, advice: str = "Choose a model o
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's decoder layers, first to last; raises ValueError if it does not keep them in a list `layers`."""
+    """Returns the decoder layers, first to last; raises ValueError if the decoder has no list `layers` of them."""
     decoder = model.get_decoder()
     layers, depth = getattr(decoder, "layers", None), getattr(model.config, "num_hidden_layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) != depth:
@@ -163,7 +163,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def linear_sublayers(layer: nn.Module) -> dict[str, nn.Linear]:
-    """The linear sublayers of a decoder layer by name (`self_attn.q_proj`, `mlp.down_proj`, ...)."""
+    """Returns the linear sublayers of a decoder layer by name (`self_attn.q_proj`, `mlp.down_proj`, ...)."""
     return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
 
 
@@ -183,34 +183,34 @@ def check_finite_weights(model: PreTrainedModel) -> None:
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
-    """Module names for peft that match every linear sublayer of every decoder layer ("all-linear") and nothing else."""
+    """Returns names for peft that match exactly the linear sublayers of all decoder layers ("all-linear")."""
     return sorted({name.rsplit(".", 1)[-1] for layer in decoder_layers(model) for name in linear_sublayers(layer)})
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters; tied ones count once. Works on the meta device."""
+    """Returns the number of parameters; tied ones count once. Works on the meta device."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def shrink_config(config: PreTrainedConfig, kept_layers: tuple[int, ...]) -> PreTrainedConfig:
-    """A copy of the config for the kept layers alone: depth, and lists with one entry a layer."""
+    """Returns a copy of the config for the kept layers alone: depth, and lists with one entry per layer."""
     config = copy.deepcopy(config)
     keep_layers_in_config(config, kept_layers)
     return config
 
 
 def keep_layers_in_config(config: PreTrainedConfig, kept_layers: tuple[int, ...]) -> None:
-    """Changes the config in place to that of the kept layers, each of which stays of its kind.
+    """Changes the config in place so that it describes the kept layers alone; each keeps its kind.
 
     Rules by position are first written out as the explicit lists of `PER_LAYER_CONFIG_LISTS`, which take precedence
     over the rules when a saved config is read again; then the lists are sliced.
 
     Raises:
-        ValueError: if other entries speak of single layers.
+        ValueError: if other entries have one value per layer.
     """
     _check_per_layer_entries(config)
     if any(getattr(config, key, ()) is None for key in PER_LAYER_CONFIG_LISTS):
-        explicit = type(config).from_dict(config.to_dict())  # made while every layer still has its position
+        explicit = type(config).from_dict(config.to_dict())  # made while every layer still has its dense position
         for key in PER_LAYER_CONFIG_LISTS:
             if getattr(explicit, key, None) is not None:
                 setattr(config, key, getattr(explicit, key))
@@ -222,6 +222,6 @@ def keep_layers_in_config(config: PreTrainedConfig, kept_layers: tuple[int, ...]
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without storage (meta device), for counting."""
+    """Returns the model without storage (meta device), for counting."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

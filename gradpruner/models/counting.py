@@ -1,15 +1,16 @@
 """Parameters, multiply-accumulates and bytes of a model, from its config alone; no weights are loaded.
 
-What is counted, for a model of any depth or plan:
+The counts are defined for a model of any depth or plan:
 
 - MACs, multiply-accumulates of the matrix products; FLOPs are twice that. Norms, activations, rotary embedding, softmax
-  and biases are left out (below 1 %), as they are by every counter of MACs.
+  and biases are not counted (below 1 %), as in every counter of MACs.
 - `COMPLETE`: all linear sublayers, attention scores and values over the full square that a dense kernel computes (a
   sliding window bounds its width), and the output head on the positions that need logits.
 - `TABLE_11`: linear sublayers of the decoder layers only. This gives every digit of GradPruner's Table 11
   (Llama-3.1-8B, 1 x 128 tokens): 893.35 and 530.43 GMACs, 1.79 and 1.06 TFLOPs for 32 and 19 layers. With the output
-  head it would be 960.60 GMACs, with attention besides 964.89. Its 7.5 and 4.67 B parameters are the total less one
-  vocabulary matrix of two (7,504,924,672 and 4,669,468,672), as of a counter given the model without its output head.
+  head it would be 960.60 GMACs, with attention as well 964.89. The 7.5 and 4.67 B parameters of Table 11 are the total
+  less one of the two vocabulary matrices (7,504,924,672 and 4,669,468,672), as a counter gives for the model without
+  its output head.
 """
 
 import time
@@ -35,16 +36,16 @@ FLOPS_PER_MAC = 2
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """One decoder layer.
+    """Counts of one decoder layer.
 
     Attributes:
-        num_parameters: all parameters, norms among them.
+        num_parameters: all parameters, including norms.
         num_linear_parameters: weights and biases of the linear sublayers.
-        linear_macs: MACs of the linear sublayers for one token.
+        linear_macs: MACs of the linear sublayers per token.
         linear_width: sum of inputs and outputs of the linear sublayers; LoRA of rank r has r times as many parameters.
-        widest: largest output of a linear sublayer, for one token.
-        attention_macs: MACs of scores and values for one pair of query and key, all heads.
-        kv_width: numbers that the KV cache keeps for one token.
+        widest: largest output of a linear sublayer, per token.
+        attention_macs: MACs of scores and values per pair of query and key, all heads.
+        kv_width: numbers that the KV cache keeps per token.
         window: tokens that a query sees, or None for all.
     """
 
@@ -60,14 +61,14 @@ class LayerCounts:
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """A model, by layer.
+    """Counts of a model, layer by layer.
 
     Attributes:
-        layers: its decoder layers, first to last.
-        num_embedding_parameters: input embedding; it is the output head, too, where they are tied.
-        num_other_parameters: everything outside of the decoder layers but the input embedding.
-        head_macs: MACs of the output head for one position.
-        vocab_size: logits of one position.
+        layers: counts of the decoder layers, first to last.
+        num_embedding_parameters: input embedding, which is also the output head if the two are tied.
+        num_other_parameters: everything outside the decoder layers except the input embedding.
+        head_macs: MACs of the output head per position.
+        vocab_size: logits per position.
     """
 
     layers: tuple[LayerCounts, ...]
@@ -83,28 +84,28 @@ class ModelCounts:
 
     @property
     def num_parameters_without_embedding(self) -> int:
-        """All but the input embedding, which does no arithmetic: what the paper's Table 11 gives."""
+        """All but the input embedding, which does no arithmetic; the number in the paper's Table 11."""
         return self.num_other_parameters + sum(layer.num_parameters for layer in self.layers)
 
     def keep(self, kept_layers: Sequence[int]) -> "ModelCounts":
-        """The model with these of its decoder layers alone, such as `PruningPlan.kept_layers`."""
+        """Returns the counts of the model with only these decoder layers, such as `PruningPlan.kept_layers`."""
         layers = tuple(self.layers[layer] for layer in kept_layers)
         return ModelCounts(
             layers, self.num_embedding_parameters, self.num_other_parameters, self.head_macs, self.vocab_size
         )
 
     def num_lora_parameters(self, rank: int) -> int:
-        """Parameters of LoRA adapters on all linear sublayers of all decoder layers."""
+        """Returns the parameters of LoRA adapters on all linear sublayers of all decoder layers."""
         return rank * sum(layer.linear_width for layer in self.layers)
 
     def macs(self, batch_size: int, length: int, counting: str = COMPLETE, logit_positions: int | None = None) -> int:
-        """Multiply-accumulates of one forward pass.
+        """Returns the multiply-accumulates of one forward pass.
 
         Args:
             batch_size: rows.
-            length: tokens a row, padding among them.
+            length: tokens per row, including padding.
             counting: one of `COUNTINGS`, see the top of this file.
-            logit_positions: positions of a row that get logits; None is all of them.
+            logit_positions: positions per row that get logits; None is all of them.
 
         Raises:
             ValueError: if `counting` is unknown.
@@ -119,23 +120,23 @@ class ModelCounts:
         return linear + self._attention_macs(batch_size, length) + head
 
     def flops(self, batch_size: int, length: int, counting: str = COMPLETE, logit_positions: int | None = None) -> int:
-        """Floating-point operations of one forward pass: two a MAC. Arguments as for `macs`."""
+        """Returns the floating-point operations of one forward pass: two per MAC. Arguments as for `macs`."""
         return FLOPS_PER_MAC * self.macs(batch_size, length, counting, logit_positions)
 
     def training_flops(
         self, batch_size: int, length: int, logit_positions: int, lora_rank: int | None = None, recompute: bool = False
     ) -> int:
-        """Floating-point operations of one forward and backward pass.
+        """Returns the floating-point operations of one forward and backward pass.
 
-        A matrix product has two in its backward pass, one for the gradient of its input and one for that of its
-        weight; a frozen weight saves the second. Full fine-tuning is thus 3 forward passes and LoRA about 2.
+        The backward pass of a matrix product takes two products: one for the gradient of the input, and one for the
+        gradient of the weight, which a frozen weight saves. Full fine-tuning thus costs 3 forward passes, LoRA about 2.
 
         Args:
             batch_size: rows.
-            length: tokens a row, padding among them.
-            logit_positions: positions of a row that get logits.
+            length: tokens per row, including padding.
+            logit_positions: positions per row that get logits.
             lora_rank: rank of the adapters on frozen weights; None trains all weights.
-            recompute: activation checkpointing runs the decoder layers forward once more.
+            recompute: activation checkpointing, which runs the decoder layers forward once more.
         """
         tokens = batch_size * length
         linear = tokens * sum(layer.linear_macs for layer in self.layers)
@@ -147,12 +148,12 @@ class ModelCounts:
         return FLOPS_PER_MAC * (frozen * (linear + head) + 3 * (attention + adapters) + again)
 
     def kv_cache_bytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Bytes of the KV cache after `length` tokens; a layer with a sliding window keeps no more than that."""
+        """Returns the bytes of the KV cache after `length` tokens; a sliding window limits the tokens of its layer."""
         numbers = sum(layer.kv_width * _seen(layer, length) for layer in self.layers)
         return batch_size * numbers * dtype.itemsize
 
     def checkpoint_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the weights on disk; tied ones are saved once, file headers (some kB) are left out."""
+        """Returns the bytes of the weights on disk, tied ones once, without file headers (some kB)."""
         return self.num_parameters * dtype.itemsize
 
     def _attention_macs(self, batch_size: int, length: int) -> int:
@@ -160,11 +161,11 @@ class ModelCounts:
 
 
 def count_model(config: PreTrainedConfig, shape: ModelShape | None = None) -> ModelCounts:
-    """Counts on the meta device.
+    """Counts a model on the meta device.
 
     Args:
-        config: of the dense model.
-        shape: of the model to count, made from the dense one; None is the dense one itself.
+        config: config of the dense model.
+        shape: shape of the model to count, which is made from the dense one; None counts the dense one.
     """
     shape = shape or config_shape(config)
     model = empty_shaped_model(config, shape)
@@ -199,7 +200,7 @@ def _count_layer(layer: nn.Module, config: PreTrainedConfig, sizes: LayerShape, 
 
 
 def _window(config: PreTrainedConfig, index: int) -> int | None:
-    """Sliding window of a layer, or None. Without `layer_types` a window is that of every layer (Mistral)."""
+    """Returns the sliding window of a layer, or None. Without `layer_types`, all layers share one (Mistral)."""
     window: int | None = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     return window if layer_types is None or layer_types[index] == "sliding_attention" else None
@@ -210,14 +211,15 @@ def _seen(layer: LayerCounts, length: int) -> int:
 
 
 def measure_matmul_flops(dtype: torch.dtype, seconds: float = 0.3, rows: int = 512, width: int = 1024) -> float:
-    """Floating-point operations a second that this machine reaches in matrix products, now, at this dtype.
+    """Measures the floating-point operations per second that matrix products reach on this machine now.
 
-    Training reaches less: norms, attention and small products are slower a FLOP. Times from it are lower bounds.
+    Training reaches less, because norms, attention and small products take longer per FLOP. Times computed from this
+    rate are lower bounds.
 
     Args:
-        dtype: of both factors.
+        dtype: dtype of both factors.
         seconds: how long to measure, after one product to warm up.
-        rows: tokens of the left factor.
+        rows: rows (tokens) of the left factor.
         width: inputs and outputs of the right factor.
     """
     device = default_device()

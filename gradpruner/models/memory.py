@@ -25,12 +25,12 @@ class MemoryEstimate:
     """Bytes that training needs at its peak, besides Python and its libraries.
 
     Attributes:
-        weights: of the model, and of the adapters if there are any.
-        gradients: of what is trained.
-        moments: AdamW's two.
-        activations: what the backward pass of one micro batch needs.
-        transient: the largest of what comes and goes: logits with their loss, or the inside of a layer's backward pass.
-        factors: what the importance run holds of a step until it is on disk; otherwise 0.
+        weights: weights of the model, and of the adapters if there are any.
+        gradients: gradients of the trained weights.
+        moments: AdamW's two moments.
+        activations: activations kept for the backward pass of one micro batch.
+        transient: largest short-lived tensors: logits with their loss, or the inside of a layer's backward pass.
+        factors: factors of one step that the importance run holds until they are on disk; otherwise 0.
         allocator: freed memory that the allocator does not give back, see `allocator_overhead`.
     """
 
@@ -44,7 +44,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all attributes."""
         return sum(vars(self).values())
 
 
@@ -63,31 +63,31 @@ def estimate_training_memory(
     overhead: float = 0.0,
     shape: ModelShape | None = None,
 ) -> MemoryEstimate:
-    """Peak memory of fine-tuning.
+    """Estimates the peak memory of fine-tuning.
 
-    Activations are not guessed: one and two layers of each shape run forward on tensors without storage, and what
-    autograd saves is added up; depth is linear.
+    Activations are measured: one and two layers of each shape run forward on tensors without storage, and the tensors
+    that autograd saves are added up. The total is linear in depth.
 
     Args:
-        config: of the dense model.
-        batch_size: rows of a micro batch.
-        length: tokens of its rows, padding among them.
-        logit_positions: positions of a row that get logits.
-        dtype: of the weights.
+        config: config of the dense model.
+        batch_size: rows per micro batch.
+        length: tokens per row, including padding.
+        logit_positions: positions per row that get logits.
+        dtype: dtype of the weights.
         lora_rank: rank of the adapters on frozen weights; None trains all weights.
         recompute: activation checkpointing: keep each layer's input only, and one layer's activations at a time.
-        accumulate: several micro batches a step, so that gradients are there while activations are.
+        accumulate: several micro batches per step, so that gradients and activations are held at the same time.
         keep_factors: the importance run, which copies the adapters' gradients in float32.
         attn_implementation: as in `ModelSpec`; `eager` keeps attention matrices.
-        overhead: what the allocator keeps besides, as a part of all activations; see `allocator_overhead`.
-        shape: of the model that is trained; None is the dense one.
+        overhead: memory that the allocator keeps, as a fraction of all activations; see `allocator_overhead`.
+        shape: shape of the trained model; None is the dense one.
     """
     shape = shape or config_shape(config)
     if attn_implementation == "eager":
         config = copy.deepcopy(config)
         config._attn_implementation = "eager"
     counts, num_layers = count_model(config, shape), len(shape.layers)
-    # peft keeps adapters in float32 even where the weights are not.
+    # peft keeps adapters in float32, whatever the dtype of the weights.
     adapters = 4 * counts.num_lora_parameters(lora_rank) if lora_rank else 0
     weights = counts.num_parameters * dtype.itemsize
     trained = adapters if lora_rank else weights
@@ -106,11 +106,11 @@ def estimate_training_memory(
     logits = _loss_bytes(batch_size * logit_positions * counts.vocab_size, dtype)
     inside = 3 * batch_size * length * max(part.widest for part in counts.layers) * dtype.itemsize
     transient = max(logits, inside)
-    # Recomputed activations come and go all the same, and leave the same holes.
+    # Recomputed activations are allocated and freed all the same, with the same holes in the heap.
     allocator = round(overhead * (outside + layers + transient))
     gradients = trained
     if not (accumulate or lora_rank):
-        # Gradients come while activations go: a step peaks either before its backward pass or after it.
+        # Activations are freed while gradients are made: a step peaks either before its backward pass or after it.
         before, after = activations + transient, max(trained, layer)
         if before >= after:
             gradients = 0
@@ -128,11 +128,11 @@ def estimate_training_memory(
 
 
 def allocator_overhead() -> float:
-    """Freed memory that the allocator keeps, as a part of all activations of a micro batch.
+    """Returns the freed memory that the allocator keeps, as a fraction of all activations of a micro batch.
 
-    On a CPU glibc serves tensors up to 32 MB from a heap with holes: 0.4 to 0.8 in runs of SmolLM2-135M, LoRA and full,
-    with and without activation checkpointing. MALLOC_MMAP_THRESHOLD_=65536 in the environment makes it 0 (within 6 %),
-    at the price of slower steps. CUDA's allocator counts live tensors.
+    On a CPU, glibc serves tensors up to 32 MB from a heap with holes: the fraction was 0.4 to 0.8 in runs of
+    SmolLM2-135M, LoRA and full, with and without activation checkpointing. MALLOC_MMAP_THRESHOLD_=65536 in the
+    environment makes it 0 (within 6 %) but slows steps down. CUDA's allocator counts live tensors.
     """
     if default_device().type != "cpu" or platform.libc_ver()[0] != "glibc":
         return 0.0
@@ -140,7 +140,7 @@ def allocator_overhead() -> float:
 
 
 def _loss_bytes(num_logits: int, dtype: torch.dtype) -> int:
-    """Logits, log-probabilities and their gradient, computed in float32; narrower logits have a copy besides."""
+    """Returns bytes of logits, log-probabilities and their gradient in float32, plus a copy of narrower logits."""
     return num_logits * (3 * 4 + (dtype.itemsize if dtype.itemsize < 4 else 0))
 
 
@@ -152,7 +152,7 @@ def saved_activation_bytes(
     lora_rank: int | None,
     dtype: torch.dtype,
 ) -> int:
-    """Bytes that autograd saves in a forward pass of a model of that shape, without logits; no arithmetic."""
+    """Returns the bytes that autograd saves in a forward pass of that shape, without logits; computes nothing."""
     model = _empty_training_model(config, shape, lora_rank, dtype)
     mode, device = FakeTensorMode(allow_non_fake_inputs=True), default_device()
     values = {
@@ -160,7 +160,7 @@ def saved_activation_bytes(
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
     own = {value.untyped_storage()._cdata for value in values.values()}
-    saved: dict[int, torch.UntypedStorage] = {}  # holding a storage keeps its address from being used again
+    saved: dict[int, torch.UntypedStorage] = {}  # a storage that is held keeps its address
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,7 +1,7 @@
 """Configs of Hub models that ship with the project, so that a dry run needs no network.
 
-Only a dry run may use them, and only when the Hub cannot be read: a real run reads the checkpoint's own config. One
-file per model in `hub_configs/`, named by Hub id with `--` for `/`.
+Only a dry run may use them, and only when the Hub cannot be read: a real run reads the checkpoint's own config. There
+is one file per model in `hub_configs/`, named by Hub id with `--` for `/`.
 """
 
 import json
@@ -27,16 +27,16 @@ STAND_IN_TOKENIZER = "smollm2-135m"  # name in assets.PACKAGED_MODELS
 
 @dataclass(frozen=True)
 class OfflineModelSpec(ModelSpec):
-    """A Hub model without the Hub: its shipped config and another model's tokenizer, so tokens are an estimate."""
+    """Hub model without the Hub: its shipped config and another model's tokenizer, so token counts are estimates."""
 
     def load_config(self, assets_dir: Path) -> PreTrainedConfig:
-        """The shipped config; raises ValueError as `ModelSpec.load_config` does."""
+        """Returns the shipped config; raises ValueError as `ModelSpec.load_config` does."""
         config = shipped_config(self.path)
         check_supported(config)
         return config
 
     def load_tokenizer(self, assets_dir: Path) -> PreTrainedTokenizerBase:
-        """SmolLM2's tokenizer: 49k words, against 32k of Llama 2 and Mistral and 128k of Llama 3."""
+        """Loads SmolLM2's tokenizer, with 49k words; Llama 2 and Mistral have 32k, Llama 3 has 128k."""
         converted = assets_dir / STAND_IN_TOKENIZER
         if converted.is_dir():
             return AutoTokenizer.from_pretrained(converted)
@@ -49,15 +49,15 @@ class OfflineModelSpec(ModelSpec):
 
 
 def shipped_ids() -> tuple[str, ...]:
-    """Hub ids whose configs ship with the project."""
+    """Returns the Hub ids whose configs ship with the project."""
     return tuple(sorted(file.stem.replace("--", "/", 1) for file in HUB_CONFIGS.glob("*.json")))
 
 
 def shipped_config(hub_id: str) -> PreTrainedConfig:
-    """The shipped config of a Hub model.
+    """Returns the shipped config of a Hub model.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no config of that model ships.
     """
     file = HUB_CONFIGS / f"{hub_id.replace('/', '--', 1)}.json"
     if hub_id not in shipped_ids():
@@ -70,7 +70,7 @@ def shipped_config(hub_id: str) -> PreTrainedConfig:
 
 
 def for_dry_run(model: ModelSpec, assets_dir: Path) -> ModelSpec:
-    """`model` itself if no config of it ships or the Hub can be read, else its offline stand-in."""
+    """Returns `model` itself if no config of it ships or the Hub can be read, else its offline stand-in."""
     if model.path not in shipped_ids() or Path(model.path).is_dir():
         return model
     try:
@@ -86,11 +86,11 @@ def for_dry_run(model: ModelSpec, assets_dir: Path) -> ModelSpec:
 
 
 def _hub_answers() -> bool:
-    """Whether the Hub can be asked; its client would go on trying for half a minute."""
+    """Returns whether the Hub can be reached; its own client would retry for half a minute."""
     if constants.HF_HUB_OFFLINE:
         return False
     if getproxies():
-        return True  # cannot be told from here
+        return True  # behind a proxy a socket cannot tell
     address = urlparse(constants.ENDPOINT)
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=3).close()

@@ -1,8 +1,8 @@
-"""The shape of a decoder: how wide its residual stream is, and how many heads and MLP channels each layer has.
+"""Shape of a decoder: the width of its residual stream, and the heads and MLP channels of each layer.
 
-Units that can leave a layer are whole KV groups (a KV head with the query heads that read it), query heads, and MLP
-channels; single channels of a head cannot, because rotary embedding pairs them. A shape with layers that are all alike
-is a stock config. One with layers that differ is that of no stock model: it is built by resizing a stock one.
+A layer can lose whole KV groups (a KV head with the query heads that read it), query heads and MLP channels. Single
+channels of a head cannot be pruned, because rotary embedding pairs them. If all layers have the same widths, a stock
+config describes the model. Otherwise no stock model has that shape, and it is built by resizing a stock one.
 """
 
 import itertools
@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradpruner.models.architectures import decoder_layers, empty_model, linear_sublayers, shrink_config
 
-# Their layers are q, k, v, o, gate, up and down projections, RMSNorms, and at most norms of single heads; nothing is
-# scaled by a rule that depends on a width.
+# Layers of these types are q, k, v, o, gate, up and down projections, RMSNorms, and at most norms of single heads;
+# nothing is scaled by a rule that depends on a width.
 WIDTH_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
@@ -37,7 +37,7 @@ class ModelShape:
 
     Attributes:
         hidden_size: channels of the residual stream.
-        layers: its decoder layers, first to last.
+        layers: widths of the decoder layers, first to last.
     """
 
     hidden_size: int
@@ -45,11 +45,11 @@ class ModelShape:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers are alike, so that a stock config describes the model."""
+        """Whether all layers have the same widths, so that a stock config describes the model."""
         return len(set(self.layers)) == 1
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form: a list of each size, one entry a layer."""
+        """Returns the JSON-ready form: a list per size, with one entry per layer."""
         sizes = {size: [getattr(layer, size) for layer in self.layers] for size in LAYER_SIZES}
         return {"hidden_size": self.hidden_size, **sizes}
 
@@ -61,7 +61,7 @@ class ModelShape:
 
 
 def describe_shape(shape: ModelShape) -> dict[str, str]:
-    """Sizes by name, for readers; `9 in 4, 6 in 24` where four layers have 9 and the next 24 have 6."""
+    """Returns sizes by name as text: `9 in 4, 6 in 24` if four layers have 9 and the next 24 have 6."""
     sizes = {size: [getattr(layer, size) for layer in shape.layers] for size in LAYER_SIZES}
     runs = {size: [(count, len(list(same))) for count, same in itertools.groupby(all_)] for size, all_ in sizes.items()}
     texts = {
@@ -72,19 +72,19 @@ def describe_shape(shape: ModelShape) -> dict[str, str]:
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Channels of one head."""
+    """Returns the number of channels of one head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def config_shape(config: PreTrainedConfig) -> ModelShape:
-    """The shape of the stock model of a config."""
+    """Returns the shape of the stock model of a config."""
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     layer = LayerShape(config.num_attention_heads, num_kv_heads, config.intermediate_size)
     return ModelShape(config.hidden_size, (layer,) * config.num_hidden_layers)
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
-    """The shape that the modules of a model have; that of its config where layers cannot be narrower."""
+    """Returns the shape of a model's modules, or of its config if layers of its type cannot be narrower."""
     if model.config.model_type not in WIDTH_MODEL_TYPES:
         return config_shape(model.config)
     layers, width = [], head_dim(model.config)
@@ -109,9 +109,9 @@ def check_width_supported(config: PreTrainedConfig, method: str) -> None:
 
 
 def shaped_config(config: PreTrainedConfig, shape: ModelShape) -> PreTrainedConfig:
-    """A copy of the config with as many layers and, where a stock config can say them, the widths.
+    """Returns a copy of the config with the depth of the shape and, if a stock config can state them, its widths.
 
-    Otherwise layers keep the sizes of `config`: a model has to be resized to the shape.
+    Otherwise layers keep the sizes of `config`, and a model has to be resized to the shape.
     """
     changed = shrink_config(config, tuple(range(len(shape.layers))))
     set_widths(changed, shape)
@@ -119,13 +119,14 @@ def shaped_config(config: PreTrainedConfig, shape: ModelShape) -> PreTrainedConf
 
 
 def set_widths(config: PreTrainedConfig, shape: ModelShape) -> None:
-    """Writes the widths of a shape into a config; those of layers only if they are all alike.
+    """Writes the widths of a shape into a config.
 
-    And if the residual stream is a multiple of the heads, without which transformers would not read a Llama config.
+    Widths of layers are written only if all layers have the same, and if the width of the residual stream is a multiple
+    of the heads: otherwise transformers does not read a Llama config.
     """
     if shape.layers == config_shape(config).layers and shape.hidden_size == config.hidden_size:
         return
-    config.head_dim = head_dim(config)  # first: else it would follow from the other two
+    config.head_dim = head_dim(config)  # set first: otherwise it would follow from the other two
     config.hidden_size = shape.hidden_size
     if shape.is_uniform and shape.hidden_size % shape.layers[0].num_attention_heads == 0:
         for size in LAYER_SIZES:
@@ -133,7 +134,7 @@ def set_widths(config: PreTrainedConfig, shape: ModelShape) -> None:
 
 
 def empty_shaped_model(config: PreTrainedConfig, shape: ModelShape) -> PreTrainedModel:
-    """The model of that shape without storage (meta device), for counting."""
+    """Returns the model of that shape without storage (meta device), for counting."""
     model = empty_model(shaped_config(config, shape))
     if config_shape(model.config) != shape:
         resize_layers(model, shape)
@@ -142,7 +143,7 @@ def empty_shaped_model(config: PreTrainedConfig, shape: ModelShape) -> PreTraine
 
 @torch.no_grad()
 def resize_layers(model: PreTrainedModel, shape: ModelShape) -> None:
-    """Gives layers that are not of the shape new, uninitialized linear weights of its sizes, in place."""
+    """Gives layers that differ from the shape new, uninitialized linear weights of its sizes, in place."""
     width, hidden = head_dim(model.config), shape.hidden_size
     for layer, sizes, own in zip(decoder_layers(model), shape.layers, model_shape(model).layers, strict=True):
         if sizes == own:
@@ -165,7 +166,7 @@ def resize_layers(model: PreTrainedModel, shape: ModelShape) -> None:
 
 
 def set_linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Gives a linear sublayer a weight and bias of other sizes, trained or not as before."""
+    """Gives a linear sublayer a weight and bias of other sizes; whether they are trained is unchanged."""
     linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
     linear.out_features, linear.in_features = weight.shape
     if bias is not None:
@@ -173,12 +174,12 @@ def set_linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def note_sizes(layer: nn.Module, sizes: LayerShape) -> None:
-    """Tells a layer's modules what they keep of its sizes besides the weights."""
+    """Sets the sizes that a layer's modules store besides the weights."""
     set_attribute(layer, "self_attn.num_key_value_groups", sizes.num_attention_heads // sizes.num_key_value_heads)
     set_attribute(layer, "mlp.intermediate_size", sizes.intermediate_size)
 
 
 def set_attribute(module: nn.Module, path: str, value: object) -> None:
-    """Sets an attribute of a submodule that is no tensor; mypy takes all attributes of modules for tensors."""
+    """Sets a non-tensor attribute of a submodule; mypy takes all attributes of modules for tensors."""
     owner, _, name = path.rpartition(".")
     setattr(module.get_submodule(owner), name, value)

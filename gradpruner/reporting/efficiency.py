@@ -1,4 +1,4 @@
-"""What compression saves: counted from shapes (the paper's Table 11), and measured by runs (its Table 2)."""
+"""Savings of compression: counted from shapes (the paper's Table 11), and measured in runs (its Table 2)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 
 from gradpruner.models.counting import TABLE_11, ModelCounts, count_model
 from gradpruner.models.shape import ModelShape
-from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import METHODS
+from gradpruner.record import PhaseSection, RunRecord
+from gradpruner.reporting.labels import METHOD_LABELS
 from gradpruner.reporting.published import Published
 from gradpruner.reporting.tables import Table, row_labels, setting, tell_apart
 
@@ -26,14 +26,14 @@ def counts_table(
     length: int = 128,
     published: Mapping[str, Sequence[Decimal]] | None = None,
 ) -> Table:
-    """Parameters and work of one forward pass of a row of `length` tokens.
+    """Counts parameters, and the work of one forward pass over a row of `length` tokens.
 
     Args:
-        title: of the table.
-        config: of the dense model.
-        shapes: what to count, by label; the first is what ratios are to.
-        dtype: of weights and KV cache, for their bytes.
-        length: tokens.
+        title: title of the table.
+        config: config of the dense model.
+        shapes: shapes to count, by label; ratios are to the first.
+        dtype: type of weights and KV cache, for their bytes.
+        length: tokens per row.
         published: the paper's FLOPs, MACs and parameters by label.
     """
     counts = {label: count_model(config, shape) for label, shape in shapes.items()}
@@ -54,7 +54,9 @@ def counts_table(
     ]
     headers = ["model", "layers"]
     for name in ("TFLOPs", "GMACs", "params (B)"):
-        headers += [f"{name} *", *(["paper"] if published is not None else [])]
+        headers.append(f"{name} *")
+        if published is not None:
+            headers.append("paper")
     headers += ["GMACs", "TFLOPs", "params", "of first", "KV cache MiB", "checkpoint GiB"]
     notes = [
         "* as the paper counts: linear sublayers of the decoder layers, without attention scores and output head; "
@@ -66,7 +68,7 @@ def counts_table(
 
 
 def _table_11(counts: ModelCounts, length: int) -> list[str]:
-    """FLOPs, MACs and parameters with the paper's digits."""
+    """Returns FLOPs, MACs and parameters, rounded as the paper prints them."""
     billions = f"{counts.num_parameters_without_embedding / 1e9:.2f}"
     return [
         f"{counts.flops(1, length, TABLE_11) / 1e12:.2f}",
@@ -78,11 +80,12 @@ def _table_11(counts: ModelCounts, length: int) -> list[str]:
 def _with_published(own: Sequence[str], published: Sequence[Any] | None, wanted: bool) -> list[str]:
     if not wanted:
         return list(own)
-    return [cell for pair in zip(own, published or [DASH] * len(own), strict=True) for cell in map(str, pair)]
+    theirs = published or [DASH] * len(own)
+    return [str(cell) for pair in zip(own, theirs, strict=True) for cell in pair]
 
 
 def efficiency_tables(records: Sequence[RunRecord], published: Published | None) -> list[Table]:
-    """The paper's Table 2: time and memory as percent of the dense model's, for every setting that has a dense run.
+    """Returns the paper's Table 2 for each setting with a dense run: time and memory as percent of the dense model's.
 
     Args:
         records: finished runs.
@@ -93,13 +96,15 @@ def efficiency_tables(records: Sequence[RunRecord], published: Published | None)
         settings.setdefault(json.dumps(setting(record), sort_keys=True), []).append(record)
     tables = []
     for group in settings.values():
-        for dense in [record for record in group if record.pruning["method"] == "dense"][:1]:
-            alike = [record for record in group if _machine(record) == _machine(dense)]
-            tables.append((_efficiency_table(alike, dense, published, len(group) - len(alike)), setting(dense)))
+        dense = next((record for record in group if record.pruning["method"] == "dense"), None)
+        if dense is None:
+            continue
+        alike = [record for record in group if _machine(record) == _machine(dense)]
+        tables.append((_efficiency_table(alike, dense, published, len(group) - len(alike)), setting(dense)))
     return tell_apart(tables)
 
 
-def _machine(record: RunRecord) -> tuple[Any, Any]:
+def _machine(record: RunRecord) -> tuple[str, int]:
     return record.environment["device"], record.environment["num_threads"]
 
 
@@ -108,7 +113,7 @@ def _efficiency_table(
 ) -> Table:
     mode = dense.config["finetune"]["mode"]
     paper = {row.coordinates["method"]: row.values for row in published.select(finetune=mode)} if published else {}
-    rows, order = [], list(METHODS)
+    rows, order = [], list(METHOD_LABELS)
     ordered = sorted(records, key=lambda one: (order.index(one.pruning["method"]), one.seed))
     labels = row_labels(ordered)
     for record, label in zip(ordered, labels, strict=True):
@@ -116,7 +121,7 @@ def _efficiency_table(
         step, fresh, *inference = _timed(record)
         time, memory = _training(record, dense, fresh)
         own: list[float | Decimal | None] = [time, step, memory, *inference]
-        # Beside the paper's inference time, which is that of whole answers, stands that of the prefill.
+        # The paper has one inference time, of whole answers; it stands beside our prefill. Step and decode have none.
         values = [*paper[method]] if method in paper else [None] * 4
         theirs = [values[0], None, values[1], values[2], None, values[3]]
         cells = [_percent(value) for pair in zip(own, theirs, strict=True) for value in pair]
@@ -141,44 +146,54 @@ def _efficiency_table(
 
 
 def _training(record: RunRecord, dense: RunRecord, fresh: float | None) -> tuple[float, float]:
-    """Time, and memory: `fresh` is that of a training step, if it was measured."""
+    """Returns time and memory of training as percent of dense.
 
-    def time(one: RunRecord) -> float:
-        spent: float = one.efficiency["compression_seconds"] + one.efficiency.get("recovery_seconds", 0.0)
-        return spent + float(one.finetune["train_seconds"])
+    Args:
+        record: the run.
+        dense: the dense run of the same setting.
+        fresh: memory of a training step in a fresh process as percent of dense, if it was measured.
+    """
+    base = _above_start(dense, dense.finetune["peak_memory_bytes"])
+    compression = 0 if record.pruning["method"] == "dense" else record.efficiency["compression_peak_memory_bytes"]
+    recovery = record.pruning["recovery"].get("peak_memory_bytes", 0)
+    if fresh is None:
+        fresh = 100 * _above_start(record, record.finetune["peak_memory_bytes"]) / base
+    before = 100 * _above_start(record, max(compression, recovery)) / base
+    return 100 * _total_seconds(record) / _total_seconds(dense), max(fresh, before)
 
-    def above(one: RunRecord, peak: int) -> float:
-        """What the process had more than at its start."""
-        return max(0.0, float(peak - one.efficiency.get("process_memory_bytes", 0)))
 
-    base = above(dense, dense.finetune["peak_memory_bytes"])
-    is_dense = record.pruning["method"] == "dense"
-    spent = [0 if is_dense else record.efficiency["compression_peak_memory_bytes"]]
-    spent.append(record.pruning.get("recovery", {}).get("peak_memory_bytes", 0))
-    trained = 100 * above(record, record.finetune["peak_memory_bytes"]) / base if fresh is None else fresh
-    return 100 * time(record) / time(dense), max(trained, 100 * above(record, max(spent)) / base)
+def _total_seconds(record: RunRecord) -> float:
+    efficiency = record.efficiency
+    return efficiency["compression_seconds"] + efficiency["recovery_seconds"] + record.finetune["train_seconds"]
+
+
+def _above_start(record: RunRecord, peak_bytes: int) -> float:
+    """Returns memory above what the process had before the run, so that the libraries do not count."""
+    return max(0.0, float(peak_bytes - record.efficiency.get("process_memory_bytes", 0)))
 
 
 def _timed(record: RunRecord) -> list[float | None]:
-    """Percent of dense: time and memory of a training step, time of prefill and of decoding, memory of both."""
-    measured = record.efficiency.get("speed", {})
-    ratios = measured.get("ratios", {})
+    """Returns time and memory of a training step, time of prefill and decoding, memory of both, in percent of dense.
 
-    def percent(phase: str, kind: str) -> float | None:
-        return 100 * ratios[phase][kind] if phase in ratios else None
-
-    peaks = [
-        max(measured[whose][phase]["peak_memory_bytes"] for phase in ("prefill", "decode"))
-        for whose in ("own", "dense")
-        if ratios
-    ]
+    Each is None if it was not timed: many records have no timings, and methods that prune while they train have no
+    training step of a fixed shape.
+    """
+    speed = record.efficiency.get("speed")
+    if not speed:
+        return [None] * 5
+    own, dense = (_inference_peak(phases) for phases in (speed["own"], speed["dense"]))
+    train, prefill, decode = (speed["ratios"].get(phase) for phase in ("train", "prefill", "decode"))
     return [
-        percent("train", "time"),
-        percent("train", "memory"),
-        percent("prefill", "time"),
-        percent("decode", "time"),
-        100 * peaks[0] / peaks[1] if peaks else None,
+        100 * train["time"] if train else None,
+        100 * train["memory"] if train else None,
+        100 * prefill["time"] if prefill else None,
+        100 * decode["time"] if decode else None,
+        100 * own / dense,
     ]
+
+
+def _inference_peak(phases: Mapping[str, PhaseSection]) -> int:
+    return max(phases[name]["peak_memory_bytes"] for name in ("prefill", "decode"))
 
 
 def _percent(value: float | Decimal | None) -> str:

@@ -1,10 +1,11 @@
-"""Figures of one run, and what all figures share. Colours are told apart by colour-blind readers and by a grey print.
+"""Figures of one run, and the style that all figures share.
 
-On a `canvas` text is as large as it is printed, so that it can be read in a column of 8 cm.
+Colour-blind readers can tell the colours apart, and so can readers of a grey print. On a `canvas`, text has its printed
+size, so that it is legible in a column of 8 cm.
 """
 
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from gradpruner.plan import PruningPlan
 
 KEPT, MERGED, PRUNED = "#0072B2", "#E69F00", "#CCCCCC"  # Okabe and Ito's palette
 COLORS = (KEPT, MERGED, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-# Colour, marker and dashes repeat after 7, 9 and 4: no two of these lines are alike, also without colour.
+# Colour, marker and dashes repeat after 7, 9 and 4 lines, so no two of the 36 lines look alike, even without colour.
 LINE_STYLES: tuple[dict[str, Any], ...] = tuple(
     {"color": COLORS[i % 7], "marker": "os^DvPX<>"[i % 9], "linestyle": ("-", "--", "-.", ":")[i % 4]}
     for i in range(36)
@@ -47,9 +48,9 @@ class Picture:
     """A picture in a report.
 
     Attributes:
-        path: of the file.
-        caption: sentences below it.
-        alt: what it shows, with its numbers, for those who do not see it.
+        path: file of the picture.
+        caption: sentences below the picture.
+        alt: what it shows, with its numbers, for readers who cannot see it.
     """
 
     path: Path
@@ -58,7 +59,7 @@ class Picture:
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
-    """Training loss and learning rate over optimizer steps."""
+    """Draws training loss and learning rate over optimizer steps."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     steps = [entry["step"] for entry in history]
@@ -72,7 +73,7 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_importance(plan: PruningPlan, report: dict[str, Any], path: Path) -> None:
-    """Layer importance with each layer's fate and, for a per-step series, how soon the pruned set settled."""
+    """Draws layer importance with each layer's fate and, for a per-step series, how soon the pruned set settled."""
     overlap = report.get("prefix_overlap")
     figure = Figure(figsize=(8, 5.2 if overlap else 3.2), layout="constrained")
     axes = figure.subplots(2 if overlap else 1, 1, squeeze=False)[:, 0]
@@ -103,41 +104,19 @@ def plot_importance(plan: PruningPlan, report: dict[str, Any], path: Path) -> No
     _save(figure, path)
 
 
-def plot_speed(points: Mapping[float, Mapping[str, Mapping[str, float]]], path: Path) -> None:
-    """Time and memory against sparsity, as parts of the dense model's.
-
-    Args:
-        points: by fraction of layers pruned: by phase: `time` and `memory`.
-        path: of the picture.
-    """
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    sparsities = sorted(points)
-    for axis, kind in zip(axes, ("time", "memory"), strict=True):
-        for style, phase in zip(LINE_STYLES, points[sparsities[0]], strict=False):
-            values = [points[sparsity][phase][kind] for sparsity in sparsities]
-            axis.plot([100 * sparsity for sparsity in sparsities], values, label=phase, markersize=4, **style)
-        axis.plot([0, 100 * sparsities[-1]], [1, 1 - sparsities[-1]], color="#888888", linewidth=1, label="layers left")
-        axis.set(xlabel="layers pruned (%)", title=kind, ylim=(0, 1.08))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("part of the dense model's")
-    axes[1].legend(loc="lower left", frameon=False)
-    _save(figure, path)
-
-
 def wrap_rows(labels: Iterable[str], least: float) -> tuple[list[str], float]:
-    """Labels of rows on several lines, and the height of all rows in inches if none is below `least`."""
+    """Returns row labels wrapped to several lines, and the height in inches of all rows, each at least `least` high."""
     wrapped = [textwrap.fill(label, 28) for label in labels]
     return wrapped, len(wrapped) * max(least, 0.03 + 0.11 * max(label.count("\n") + 1 for label in wrapped))
 
 
 def legend_below(figure: Figure) -> None:
-    """The labels of all axes, each once, below them, for which the figure grows; in two columns if these fit."""
+    """Adds one legend for all axes below them, in two columns if these fit, and makes the figure higher by its size."""
     found: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    layouts = ((2, 28), (1, 60)) if len(found) > 1 else ((1, 60),)  # columns, letters a line
+    layouts = ((2, 28), (1, 60)) if len(found) > 1 else ((1, 60),)  # columns, letters per line
     for num_columns, width in layouts:
         labels = [textwrap.fill(label, width) for label in found]
         handles = list(found.values())
@@ -151,7 +130,7 @@ def legend_below(figure: Figure) -> None:
 
 @contextmanager
 def canvas(path: Path, height: float) -> Iterator[Figure]:
-    """A figure as wide as a column and `height` inches high, written to `path` in the end."""
+    """Yields a figure as wide as a column and `height` inches high, and writes it to `path` at the end."""
     with matplotlib.rc_context(SMALL):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure
@@ -159,7 +138,7 @@ def canvas(path: Path, height: float) -> Iterator[Figure]:
 
 
 def _save(figure: Figure, path: Path, dpi: int = 150) -> None:
-    # Without a date, so that the same data is the same file.
+    # Without a date, so that the same data gives the same file.
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "gradpruner"}):

@@ -1,6 +1,6 @@
-"""Reports as files: tables as Markdown, LaTeX or CSV, and tables with figures as one HTML page.
+"""Report files: tables as Markdown, LaTeX or CSV, and tables with figures as one HTML page.
 
-A cell may have `**bold**` parts; CSV leaves the marks out.
+A cell may have `**bold**` parts; CSV files are written without the marks.
 """
 
 import base64
@@ -19,7 +19,7 @@ from gradpruner.reporting.tables import Table
 FORMATS = ("md", "tex", "csv", "html")
 IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 BOLD = re.compile(r"\*\*(.+?)\*\*")
-# `[` and `*` at the start of a row would be taken for arguments of the line break before it.
+# LaTeX would read `[` or `*` at the start of a row as an argument of the line break before it.
 LATEX = str.maketrans(
     {
         **{char: f"\\{char}" for char in "%_&$#{}"},
@@ -37,14 +37,14 @@ def write_report(
     """Writes a report.
 
     Args:
-        path: of the file. Several tables as CSV are files beside it, whose names go on with the title of the table.
+        path: file to write. Several tables as CSV are written beside it, each with its title appended to the name.
         form: one of `FORMATS`.
-        tables: in order.
-        pictures: shown in HTML; in other formats they stay files of their own.
-        title: of the HTML page.
+        tables: tables in order.
+        pictures: pictures to show in HTML; other formats ignore them.
+        title: title of the HTML page.
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
         ValueError: if there is no such format, or a picture is neither PNG nor SVG.
@@ -65,12 +65,12 @@ def write_report(
 
 
 def markdown(tables: Sequence[Table]) -> str:
-    """Tables in Markdown."""
+    """Returns tables in Markdown."""
     return "\n".join(table.markdown() for table in tables)
 
 
 def latex(tables: Sequence[Table]) -> str:
-    """Tables in LaTeX, to be put into a document that loads `booktabs`."""
+    """Returns tables in LaTeX, for a document that loads `booktabs`."""
     return "% needs \\usepackage{booktabs}\n" + "\n".join(_latex_table(table) for table in tables)
 
 
@@ -103,7 +103,7 @@ def _latex_cell(text: str) -> str:
 
 
 def csv_files(tables: Sequence[Table]) -> dict[str, str]:
-    """Headers and rows of each table as CSV, by a name made of its title. Notes are in the other formats."""
+    """Returns headers and rows of each table as CSV, by a name made from its title. CSV has no notes."""
     texts: dict[str, str] = {}
     for table in tables:
         stream = io.StringIO()
@@ -116,7 +116,7 @@ def csv_files(tables: Sequence[Table]) -> dict[str, str]:
 
 
 def html(title: str, tables: Sequence[Table], pictures: Sequence[Picture] = ()) -> str:
-    """One page with everything in it: no script, and nothing is loaded from elsewhere.
+    """Returns one self-contained page, without scripts and without anything loaded from elsewhere.
 
     Raises:
         ValueError: if a picture is neither PNG nor SVG.
@@ -141,5 +141,5 @@ def _data_uri(path: Path) -> str:
 
 
 def _parts(cell: str) -> list[tuple[str, bool]]:
-    """The text of a cell in parts, each with whether it is bold."""
+    """Splits the text of a cell into parts, each with whether it is bold."""
     return [(part, index % 2 == 1) for index, part in enumerate(BOLD.split(cell)) if part]

@@ -1,4 +1,4 @@
-"""Importance runs side by side: which layers each names, how sure of them it is, and what that was worth."""
+"""Importance runs side by side: the layers that each prunes, how stable that choice is, and the accuracy after it."""
 
 import json
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ HEADERS = ["importance run", "layers pruned", "halves", "half-way", "near the cu
 
 
 def importance_tables(records: Sequence[RunRecord]) -> list[Table]:
-    """One table for each setting and number of pruned layers, one row for each way to find the importance.
+    """Returns one table per setting and number of layers kept, one row per way to find the importance.
 
     Args:
-        records: of any runs; those that did not finish, or ranked no layers by gradients, are not looked at.
+        records: any runs; those that failed or did not rank layers by gradients are ignored.
 
     Returns:
-        No tables if no run fits.
+        An empty list if no run fits.
     """
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
-        if record.status == "finished" and record.pruning.get("report", {}).get("step_importance"):
+        if record.status == "finished" and record.pruning["report"].get("step_importance"):
             key = [setting(record), record.pruning["num_hidden_layers"]]
             groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
     return tell_apart([(_table(groups[key]), setting(groups[key][0])) for key in sorted(groups)])
@@ -68,11 +68,13 @@ def _table(records: list[RunRecord]) -> Table:
 
 def _found(group: list[RunRecord]) -> list[str]:
     reports = [record.pruning["report"] for record in group]
-    halfway = [report["prefix_overlap"][(len(report["prefix_overlap"]) - 1) // 2] for report in reports]
+    prefixes = [report["prefix_overlap"] for report in reports]
+    halfway = [overlaps[(len(overlaps) - 1) // 2] for overlaps in prefixes]
     return [
         number_runs(group[0].pruning["pruned_layers"]),
         mean_or_dash([report["halves_overlap"] for report in reports], 2),
         mean_or_dash(halfway, 2),
+        # Older records lack `undecided_layers`.
         mean_or_dash([len(report["undecided_layers"]) for report in reports if "undecided_layers" in report], 1),
         mean_or_dash([report["top_step_share"] for report in reports], 2),
     ]

@@ -1,10 +1,11 @@
-"""Display names of methods and metrics, the paper's order, and which values may share a column of a table."""
+"""Display names of methods and metrics, the paper's order of methods, and which metric values may share a column."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-METRICS = {
+from gradpruner.record import Metrics, metric_stderr, metric_value
+
+METRIC_LABELS = {
     "accuracy": "accuracy",
     "accuracy_norm": "acc. norm",
     "similarity": "similarity",
@@ -12,8 +13,8 @@ METRICS = {
     "bertscore_f1": "BERTScore",
     "answer_nll": "answer NLL",
 }
-# In the order of the paper's Table 1, with what the paper does not have in between.
-METHODS = {
+# The order is that of rows in tables: the paper's Table 1, with methods that the paper does not have in between.
+METHOD_LABELS = {
     "dense": "Dense",
     "llm_pruner": "LLM-Pruner",
     "laco": "LaCo",
@@ -39,57 +40,59 @@ ACCURACY_MODES = {"likelihood": "likeliest option", "generate": "exact match of 
 
 
 def method_place(name: str) -> tuple[int, str]:
-    """Sorting key of methods: the paper's order, then those that it has no place for, by name."""
-    return list(METHODS).index(name) if name in METHODS else len(METHODS), name
+    """Returns the sorting key of a method: its place in `METHOD_LABELS`; methods without a label come last, by name."""
+    order = list(METHOD_LABELS)
+    return order.index(name) if name in order else len(order), name
 
 
 @dataclass(frozen=True)
-class Column:
-    """Values that can be compared.
+class MetricColumn:
+    """A table column of comparable metric values.
 
     Attributes:
         metric: key of the value in a record's metrics.
-        origin: what a value must share with its column: the encoder and layer of BERTScore, or how accuracy was
-            measured; None where all values of the metric can be compared.
-        label: display name; says the origin where the table has several.
+        origin: how all values of the column were measured: the encoder and layer of BERTScore, or the accuracy mode;
+            None for metrics that can always be compared.
+        label: display name; includes the origin if the table has several for this metric.
     """
 
     metric: str
     origin: str | None
     label: str
 
-    def cell(self, metrics: dict[str, Any]) -> str:
-        """The value with its standard error, or a dash."""
-        if self.metric not in metrics or _origin(self.metric, metrics) != self.origin:
+    def cell(self, metrics: Metrics) -> str:
+        """Returns the value with its standard error, or a dash if it was not measured or has another origin."""
+        value = metric_value(metrics, self.metric)
+        if value is None or _origin(self.metric, metrics) != self.origin:
             return "-"
-        return f"{metrics[self.metric]:.3f} ±{metrics[self.metric + '_stderr']:.3f}"
+        return f"{value:.3f} ±{metric_stderr(metrics, self.metric):.3f}"
 
 
-def metric_columns(records: Sequence[dict[str, Any]]) -> list[Column]:
-    """The columns of a table over the metrics of these records, in a fixed order.
+def metric_columns(measured: Sequence[Metrics]) -> list[MetricColumn]:
+    """Returns the columns of a table over these metrics, in the order of `METRIC_LABELS`.
 
-    Accuracies by likelihood and by generation, and values of different encoders, come into columns of their own.
+    Accuracy by likelihood and by generation get separate columns, and so does BERTScore with different encoders.
     """
     columns = []
-    for metric, label in METRICS.items():
-        origins = list(dict.fromkeys(_origin(metric, metrics) for metrics in records if metric in metrics))
+    for metric, label in METRIC_LABELS.items():
+        origins = list(dict.fromkeys(_origin(metric, metrics) for metrics in measured if metric in metrics))
         for origin in origins:
-            columns.append(Column(metric, origin, label if len(origins) == 1 else f"{label} ({origin})"))
+            columns.append(MetricColumn(metric, origin, label if len(origins) == 1 else f"{label} ({origin})"))
     return columns
 
 
-def describe_origins(records: Sequence[dict[str, Any]]) -> list[str]:
-    """One sentence for each way in which values of a table were measured."""
-    encoders = dict.fromkeys(_origin("similarity", metrics) for metrics in records if "bertscore_encoder" in metrics)
-    modes = dict.fromkeys(metrics["accuracy_mode"] for metrics in records if "accuracy_mode" in metrics)
-    return [
-        *(f"accuracy: {ACCURACY_MODES[mode]}" for mode in modes),
-        *(f"BERTScore F1 with {encoder}, not rescaled" for encoder in encoders),
-        *(["similarity: mean of BERTScore F1 and ROUGE-L"] if any("similarity" in m for m in records) else []),
-    ]
+def describe_origins(measured: Sequence[Metrics]) -> list[str]:
+    """Returns one sentence for each way in which the values of a table were measured."""
+    encoders = dict.fromkeys(_origin("similarity", metrics) for metrics in measured if "bertscore_encoder" in metrics)
+    modes = dict.fromkeys(metrics["accuracy_mode"] for metrics in measured if "accuracy_mode" in metrics)
+    sentences = [f"accuracy: {ACCURACY_MODES[mode]}" for mode in modes]
+    sentences += [f"BERTScore F1 with {encoder}, not rescaled" for encoder in encoders]
+    if any("similarity" in metrics for metrics in measured):
+        sentences.append("similarity: mean of BERTScore F1 and ROUGE-L")
+    return sentences
 
 
-def _origin(metric: str, metrics: dict[str, Any]) -> str | None:
+def _origin(metric: str, metrics: Metrics) -> str | None:
     if metric in WITH_ENCODER:
         return f"{metrics['bertscore_encoder']}, layer {metrics['bertscore_layer']}"
     return metrics.get("accuracy_mode") if metric == "accuracy" else None

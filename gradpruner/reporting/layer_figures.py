@@ -1,4 +1,4 @@
-"""Figures of layers over many runs: how important they are, how soon that is known, and where they go."""
+"""Figures of layers over many runs: their importance, how early it is known, and which layers are pruned or merged."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,21 +15,21 @@ from gradpruner.reporting.figures import KEPT, LINE_STYLES, MERGED, Picture, can
 
 
 def sensitivity_curve(step_importance: ArrayLike, num_top_layers: int) -> NDArray[np.float64]:
-    """How many of the most important layers of a whole run its first steps already name (the paper's Section 2.3).
+    """Returns how many of a run's most important layers its first steps already find (the paper's Section 2.3).
 
     Importance up to a step is the mean over the steps so far (Eq. 3 and 4). Ties are broken as in pruning: of equal
-    layers the first is the less important.
+    layers, the first counts as less important.
 
     Args:
         step_importance: importance per step and layer, (t, L).
-        num_top_layers: k, how many layers count as most important; 20 of 32 in the paper.
+        num_top_layers: k, the number of layers that count as most important; 20 of 32 in the paper.
 
     Returns:
-        For every step the share in [0, 1] of the top k so far that are in the top k of the run, (t,); NaN while the
-        steps hold no gradient.
+        For each step, the fraction in [0, 1] of the top k so far that are in the top k of the run, (t,); NaN while the
+        steps have no gradient.
 
     Raises:
-        ValueError: if the series is no (t, L) with at least one step, or k is not within 1 to L.
+        ValueError: if the series is not (t, L) with at least one step, or k is not within 1 to L.
     """
     series = np.asarray(step_importance, dtype=np.float64)
     if series.ndim != 2 or 0 in series.shape:
@@ -53,12 +53,12 @@ def sensitivity_curve(step_importance: ArrayLike, num_top_layers: int) -> NDArra
 
 
 def plot_sensitivity(curves: Mapping[str, NDArray[np.float64]], num_top_layers: str, path: Path) -> Picture:
-    """Agreement of early layer importance with that of the whole run, the paper's Figure 2.
+    """Draws the agreement of early layer importance with that of the whole run, the paper's Figure 2.
 
     Args:
-        curves: of `sensitivity_curve`, by label.
+        curves: results of `sensitivity_curve` by label.
         num_top_layers: k, for the caption.
-        path: of the picture.
+        path: file of the picture.
     """
     alt = []
     with canvas(path, 2.0) as figure:
@@ -83,11 +83,11 @@ def plot_sensitivity(curves: Mapping[str, NDArray[np.float64]], num_top_layers: 
 
 
 def plot_importance_map(runs: Mapping[str, RunRecord], path: Path) -> Picture:
-    """Layer importance of many runs: a row a run, a column a decoder layer, as part of the row's sum on a log scale.
+    """Draws layer importance as a fraction of its sum on a log scale: one row per run, one column per decoder layer.
 
     Args:
-        runs: by label; each has `layer_importance`. Scores that are not positive have no colour.
-        path: of the picture.
+        runs: runs by label; each has `layer_importance`. Scores of 0 or less have no colour.
+        path: file of the picture.
     """
     num_layers = max(len(run.pruning["layer_importance"]) for run in runs.values())
     shares = np.full((len(runs), num_layers), np.nan)
@@ -117,14 +117,14 @@ def plot_importance_map(runs: Mapping[str, RunRecord], path: Path) -> Picture:
 
 
 def plot_plans(runs: Mapping[str, RunRecord], path: Path) -> Picture:
-    """Which layers of each run stay, leave, or merge, and where to: a row a run, a box a decoder layer.
+    """Draws which layers are kept, pruned or merged: one row per run, one box per decoder layer.
 
-    A box is as high as the part of the layer's MLP weights that stays, so methods that make layers narrower show it. An
-    arrow runs from merged layers to the kept layer that absorbs them.
+    The height of a box is the fraction of the layer's MLP weights that is kept, so it shows methods that make layers
+    narrower. An arrow runs from merged layers to the kept layer that absorbs them.
 
     Args:
-        runs: by label.
-        path: of the picture.
+        runs: runs by label.
+        path: file of the picture.
     """
     num_layers = max(run.model["num_hidden_layers"] for run in runs.values())
     look: dict[str, dict[str, Any]] = {
@@ -138,7 +138,7 @@ def plot_plans(runs: Mapping[str, RunRecord], path: Path) -> Picture:
         axes = figure.subplots()
         for row, run in enumerate(runs.values()):
             absorbed_by = _absorbed_by(run)
-            heights = iter(_mlp_parts(run))
+            heights = iter(_kept_mlp_fractions(run))
             for layer in range(run.model["num_hidden_layers"]):
                 pruned = layer in run.pruning["pruned_layers"]
                 fate = "merged" if layer in absorbed_by else "pruned" if pruned else "kept"
@@ -174,12 +174,12 @@ def _layer_axis(axes: Any, labels: list[str], num_layers: int) -> None:
 
 
 def _absorbed_by(run: RunRecord) -> dict[int, int]:
-    absorbers = run.pruning.get("absorbed_by", {})
+    absorbers = run.pruning["absorbed_by"]
     return {int(layer): absorber for layer, absorber in absorbers.items() if absorber is not None}
 
 
-def _mlp_parts(run: RunRecord) -> list[float]:
-    """For each kept layer the part of its MLP weights that stays."""
+def _kept_mlp_fractions(run: RunRecord) -> list[float]:
+    """Returns, for each kept layer, the fraction of its MLP weights that is kept."""
     kept = [layer for layer in range(run.model["num_hidden_layers"]) if layer not in run.pruning["pruned_layers"]]
     before, after = run.model["shape"], run.pruning["shape"]
     hidden = after["hidden_size"] / before["hidden_size"]

@@ -1,4 +1,4 @@
-"""Learning rates of the fine-tune side by side: which is best for each method, and which for all of them together."""
+"""Learning rates of the fine-tune side by side: the best one for each method, and the best one for all of them."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import METRICS, Column
+from gradpruner.reporting.labels import METRIC_LABELS, MetricColumn
 from gradpruner.reporting.tables import (
     Table,
     cells_of_seeds,
@@ -20,17 +20,17 @@ from gradpruner.reporting.tables import (
 )
 
 METRIC = "answer_nll"
-COLUMN = Column(METRIC, None, METRICS[METRIC])
+COLUMN = MetricColumn(METRIC, None, METRIC_LABELS[METRIC])
 
 
 def learning_rate_tables(records: Sequence[RunRecord]) -> list[Table]:
-    """One table for each setting with two rates or more: a row a method, a column a rate, the answers' NLL in it.
+    """Returns one table per setting with two or more rates: one row per method, one column per rate, answer NLL in it.
 
     Args:
-        records: of any runs; those that did not finish, or measured no likelihood, are not looked at.
+        records: any runs; those that failed or did not measure answer NLL are ignored.
 
     Returns:
-        No tables if no setting has two rates.
+        An empty list if no setting has two rates.
     """
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
@@ -59,11 +59,12 @@ def _table(records: list[RunRecord]) -> Table:
     cells = []
     means: dict[float, list[float]] = {rate: [] for rate in rates}
     for label, by_rate in rows.items():
-        values = {rate: statistics.mean(run.metrics[METRIC] for run in runs) for rate, runs in by_rate.items()}
+        values = {rate: _mean_nll(runs) for rate, runs in by_rate.items()}
         texts = [cells_of_seeds(by_rate.get(rate, []), [COLUMN])[0] for rate in rates]
         cells.append([label, *_best_in_bold(texts, [values.get(rate, math.inf) for rate in rates])])
         for rate, value in values.items():
             means[rate].append(value)
+    # Infinity stands for "no mean": only a rate that every method has can be the best for all of them.
     of_all = [statistics.mean(values) if len(values) == len(rows) else math.inf for values in means.values()]
     if len(rows) > 1 and sum(mean < math.inf for mean in of_all) > 1:
         texts = [f"{mean:.3f}" if mean < math.inf else "-" for mean in of_all]
@@ -82,8 +83,12 @@ def _table(records: list[RunRecord]) -> Table:
     )
 
 
+def _mean_nll(runs: Sequence[RunRecord]) -> float:
+    return statistics.mean(value for run in runs if (value := run.metric(METRIC)) is not None)
+
+
 def _best_in_bold(texts: Sequence[str], values: Sequence[float]) -> list[str]:
-    """Marks the least; of one value, which is no choice, nothing."""
+    """Marks the smallest value; marks nothing if fewer than two values are finite."""
     if sum(value < math.inf for value in values) < 2:
         return list(texts)
     return [f"**{text}**" if value == min(values) else text for text, value in zip(texts, values, strict=True)]

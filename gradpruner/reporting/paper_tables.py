@@ -1,4 +1,4 @@
-"""The paper's tables with our values: the same rows and columns, the published value in square brackets beside ours."""
+"""The paper's tables with our values: the same rows and columns, the paper's value in square brackets beside ours."""
 
 import json
 import math
@@ -9,12 +9,14 @@ from decimal import Decimal
 from typing import Any
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import METRICS, describe_origins
-from gradpruner.reporting.paper_rows import Column, Row, coordinates, place_runs, shared_setting
-from gradpruner.reporting.published import Published, PublishedRow
+from gradpruner.reporting.labels import METRIC_LABELS, describe_origins
+from gradpruner.reporting.paper_rows import PlacedColumn, PlacedRow, coordinates, place_runs, shared_setting
+from gradpruner.reporting.published import Coordinate, Published, PublishedRow
 from gradpruner.reporting.tables import Table, tell_apart
 
-BY_SIMILARITY = ("pubmedqa", "medmcqa", "billsum", "fingpt")  # Section 4.1; where a record has it
+# Datasets that the paper measures by similarity (Section 4.1); the others by accuracy. Runs that did not generate text
+# have accuracy on these, too.
+BY_SIMILARITY = ("pubmedqa", "medmcqa", "billsum", "fingpt")
 SMALLER_IS_BETTER = ("answer_nll",)
 DASH = "-"
 
@@ -22,16 +24,16 @@ DASH = "-"
 def paper_table(published: Published, records: Sequence[RunRecord]) -> list[Table]:
     """Tables like a published one, for every model and setting of ours that has runs for it.
 
-    Runs with other data or another kind of fine-tuning than the paper's have tables of their own, without its values.
-    There is a table for accuracy or similarity, and one for the likelihood of the answer, which moves earlier. A table
-    over values of a setting needs a pruning method's runs with two of them.
+    Runs with another dataset or kind of fine-tuning than the paper's get tables of their own, without the paper's
+    values. Each setting gets a table of accuracy or similarity, and one of answer NLL, which shows small differences
+    earlier. A table over values of a setting is made only if runs of a pruning method have two or more of them.
 
     Args:
         published: a table or figure with rows.
-        records: of any runs; those that did not finish are not looked at.
+        records: any runs; failed ones are ignored.
 
     Returns:
-        No tables if no run fits.
+        An empty list if no run fits.
     """
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
@@ -44,41 +46,58 @@ def paper_table(published: Published, records: Sequence[RunRecord]) -> list[Tabl
 def _tables(
     published: Published, records: list[RunRecord], shared: dict[str, Any]
 ) -> list[tuple[Table, dict[str, Any]]]:
+    """Returns the tables of one setting, each with the settings that tell it apart from other tables of one title."""
     columns, rows, num_others = place_runs(published, records)
     pruned = [row for row in rows if _competes(row)]
+    # Dense runs stand in every column of a sweep, so only pruned ones show that a column has a result.
     filled = [at for at in range(len(columns)) if any(row.cells[at] for row in pruned)]
-    if len(filled) < (1 if published.axis in ("dataset", "test") else 2):
+    # One dataset or test set is a result; one value of a swept setting is only a repetition of another table.
+    least = 1 if published.axis in ("dataset", "test") else 2
+    if len(filled) < least:
         return []
     tables = []
-    for metric in ("", "answer_nll"):
-        names = [metric or _score(column, rows, at) for at, column in enumerate(columns)]
-        if any(_values(row.cells[at], names[at]) for row in pruned for at in filled):
-            tables.append((_table(published, columns, rows, names, num_others), shared))
+    scores = [_score(column, rows, at) for at, column in enumerate(columns)]
+    for metrics in (scores, ["answer_nll"] * len(columns)):
+        if any(_values(row.cells[at], metrics[at]) for row in pruned for at in filled):
+            tables.append((_table(published, columns, rows, metrics, num_others), shared))
     return tables
 
 
-def _score(column: Column, rows: list[Row], at: int) -> str:
-    """The paper's measure of a column's dataset, or the other one if no run has it."""
+def _score(column: PlacedColumn, rows: list[PlacedRow], at: int) -> str:
+    """Returns the paper's metric for the dataset of column number `at`, or the other metric if no run has that one."""
     runs = [record for row in rows for record in row.cells[at]]
-    tested = [own["test"] or own["dataset"] for own in map(coordinates, runs)] or [column.value]
-    names = ("similarity", "accuracy") if tested[0] in BY_SIMILARITY else ("accuracy", "similarity")
+    tested = column.value
+    if runs:
+        # The metric belongs to the test rows, which may be of another dataset than the training rows.
+        own = coordinates(runs[0])
+        tested = own["test"] or own["dataset"]
+    names = ("similarity", "accuracy") if tested in BY_SIMILARITY else ("accuracy", "similarity")
     return next((name for name in names if any(name in record.metrics for record in runs)), names[0])
 
 
 def _values(cell: list[RunRecord], metric: str) -> dict[int, float]:
-    """By seed."""
-    return {record.seed: record.metrics[metric] for record in cell if metric in record.metrics}
+    """Returns the values of a cell's runs by seed."""
+    return {record.seed: value for record in cell if (value := record.metric(metric)) is not None}
 
 
 def _spread(cell: list[RunRecord], metric: str) -> float:
-    values = list(_values(cell, metric).values())
-    errors = [record.metrics[f"{metric}_stderr"] for record in cell if metric in record.metrics]
-    return statistics.stdev(values) if len(values) > 1 else float(errors[0])
+    """Returns the standard deviation over the seeds; with one seed, its standard error over test rows."""
+    measured = [record for record in cell if metric in record.metrics]
+    if len(measured) > 1:
+        return statistics.stdev(_values(measured, metric).values())
+    return measured[0].stderr(metric)
 
 
 @dataclass(frozen=True)
 class _Value:
-    """What is in a cell: ours with its spread over `num_seeds`, and the paper's."""
+    """Content of a cell.
+
+    Attributes:
+        mean: our mean over seeds; None without runs.
+        spread: standard deviation over seeds, or standard error of one seed.
+        num_seeds: number of seeds.
+        paper: the paper's value; None if there is none, or if it is not comparable.
+    """
 
     mean: float | None = None
     spread: float = 0.0
@@ -94,12 +113,16 @@ class _Value:
         return ours if self.paper is None else f"{ours} [{self.paper}]"
 
 
-def _table(published: Published, columns: list[Column], rows: list[Row], metrics: list[str], num_others: int) -> Table:
+def _table(
+    published: Published, columns: list[PlacedColumn], rows: list[PlacedRow], metrics: list[str], num_others: int
+) -> Table:
+    """Returns a table; `metrics` has one metric per column."""
     runs = [record for row in rows for cell in row.cells for record in cell]
     own = coordinates(runs[0])
-    # The paper has no likelihoods, and its values belong to its own data and kind of fine-tuning.
-    differing = [key for key in ("finetune", "dataset") if rows[0].published.coordinates.get(key, own[key]) != own[key]]
     is_score = not set(metrics) <= set(SMALLER_IS_BETTER)
+    # The paper has no likelihoods, and its values hold for its own dataset and kind of fine-tuning only.
+    first = rows[0].published
+    differing = [key for key in ("finetune", "dataset") if first.coordinates.get(key, own[key]) != own[key]]
     has_paper = is_score and not differing
     values = [
         [_value(row, at, column.index if has_paper else None, metrics[at]) for at, column in enumerate(columns)]
@@ -111,35 +134,35 @@ def _table(published: Published, columns: list[Column], rows: list[Row], metrics
         for row, own_values in zip(rows, values, strict=True):
             own_values.append(_average(row, own_values, common, columns, metrics, has_paper))
         headers.append(f"average of {len(common)} {_arrow(metrics[common[0]])}")
-    bests = [
-        _best([row[at].mean for row, of in zip(values, rows, strict=True) if _competes(of)], header)
-        for at, header in enumerate(headers)
+    bests = [_best(rows, [row_values[at] for row_values in values], header) for at, header in enumerate(headers)]
+    texts = [_texts(row, row_values, bests) for row, row_values in zip(rows, values, strict=True)]
+    notes = [
+        *_scale(columns, rows, metrics),
+        "± is the standard deviation over the seeds where their number n is given, else the standard error over "
+        "test rows; ** marks the best of ours but dense",
     ]
-    cells = [
-        [value.text(best if _competes(of) else None) for value, best in zip(row, bests, strict=True)]
-        for row, of in zip(values, rows, strict=True)
-    ]
+    if len(common) > 1:
+        notes.append(f"average over {', '.join(columns[at].header for at in common)}")
+    if is_score:
+        notes += describe_origins([record.metrics for record in runs])
+    if num_others:
+        notes.append(f"left out: {num_others} runs of these methods with other settings")
+    if is_score:
+        notes += _about_paper(published, first, differing)
     measured = "" if is_score else ", answer NLL"
     place = "" if published.axis == "dataset" else f" on {own['dataset']}"
     parameters = f"{runs[0].model['num_parameters'] / 1e6:.1f} M parameters"
     name = f"{runs[0].model['name']} with {parameters}{place}, {own['finetune']}"
-    return Table(
-        f"{published.label}: {published.title}; {name}{measured}",
-        ["method", *headers],
-        [[row.label, *texts] for row, texts in zip(rows, cells, strict=True)],
-        [
-            *_scale(columns, rows, metrics),
-            "± is the standard deviation over the seeds where their number n is given, else the standard error over "
-            "test rows; ** marks the best of ours but dense",
-            *([f"average over {', '.join(columns[at].header for at in common)}"] if len(common) > 1 else []),
-            *(describe_origins([record.metrics for record in runs]) if is_score else []),
-            *([f"left out: {num_others} runs of these methods with other settings"] if num_others else []),
-            *(_about_paper(published, rows[0].published, differing) if is_score else []),
-        ],
-    )
+    return Table(f"{published.label}: {published.title}; {name}{measured}", ["method", *headers], texts, notes)
 
 
-def _value(row: Row, at: int, index: int | None, metric: str) -> _Value:
+def _texts(row: PlacedRow, values: list[_Value], bests: list[float | None]) -> list[str]:
+    marked = bests if _competes(row) else [None] * len(bests)
+    return [row.label, *(value.text(best) for value, best in zip(values, marked, strict=True))]
+
+
+def _value(row: PlacedRow, at: int, index: int | None, metric: str) -> _Value:
+    """Returns the content of a row's cell `at`; `index` is its position among the published values, if it has one."""
     paper = row.published.values[index] if index is not None and row.published.values else None
     values = _values(row.cells[at], metric)
     if not values:
@@ -147,41 +170,65 @@ def _value(row: Row, at: int, index: int | None, metric: str) -> _Value:
     return _Value(statistics.mean(values.values()), _spread(row.cells[at], metric), len(values), paper)
 
 
-def _common(columns: list[Column], values: list[list[_Value]]) -> list[int]:
-    """The columns that all rows with runs have, one a dataset."""
+def _common(columns: list[PlacedColumn], values: list[list[_Value]]) -> list[int]:
+    """Returns the columns to average over: those in which every row with runs has a value, one per dataset.
+
+    Averages of different rows are then over the same datasets, and no dataset counts twice.
+    """
     ran = [row for row in values if any(value.mean is not None for value in row)]
     full = [at for at in range(len(columns)) if all(row[at].mean is not None for row in ran)]
-    return list({columns[at].value: at for at in reversed(full)}.values())[::-1]
+    first_by_dataset: dict[Coordinate, int] = {}
+    for at in full:
+        first_by_dataset.setdefault(columns[at].value, at)
+    return list(first_by_dataset.values())
 
 
 def _average(
-    row: Row, values: list[_Value], common: list[int], columns: list[Column], metrics: list[str], has_paper: bool
+    row: PlacedRow,
+    values: list[_Value],
+    common: list[int],
+    columns: list[PlacedColumn],
+    metrics: list[str],
+    has_paper: bool,
 ) -> _Value:
-    """Over the common columns; the spread is that of the averages of seeds that all have, or else propagated."""
-    paper = None
-    if has_paper and row.published.values:
-        theirs = [row.published.values[index] for at in common if (index := columns[at].index) is not None]
-        if len(theirs) == len(common):  # all of ours are the paper's
-            is_printed = len(theirs) == len(row.published.values) and row.published.average is not None
-            paper = row.published.average if is_printed else round(sum(theirs, Decimal()) / len(theirs), 3)
+    """Returns the average of a row over the common columns."""
+    paper = _paper_average(row.published, [columns[at].index for at in common]) if has_paper else None
     means = [mean for at in common if (mean := values[at].mean) is not None]
     if not means:
         return _Value(paper=paper)
-    seeded = [_values(row.cells[at], metrics[at]) for at in common]
-    seeds = set.intersection(*(set(each) for each in seeded))
+    by_seed = [_values(row.cells[at], metrics[at]) for at in common]
+    seeds = sorted(set.intersection(*(set(each) for each in by_seed)))
     if len(seeds) > 1:
-        averages = [statistics.mean(each[seed] for each in seeded) for seed in sorted(seeds)]
+        # Average seed by seed: values of one seed may move together, and the deviation of the averages shows that.
+        averages = [statistics.mean(each[seed] for each in by_seed) for seed in seeds]
         return _Value(statistics.mean(averages), statistics.stdev(averages), len(averages), paper)
-    return _Value(statistics.mean(means), math.hypot(*(values[at].spread for at in common)) / len(common), 1, paper)
+    # No two seeds have all columns. Take the columns as independent: the spread of their mean is the root of the sum of
+    # their squared spreads, over their number.
+    spread = math.hypot(*(values[at].spread for at in common)) / len(common)
+    return _Value(statistics.mean(means), spread, 1, paper)
 
 
-def _competes(row: Row) -> bool:
+def _paper_average(published: PublishedRow, indices: list[int | None]) -> Decimal | None:
+    """Returns the paper's average over these of its columns; None if one of ours is not in the paper.
+
+    An average over all columns is the printed one, even if it does not follow from the printed values.
+    """
+    known = [index for index in indices if index is not None]
+    if not published.values or len(known) < len(indices):
+        return None
+    if len(known) == len(published.values) and published.average is not None:
+        return published.average
+    return round(sum((published.values[index] for index in known), Decimal()) / len(known), 3)
+
+
+def _competes(row: PlacedRow) -> bool:
+    """Returns whether a row may hold the best value of a column: dense is the reference, not a competitor."""
     return row.published.coordinates["method"] != "dense"
 
 
-def _best(means: list[float | None], header: str) -> float | None:
-    """The best of several; one alone is not called the best."""
-    known = [mean for mean in means if mean is not None]
+def _best(rows: list[PlacedRow], values: list[_Value], header: str) -> float | None:
+    """Returns the best mean of a column's competing rows; None if fewer than two have one."""
+    known = [value.mean for row, value in zip(rows, values, strict=True) if _competes(row) and value.mean is not None]
     if len(known) < 2:
         return None
     return min(known) if header.endswith("↓") else max(known)
@@ -191,8 +238,8 @@ def _arrow(metric: str) -> str:
     return "↓" if metric in SMALLER_IS_BETTER else "↑"
 
 
-def _scale(columns: list[Column], rows: list[Row], metrics: list[str]) -> list[str]:
-    """What ours were made with."""
+def _scale(columns: list[PlacedColumn], rows: list[PlacedRow], metrics: list[str]) -> list[str]:
+    """Returns notes on what our runs were made with: one per column, or one for all if they are the same."""
     notes = {}
     for at, column in enumerate(columns):
         runs = [record for row in rows for record in row.cells[at]]
@@ -202,7 +249,7 @@ def _scale(columns: list[Column], rows: list[Row], metrics: list[str]) -> list[s
         samples = runs[0].config["dataset"].get("max_train_samples")
         steps = sorted({record.finetune["steps"] for record in runs})
         notes[column.header] = (
-            f"{METRICS[metrics[at]]}, {own['dataset']}, {samples or 'all'} training rows, "
+            f"{METRIC_LABELS[metrics[at]]}, {own['dataset']}, {samples or 'all'} training rows, "
             f"{' or '.join(map(str, steps))} steps of fine-tuning, {runs[0].metrics['num_examples']} test rows"
         )
     if len(set(notes.values())) == 1:
@@ -216,7 +263,7 @@ def _scale(columns: list[Column], rows: list[Row], metrics: list[str]) -> list[s
 
 
 def _about_paper(published: Published, row: PublishedRow, differing: list[str]) -> list[str]:
-    """Whose values are in brackets, or why there are none, and what is to know about them."""
+    """Returns notes on whose values are in brackets, or why there are none, and the notes of the published table."""
     model = str(row.coordinates.get("model", "")).rsplit("/", 1)[-1]
     where = ", ".join([model, *(str(row.coordinates[key]) for key in differing)])
     if not row.values:

@@ -1,8 +1,9 @@
-"""The paper's published values, from `results/paper/`: one YAML for each table or figure.
+"""The paper's published values, from `results/paper/`: one YAML file per table or figure.
 
-A file has a `title`, `notes`, the `axis` that its `columns` lie on, and `blocks` of rows. Block and row give the
-coordinates of a row, under the names of our own settings; with a column they are those of one value. Methods are always
-rows, also where the paper prints them as columns. A figure whose values the text does not give has rows without values.
+A file has a `title`, `notes`, the `axis` of its `columns`, and `blocks` of rows. Block and row together give the
+coordinates of a row, under the names of our own settings; the column adds the coordinate of a single value. Methods are
+always rows, even where the paper prints them as columns. A figure whose values are not in the text has rows without
+values.
 """
 
 from collections.abc import Mapping
@@ -19,13 +20,13 @@ KEYS = {"title", "notes", "axis", "columns", "blocks"}
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One row.
+    """One row of a table or figure.
 
     Attributes:
         shared: coordinates of all rows of its block, such as `model`, `finetune`, `sparsity`.
-        own: further ones: `method`, by the names of `conf/method/`, and settings such as `merge_count`.
-        values: one for each column, with the printed digits; empty if none are published.
-        average: as printed, if it is.
+        own: coordinates of this row alone: `method`, named as in `conf/method/`, and settings such as `merge_count`.
+        values: one value per column, with the printed digits; empty if none are published.
+        average: the printed average, or None.
     """
 
     shared: Mapping[str, Coordinate]
@@ -35,7 +36,7 @@ class PublishedRow:
 
     @property
     def coordinates(self) -> dict[str, Coordinate]:
-        """All that tells this row from others."""
+        """All coordinates of the row."""
         return {**self.shared, **self.own}
 
 
@@ -44,12 +45,12 @@ class Published:
     """One table or figure.
 
     Attributes:
-        label: as the paper calls it: `Table 1`.
+        label: name in the paper: `Table 1`.
         title: what it shows.
-        axis: what the columns are values of: `dataset`, a setting, or `quantity` for the efficiency tables.
-        columns: values on the axis: datasets by the names of `conf/dataset/`, numbers, or quantities.
-        rows: in the paper's order.
-        notes: sentences, among them what does not add up in the paper.
+        axis: what the columns vary: `dataset`, a setting, or `quantity` for the efficiency tables.
+        columns: values on the axis: datasets, named as in `conf/dataset/`, numbers, or quantities.
+        rows: the rows in the paper's order.
+        notes: sentences, including what does not add up in the paper.
     """
 
     label: str
@@ -60,7 +61,7 @@ class Published:
     notes: tuple[str, ...]
 
     def select(self, **coordinates: Coordinate) -> list[PublishedRow]:
-        """The rows that have these coordinates."""
+        """Returns the rows that have these coordinates."""
         return [
             row for row in self.rows if all(row.coordinates.get(key) == value for key, value in coordinates.items())
         ]
@@ -70,11 +71,11 @@ def load_published(folder: Path, name: str) -> Published:
     """Reads a file of published values.
 
     Args:
-        folder: where they are.
-        name: of the file without its suffix: `table1`, `figure6`.
+        folder: folder of the files.
+        name: name of the file without its suffix: `table1`, `figure6`.
 
     Raises:
-        ValueError: if there is no such file, or it is not as described above.
+        ValueError: if there is no such file, or its format is wrong.
     """
     path = folder / f"{name}.yaml"
     if not path.is_file():
@@ -100,7 +101,7 @@ def load_published(folder: Path, name: str) -> Published:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers with a point as decimals: 0.860 keeps its digits, and averages of them are exact."""
+    """Loader that reads numbers with a point as decimals, so that 0.860 keeps its digits and averages are exact."""
 
 
 def _decimal(loader: _Loader, node: yaml.ScalarNode) -> Decimal:
@@ -128,6 +129,6 @@ def _row(row: Mapping[str, Any], block: Mapping[str, Any], num_columns: int, pat
 
 
 def _plain(value: Any) -> Coordinate:
-    """Coordinates are compared with settings, which are floats."""
+    """Returns decimals as floats, because coordinates are compared with settings."""
     coordinate: Coordinate = float(value) if isinstance(value, Decimal) else value
     return coordinate

@@ -1,4 +1,4 @@
-"""Tables over the records of many runs: one for each setting, one row for each method, in the paper's order."""
+"""Tables over the records of many runs: one table per setting, one row per method, in the paper's order."""
 
 import json
 import statistics
@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradpruner.record import NOT_IDENTITY, RunRecord
-from gradpruner.reporting.labels import METHODS, Column, describe_origins, method_place, metric_columns
+from gradpruner.reporting.labels import METHOD_LABELS, MetricColumn, describe_origins, method_place, metric_columns
 
-# What may differ between the rows of one table; everything else in a config makes another table.
+# Config keys that may differ between the rows of one table; a difference in any other key makes another table.
 NOT_SETTING = (*NOT_IDENTITY, "method", "seed", "evaluate_before")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text, ready to be shown.
+    """A table as text.
 
     Attributes:
         title: what all rows share.
-        headers: names of the columns; the first is that of the rows.
+        headers: names of the columns; the first column holds the labels of the rows.
         rows: cells.
         notes: sentences below the table.
     """
@@ -30,7 +30,7 @@ class Table:
     notes: list[str]
 
     def markdown(self) -> str:
-        """The table in Markdown."""
+        """Returns the table in Markdown."""
         lines = [self.headers, ["---", *("---:" for _ in self.headers[1:])], *self.rows]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         notes = "".join(f"\n- {note}" for note in self.notes)
@@ -38,7 +38,7 @@ class Table:
 
 
 def comparisons(records: Sequence[RunRecord]) -> list[Table]:
-    """One table a setting (model, data, fine-tuning, evaluation) over the finished records."""
+    """Returns one table per setting (model, data, fine-tuning, evaluation) over the finished records."""
     settings: dict[str, list[RunRecord]] = {}
     for record in records:
         if record.status == "finished":
@@ -47,7 +47,7 @@ def comparisons(records: Sequence[RunRecord]) -> list[Table]:
 
 
 def dataset_name(record: RunRecord) -> str:
-    """Name of the dataset of a run, with the one that it was tested on."""
+    """Returns the name of a run's dataset and, if it was tested on another dataset, the name of that one."""
     dataset = record.config["dataset"]
     tested = f", tested on {dataset['test']}" if dataset["test"] else ""
     if dataset.get("validation_fraction"):
@@ -56,13 +56,13 @@ def dataset_name(record: RunRecord) -> str:
 
 
 def setting(record: RunRecord) -> dict[str, Any]:
-    """What a run shares with those that it may be compared with: model, data, fine-tuning, evaluation."""
+    """Returns the part of a config that comparable runs share: model, data, fine-tuning, evaluation."""
     shared = {key: value for key, value in record.config.items() if key not in NOT_SETTING}
     return shared | {"dataset": data_settings(record)}
 
 
 def data_settings(record: RunRecord) -> dict[str, Any]:
-    """The settings of the dataset of a run, without those that are null: older records lack some of these."""
+    """Returns the dataset settings of a run without those that are null; older records lack some of these."""
     return _given(record.config["dataset"])
 
 
@@ -71,20 +71,22 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tell_apart(tables: Sequence[tuple[Table, Mapping[str, Any]]]) -> list[Table]:
-    """Adds to titles that occur more than once in which settings their tables differ.
+    """Makes titles distinct: tables with one title get the settings in which they differ appended.
 
     Args:
-        tables: each with what its runs share.
+        tables: each with the settings that its runs share.
     """
+    settings_by_title: dict[str, list[Mapping[str, Any]]] = {}
+    for table, shared in tables:
+        settings_by_title.setdefault(table.title, []).append(shared)
     return [
-        replace(table, title=", ".join([table.title, *differences(shared, alike)]))
+        replace(table, title=", ".join([table.title, *differences(shared, settings_by_title[table.title])]))
         for table, shared in tables
-        for alike in [[other for another, other in tables if another.title == table.title]]
     ]
 
 
 def differences(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
-    """In what a setting differs from others, as `key=value`."""
+    """Returns, as `key=value`, the settings of `own` that any of `others` does not share."""
     flat, *rest = (dict(_leaves(each)) for each in [own, *others])
     return [
         f"{key.rsplit('.', 1)[-1]}={value}"
@@ -103,23 +105,35 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 
 def _comparison(records: list[RunRecord]) -> Table:
     columns = metric_columns([record.metrics for record in records])
-    rows = rows_of_seeds(records)
-    first = records[0]
+    rows = sorted(rows_of_seeds(records), key=lambda group: row_order(group[0]))
     labels = row_labels([group[0] for group in rows])
-    before = any(record.metrics_before for record in records)
+    has_before = any(record.metrics_before for record in records)
     headers = ["method", "layers", "params", *(column.label for column in columns)]
-    headers += ["NLL before"] * before + ["compress s", "compress GiB", "train s", "train GiB"]
+    if has_before:
+        headers.append("NLL before")
+    headers += ["compress s", "compress GiB", "train s", "train GiB"]
+    first = records[0]
+    return Table(
+        f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}",
+        headers,
+        [[label, *_cells(group, columns, has_before)] for label, group in zip(labels, rows, strict=True)],
+        _notes(records, rows),
+    )
+
+
+def _notes(records: list[RunRecord], rows: list[list[RunRecord]]) -> list[str]:
+    first = records[0]
     num_seeds = {len(group) for group in rows}
     spread = (
         "standard error over test rows"
         if num_seeds == {1}
         else "standard deviation over seeds, where there are several"
     )
-    num_layers = sorted({str(record.pruning["num_hidden_layers"]) for record in records}, key=int)
+    num_layers = sorted({record.pruning["num_hidden_layers"] for record in records})
     notes = [
         f"{first.metrics['num_examples']} test rows, {first.finetune['steps']} steps of fine-tuning; ± is the {spread}",
-        f"{', '.join(num_layers)} of {first.model['num_hidden_layers']} layers; times and memory are of this machine: "
-        f"{first.environment['device']}, {first.environment['num_threads']} threads",
+        f"{', '.join(map(str, num_layers))} of {first.model['num_hidden_layers']} layers; times and memory are of this "
+        f"machine: {first.environment['device']}, {first.environment['num_threads']} threads",
         *describe_origins([record.metrics for record in records]),
     ]
     if "majority_accuracy" in first.metrics:
@@ -127,19 +141,11 @@ def _comparison(records: list[RunRecord]) -> Table:
             f"always the most frequent label: {first.metrics['majority_accuracy']:.3f}, "
             f"guessing: {first.metrics['chance_accuracy']:.3f}"
         )
-    return Table(
-        f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}",
-        headers,
-        [
-            [label, *_cells(group, columns, before)]
-            for label, group in sorted(zip(labels, rows, strict=True), key=lambda pair: row_order(pair[1][0]))
-        ],
-        notes,
-    )
+    return notes
 
 
 def rows_of_seeds(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Records that differ in the seed alone, together."""
+    """Groups records that differ only in the seed; each group is in the order of seeds."""
     rows: dict[str, dict[int, RunRecord]] = {}
     for record in records:
         key = [setting(record), record.pruning["method"], _row_key(record)]
@@ -151,52 +157,53 @@ def _settings(record: RunRecord) -> dict[str, Any]:
     return {key: value for key, value in record.config["method"].items() if key not in ("_target_", "seed")}
 
 
-def row_labels(records: list[RunRecord]) -> list[str]:
-    """Names of the methods, with the settings in which rows of the same method differ.
+def row_labels(records: Sequence[RunRecord]) -> list[str]:
+    """Returns one label per record: its method, and the settings in which rows of that method differ.
 
-    A value that more than half of these rows share goes without saying. Settings that are themselves made of settings
-    are long, and older records lack some: both are only named where the others do not tell rows apart.
+    A value that more than half of a method's rows share is not named. Two kinds of setting are named only where the
+    others do not tell rows apart: those that contain settings themselves, which are long, and those that older records
+    lack.
     """
-    rows: dict[str, dict[str, dict[str, Any]]] = {}  # by method, those of other seeds once
+    # By method and row; runs of several seeds are one row.
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         rows.setdefault(record.pruning["method"], {}).setdefault(_row_key(record), _settings(record))
     labels = []
     for record in records:
-        of_method = rows[record.pruning["method"]]
-        own, alike = of_method[_row_key(record)], list(of_method.values())
-        short = [key for key in own if all(key in each and not _is_nested(each[key]) for each in alike)]
-        if all(any(other[key] != own[key] for key in short) for other in alike if other != own):
-            shown = [key for key in short if 2 * sum(other[key] == own[key] for other in alike) <= len(alike)]
-        else:
-            shown = [key for key in own if any(other.get(key) != own[key] for other in alike)]
-        name = METHODS.get(record.pruning["method"], record.pruning["method"])
-        labels.append(", ".join([name, *(f"{key}={_four_digits(own[key])}" for key in shown)]))
+        method = record.pruning["method"]
+        own = rows[method][_row_key(record)]
+        shown = _distinctive(own, list(rows[method].values()))
+        labels.append(", ".join([METHOD_LABELS.get(method, method), *(f"{key}={_text(own[key])}" for key in shown)]))
     return labels
+
+
+def _distinctive(own: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the keys of the settings to name for the row `own` among the `rows` of its method."""
+    short = [key for key in own if all(key in row and not isinstance(row[key], dict | list) for row in rows)]
+    others = [row for row in rows if row != own]
+    if all(any(other[key] != own[key] for key in short) for other in others):
+        return [key for key in short if 2 * sum(row[key] == own[key] for row in rows) <= len(rows)]
+    return [key for key in own if any(other.get(key) != own[key] for other in others)]
 
 
 def _row_key(record: RunRecord) -> str:
     return json.dumps(_given(_settings(record)), sort_keys=True)
 
 
-def _four_digits(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, dict | list)
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def row_order(record: RunRecord) -> tuple[tuple[int, str], int, str]:
-    """Sorting key of rows: the paper's order of methods, then the larger models, then by settings."""
-    settings = _row_key(record)
-    return method_place(record.pruning["method"]), -record.pruning["num_hidden_layers"], settings
+    """Returns the sorting key of a row: the paper's order of methods, then larger models first, then settings."""
+    return method_place(record.pruning["method"]), -record.pruning["num_hidden_layers"], _row_key(record)
 
 
-def _cells(group: list[RunRecord], columns: list[Column], before: bool) -> list[str]:
+def _cells(group: list[RunRecord], columns: list[MetricColumn], has_before: bool) -> list[str]:
     first = group[0]
     cells = [str(first.pruning["num_hidden_layers"]), f"{first.pruning['num_parameters'] / 1e6:.1f} M"]
     cells += cells_of_seeds(group, columns)
-    if before:
+    if has_before:
         cells.append(mean_or_dash([record.metrics_before.get("answer_nll") for record in group], 2))
     gib = 2**30
     cells.append(mean_or_dash([record.efficiency["compression_seconds"] for record in group], 1))
@@ -206,20 +213,20 @@ def _cells(group: list[RunRecord], columns: list[Column], before: bool) -> list[
     return cells
 
 
-def cells_of_seeds(group: list[RunRecord], columns: list[Column]) -> list[str]:
-    """What runs of several seeds were measured at: mean and standard deviation; of one seed, value and error."""
+def cells_of_seeds(group: list[RunRecord], columns: list[MetricColumn]) -> list[str]:
+    """Returns one cell per column: mean and standard deviation over seeds; with one seed, value and standard error."""
     cells = []
     for column in columns:
-        own = [record.metrics for record in group if column.cell(record.metrics) != "-"]
-        values = [metrics[column.metric] for metrics in own]
+        shown = [record for record in group if column.cell(record.metrics) != "-"]
+        values = [value for record in shown if (value := record.metric(column.metric)) is not None]
         if len(values) < 2:
-            cells.append(column.cell(own[0]) if own else "-")
+            cells.append(column.cell(shown[0].metrics) if shown else "-")
         else:
             cells.append(f"{statistics.mean(values):.3f} ±{statistics.stdev(values):.3f} (n={len(values)})")
     return cells
 
 
 def mean_or_dash(values: Sequence[float | None], digits: int) -> str:
-    """The mean of the values that are known."""
+    """Returns the mean of the values that are not None, or a dash if all are None."""
     known = [value for value in values if value is not None]
     return f"{statistics.mean(known):.{digits}f}" if known else "-"

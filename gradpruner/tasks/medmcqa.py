@@ -1,9 +1,10 @@
-"""MedMCQA: questions of Indian medical entrance examinations with four options (Pal et al., arXiv:2203.14371).
+"""MedMCQA: four-option questions of Indian medical entrance examinations (Pal et al., arXiv:2203.14371).
 
 Source: `openlifescienceai/medmcqa`; licence Apache-2.0 on the Hub, MIT in the authors' repository. 182,822 train and
 4,183 validation rows; the official test split (6,150 rows) has no labels, so validation is the test split here. The
 paper draws 40,000 random training rows (Appendix C.1) and reports BERTScore and ROUGE-L; it does not say whether the
-options are in the prompt or what the reference is. Here they are, and it is the text of the right one.
+options are in the prompt or what the reference is. Here the prompt lists the options, and the reference is the text of
+the right one.
 """
 
 from collections.abc import Mapping

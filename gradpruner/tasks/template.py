@@ -2,8 +2,8 @@ r"""Strict text templates for prompts and completions.
 
 `Template("Question: {question}\nAnswer:").render({"question": "Why?"})`. A field is a plain name, or names joined by
 dots, which look up nested dictionaries and nothing else: unlike `str.format` there are no attributes, indices,
-conversions or format specifications. `{{` and `}}` are literal braces. Braces in the values are left alone. A `\n` that
-a shell passed on as two characters is a line break.
+conversions or format specifications. `{{` and `}}` are literal braces. Braces in the values are kept. A `\n` that a
+shell passed on as two characters becomes a line break.
 """
 
 import math
@@ -55,10 +55,10 @@ class Template:
 
         Args:
             known: names that rows will have.
-            what: the setting the template comes from, for the message.
+            what: the setting that the template comes from, for the message.
 
         Raises:
-            DataError: with the known names and the nearest one.
+            DataError: naming the known fields and the nearest one.
         """
         known = list(known)
         listed = ", ".join("{" + name + "}" for name in known)
@@ -80,7 +80,7 @@ class Template:
             values: strings and numbers by name, or nested mappings of these.
 
         Raises:
-            RowError: if a name is missing (the known ones are listed), or its value is no text and no number.
+            RowError: if a name is missing (the message lists the known ones) or its value is neither text nor number.
         """
         return self.render_with_spans(values)[0]
 
@@ -88,10 +88,10 @@ class Template:
         """Fills the template in and says where each field ended up.
 
         Returns:
-            The text, and for each field the (start, end) of its value in the text; of a field used twice the last.
+            The text, and for each field the (start, end) of its value in the text; the last one for a field used twice.
 
         Raises:
-            RowError: as `render`.
+            RowError: as for `render`.
         """
         text, spans = "", {}
         for part, is_field in _split(self.text):
@@ -127,7 +127,7 @@ def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-@lru_cache(maxsize=64)  # one entry a template: without it a large split is parsed again for every row
+@lru_cache(maxsize=64)  # one entry per template, which would otherwise be parsed again for every row
 def _split(text: str) -> tuple[tuple[str, bool], ...]:
     """Returns the literal texts (False) and field names (True) in order."""
     parts: list[tuple[str, bool]] = []

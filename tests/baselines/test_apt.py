@@ -1,4 +1,4 @@
-"""APT: the specification's numbers, that masks are slices, that growth changes nothing, and that runs resume."""
+"""APT: the specification's numbers, masks equal slices, growth leaves outputs unchanged, and runs resume."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ from gradpruner.surgery import sharing_copy
 from gradpruner.tasks import JsonLines
 from gradpruner.width_surgery import narrow
 
-# 4 KV groups of 2 query heads each; hidden channels leave in eights.
+# 4 KV groups of 2 query heads each; hidden channels are pruned in multiples of 8.
 TINY = {
     "vocab_size": 80, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 0,
@@ -61,7 +61,7 @@ SPEC = TrainingSpec(
     learning_rate=1e-2, batch_size=4, micro_batch_size=2, max_steps=NUM_STEPS, lora_rank=2, lora_alpha=3
 )
 OFTEN = dataclasses.replace(SPEC, save_steps=1, lora_dropout=0.1)
-# Masks move from step 1 on, cuts are after steps 3, 5 and 7, the teacher is asked until step 9.
+# Masks move from step 1 on, cuts are after steps 3, 5 and 7, distillation ends after step 9.
 APT = Apt(sparsity=0.5, num_cuts=3, prune_end=7 / 12, distil_end=9 / 12, max_rank=6, mask_step=0.2)
 
 
@@ -76,7 +76,7 @@ def make_model(model_type="llama", seed=0, **changes):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(make_config(model_type, **changes))
     for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):  # zeros and ones by default, which would hide what is left out
+        if name.endswith(("bias", "norm.weight")):  # the default zeros and ones would hide an ignored parameter
             nn.init.uniform_(parameter, 0.5, 1.5)
     return model.eval()
 
@@ -105,7 +105,7 @@ def logits(model, inputs=None):
 
 
 def some_units(config, hidden=True, seed=0):
-    """About half of all units, some of each layer."""
+    """Returns about half of all units, some of each layer."""
     shape = config_shape(config)
     generator = torch.Generator().manual_seed(seed)
     scores = Units.full(shape, 0.0).combine(lambda values: torch.rand(values.shape, generator=generator).double())
@@ -125,7 +125,7 @@ def some_units(config, hidden=True, seed=0):
 def test_oracle_kurtosis(values, expected):
     values = torch.tensor(values, dtype=torch.float64)
     assert float(excess_kurtosis(values, 0)) == pytest.approx(expected, abs=1e-6)
-    assert float(excess_kurtosis(3e-9 * values.float(), 0)) == pytest.approx(expected, abs=1e-4)  # no scale matters
+    assert float(excess_kurtosis(3e-9 * values.float(), 0)) == pytest.approx(expected, abs=1e-4)  # at any scale
 
 
 def test_kurtosis_of_equal_values_adds_nothing():
@@ -234,7 +234,7 @@ def test_of_equal_units_the_first_leaves_and_what_has_left_stays_away():
 def test_every_layer_keeps_something():
     shape = config_shape(make_config())
     scores = Units.full(shape, 0.0)
-    scores.groups[0] += 100  # no other layer would keep any
+    scores.groups[0] += 100  # without `keep_one` no other layer keeps any
     raised = keep_one(scores, 8)
     assert [int(values.isinf().sum()) for values in raised.all()] == [4, 4, 8]
     assert not scores.groups.isinf().any()
@@ -385,7 +385,8 @@ def test_growing_ranks_changes_nothing_but_what_can_be_learnt():
         assert (len(a), b.shape[1], layer.r["default"]) == (ranks[name],) * 3
         assert layer.scaling["default"] == pytest.approx(1.5)
         assert not b[:, 2:].any() and bool(a.any(dim=1).all())
-        assert (a in optimizer.state) == (b in optimizer.state) == (ranks[name] == 2)  # moments of the others are gone
+        # Only adapters that did not grow keep their moments.
+        assert (a in optimizer.state) == (b in optimizer.state) == (ranks[name] == 2)
     model(**batch()).loss.backward()
     assert all(layer.lora_B["default"].weight.grad[:, 2:].any() for name, layer in own.items() if ranks[name] > 2)
     optimizer.step()
@@ -521,7 +522,7 @@ def load(tmp_path_factory):
 
 
 class Watched(AptTraining):
-    """Notes what the masked model computes right before a cut, and the pruned one right after it."""
+    """APT that records the outputs of the masked model right before a cut and of the pruned model right after it."""
 
     def __init__(self, apt):
         super().__init__(apt)
@@ -613,7 +614,7 @@ def undisturbed(load, tmp_path_factory):
     return train(load, folder, APT.callbacks(), OFTEN).state_dict(), (folder / "report.json").read_text()
 
 
-@pytest.mark.parametrize("step", [2, 5, 7, 11])  # killed before what that step does: nothing has a mask yet, and so on
+@pytest.mark.parametrize("step", [2, 5, 7, 11])  # killed before APT acts in that step
 def test_an_interrupted_run_ends_like_an_undisturbed_one(load, tmp_path, undisturbed, step):
     with pytest.raises(KeyboardInterrupt):
         train(load, tmp_path, [Kill(step), *APT.callbacks()], OFTEN)
@@ -674,7 +675,7 @@ def test_distillation_loss_is_that_of_its_parts():
     chosen = inputs["labels"][:, 1:] != -100
     own, other = (output.logits[:, :-1][chosen] for output in outputs)
     answers = functional.cross_entropy(own, inputs["labels"][:, 1:][chosen])
-    # batchmean of a batch of 2 rows: summed over tokens
+    # batchmean over 2 rows: summed over tokens, divided by rows
     soft = [(values * 1.5).softmax(-1) for values in (own, other)]
     divergence = (2 / 3) ** 2 * (soft[1] * (soft[1].log() - soft[0].log())).sum() / 2
     real = inputs["attention_mask"].bool()
@@ -683,7 +684,7 @@ def test_distillation_loss_is_that_of_its_parts():
         values = output.hidden_states[layer + 1][real]
         return values / values.square().mean(-1, keepdim=True).sqrt()
 
-    # hidden_states[-1] is after the final norm, so only layer 1 can be taken from there
+    # hidden_states[-1] is after the final norm, so only layer 1 can be compared
     compared = (states(outputs[0], 1) - states(outputs[1], 1)).square().mean()
     for mu in (0.0, 0.3, 1.0):
         total, count = distillation_loss(student, teacher, inputs, mu=mu, **(settings | {"layers": [1]}))

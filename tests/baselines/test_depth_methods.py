@@ -1,4 +1,4 @@
-"""What holds for every method that takes out layers."""
+"""Properties of every method that drops layers."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ METHODS = {
     "random": (Random, {}),
 }
 LOOK_AT_DATA = ("laco", "laco-paper", "shortgpt", "shortgpt-iterative", "angular", "perplexity", "taylor_depth")
-FIND_AN_IDENTITY = ("shortgpt", "shortgpt-iterative", "angular", "taylor_depth")  # LoRA gradients do not: they flow
+FIND_AN_IDENTITY = ("shortgpt", "shortgpt-iterative", "angular", "taylor_depth")  # LoRA gradients flow, so do not
 TINY = {
     "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1, "bos_token_id": 0,
@@ -163,7 +163,7 @@ def test_a_layer_that_does_nothing_leaves_first_and_is_not_missed(finder, model_
     before = logits(model, batches[0])
     plan = method(finder, 1).compress(model, batches).plan
     assert plan.pruned_layers == (3,)
-    if finder != "shortgpt-iterative":  # its scores are an order
+    if finder != "shortgpt-iterative":  # whose scores are an order
         assert plan.layer_importance[3] == pytest.approx(0.0, abs=1e-6)
     torch.testing.assert_close(logits(model, batches[0]), before)
 

@@ -1,4 +1,4 @@
-"""Kernel pruning: importance and merging of channels against slow loops, pairing, budget, the shared measurement."""
+"""Kernel pruning: importance and merging of channels against slow loops, pairing, budget, shared measurement."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def test_importance_adds_up_all_that_reads_or_writes_a_channel(gradients):
 
 
 def merge_slowly(weight, igia, pruned, partners, density, rule):
-    """Entry by entry, in Python floats."""
+    """Merges entry by entry, in Python floats."""
     pairs = [(gone, into) for gone, into in zip(pruned, partners, strict=True) if into is not None]
     entries = [
         (-float(igia[row, gone]), row, number) for row in range(len(weight)) for number, (gone, _) in enumerate(pairs)
@@ -116,7 +116,7 @@ def test_pairing():
             model.model.embed_tokens.weight,
             *(linear.weight if name.endswith(READS) else linear.weight.T for name, linear in linears),
         ]
-    ).detach()  # (all that touches a channel, d)
+    ).detach()  # (all weights of a channel, d)
     torch.testing.assert_close(channel_products(model).detach().float(), stacked.T @ stacked, rtol=1e-4, atol=1e-4)
     method, kept, gone = KernelIgia(**IMPORTANCE), tuple(range(10, 48)), tuple(range(10))
     cosines = torch.cosine_similarity(stacked[:, list(gone), None], stacked[:, None, list(kept)], dim=0)

@@ -1,4 +1,4 @@
-"""LaCo: its two rules, its loop, its budget, and the model that it leaves behind."""
+"""LaCo: its two rules, its loop, its budget, and the merged model."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def laco(num_pruned_layers, **settings):
 
 
 def run(num_layers, accept, method):
-    """The loop over plain lists; returns the trials and what is left, each layer with what it absorbed."""
+    """Runs the loop over plain lists; returns the trials and the kept layers, each with the layers that it absorbed."""
     kept = [[layer] for layer in range(num_layers)]
 
     def merge(layer, num_absorbed):
@@ -79,7 +79,7 @@ def test_a_similarity_that_is_not_a_number_ends_the_loop():
 
 
 def by_hand(model, blocks, rule):
-    """What is left of `model`, block by block, as (linear weights, norms), for blocks of original layers."""
+    """Returns (linear weights, norms) of the merged model's layers, one per block of original layers."""
     layers = model.model.layers
     kept = []
     for block in blocks:
@@ -94,7 +94,7 @@ def by_hand(model, blocks, rule):
 @pytest.mark.parametrize("rule", ["code", "paper"])
 def test_the_model_is_that_of_the_accepted_merges(tiny_llama, make_batches, rule, tmp_path):
     batches = make_batches(2)
-    # Every merge is accepted and none is merged again: 5 layers absorbed as 2 + 1, so that `paper` is a plain sum.
+    # Every merge is accepted and no layer merges twice: 3 layers are absorbed as 2 + 1, so `paper` is a plain sum.
     method = laco(3, rule=rule, threshold=-1.0, layers_per_merge=3, interval=3).resolve(8)
     model = tiny_llama(num_hidden_layers=8)
     compressed = method.compress(model, batches)
@@ -136,7 +136,7 @@ def test_a_merge_is_not_lossless(tiny_llama, make_batches):
     identity.self_attn.o_proj.weight.data.zero_()
     identity.mlp.down_proj.weight.data.zero_()
     before = model(**batch).logits
-    laco(1, threshold=-1.0, layers_per_merge=2).compress(model, [batch])  # layer 4 becomes the layer that does nothing
+    laco(1, threshold=-1.0, layers_per_merge=2).compress(model, [batch])  # layer 4 becomes the identity of layer 5
     assert not torch.allclose(model(**batch).logits, before, atol=1e-2)
 
 

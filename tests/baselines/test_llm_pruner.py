@@ -1,4 +1,4 @@
-"""LLM-Pruner: published counts, scores by hand, gradients against autograd, and what the cut does."""
+"""LLM-Pruner: published counts, scores by hand, gradients against autograd, and the pruned model."""
 
 import json
 
@@ -109,7 +109,7 @@ def test_rounding(count, ratio, expected):
 def test_head_counts_round_down():
     assert 410 // 128 == 3 and 1639 // 128 == 12
     config = AutoConfig.for_model("llama", **{**TINY, "num_key_value_heads": 6})
-    # 48 channels, 20 leave at 0.4: two heads of 8
+    # 20 of 48 channels are pruned at 0.4: two heads of 8
     assert LlmPruner(**NATIVE).shape(config).layers[1].num_key_value_heads == 4
 
 
@@ -175,7 +175,7 @@ def test_fold_of_query_heads():
 
 
 def loss_of(model, batch, rows=slice(None)):
-    """Mean over all real next tokens, by autograd's own means."""
+    """Returns the mean loss over all real next tokens, for plain autograd."""
     output = logits_with_graph(model, {name: values[rows] for name, values in batch.items()})
     mask = batch["attention_mask"][rows].bool()
     real = mask[:, 1:] & mask[:, :-1]
@@ -209,7 +209,7 @@ def test_gradients_are_autograds(model_type, make_batches):
         torch.testing.assert_close(fisher, mean, rtol=1e-4, atol=1e-9)
 
 
-# ---- the cut ----
+# ---- pruning ----
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -1,4 +1,4 @@
-"""MINITRON: scores by hand, shapes, what stays, and the distillation that follows."""
+"""MINITRON: scores by hand, shapes, kept units, and the distillation that follows."""
 
 import json
 
@@ -55,19 +55,19 @@ def test_padding_has_no_part_in_a_mean():
 
 
 def test_heads_and_groups_by_hand():
-    # Channel scores [3, 4, 1, 0] with two channels a head are head scores [5, 1]; groups are ranked group-major.
+    # Channel scores [3, 4, 1, 0] with two channels per head give head scores [5, 1]; groups are ranked group-major.
     assert torch.tensor([3.0, 4, 1, 0]).view(2, 2).norm(dim=-1).tolist() == [5, 1]
     scores = torch.tensor([1.0, 9, 2, 2])
     assert scores.view(2, 2).norm(dim=1).tolist() == pytest.approx([9.055385, 2.828427], abs=1e-6)
     old = LayerShape(4, 2, 8)
     assert kept_heads(scores, old, LayerShape(2, 1, 8)) == (0, 1)
-    assert kept_heads(scores, old, LayerShape(2, 2, 8)) == (1, 3)  # of equal heads the first leaves
+    assert kept_heads(scores, old, LayerShape(2, 2, 8)) == (1, 3)  # of equal heads the first is pruned
     assert kept_heads(scores, old, LayerShape(1, 1, 8)) == (1,)
     assert kept_heads(scores, old, old) == (0, 1, 2, 3)
 
 
 def by_hand(model, batches):
-    """Scores with loops over rows and tokens, from a model run without padding."""
+    """Computes scores in loops over rows and tokens, from a model run without padding."""
     layers, channels, heads, hidden = model.model.layers, [], [], torch.zeros(48, dtype=torch.float64)
     seen = {}
     handles = []
@@ -103,7 +103,7 @@ def test_scores_are_those_of_slow_loops(model_type, make_batches, tmp_path):
     Minitron().measure(model, batches, tmp_path)
     scores = load_scores(tmp_path)
     expected = by_hand(make_model(model_type), batches)
-    assert set(scores) == set(expected)  # layers are not scored where none leaves
+    assert set(scores) == set(expected)  # layers are not scored if none is pruned
     for name, values in expected.items():
         torch.testing.assert_close(scores[name], values, rtol=1e-4, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -159,7 +159,7 @@ def test_smollm2_has_nine_heads():
     assert abs(left - target) < 0.005 * target
 
 
-# ---- the cut ----
+# ---- pruning ----
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])

@@ -1,4 +1,4 @@
-"""SAT: the specification's numbers, and that leaving units out is exact, constant within a step, and resumable."""
+"""SAT: the specification's numbers, and that omission is exact, constant within a step, and resumable."""
 
 import dataclasses
 import json
@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from baselines.sat import STATE_FILE, Sat, num_omitted
 from baselines.sat_units import (
-    METRICS,
     OBSERVING_METRICS,
+    SELECTION_METRICS,
     SELECTIONS,
     Block,
     ChannelStatistics,
@@ -34,7 +34,7 @@ from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.tasks import JsonLines
 
-# 4 KV groups of 2 query heads each, 10 MLP channels: at a rate of 0.4, 1 group and 4 channels are left out.
+# 4 KV groups of 2 query heads each, 10 MLP channels: at a rate of 0.4, 1 group and 4 channels are omitted.
 TINY = {
     "vocab_size": 80, "hidden_size": 16, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 4, "max_position_embeddings": 64, "initializer_range": 0.2,
@@ -66,7 +66,7 @@ def make_model(architecture="llama"):
     config = AutoConfig.for_model(architecture.split()[0], **TINY, **ARCHITECTURES[architecture])
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):  # zeros and ones by default, which would hide what is left out
+        if name.endswith(("bias", "norm.weight")):  # the default zeros and ones would hide an ignored parameter
             nn.init.uniform_(parameter, 0.5, 1.5)
     return model.train()
 
@@ -145,7 +145,7 @@ def test_oracle_rescale_multiplies_by_units_over_kept(mlp):
 
 def test_oracle_scores(mlp):
     block, _ = mlp
-    scores = {metric: block.scores(metric, NORMS.double().square()) for metric in METRICS}
+    scores = {metric: block.scores(metric, NORMS.double().square()) for metric in SELECTION_METRICS}
     assert scores["activation"].tolist() == pytest.approx([4.403985, 0.712223, 9.241418], abs=1e-6)
     assert scores["wanda"].tolist() == pytest.approx([4.403985, 2.136669, 18.482836], abs=2e-6)
     assert scores["magnitude"].tolist() == [1 + 2 + 1, 1 + 2 + 5, 2 + 4 + 2]
@@ -278,9 +278,9 @@ def test_products_shrink_and_gathered_weights_are_not_kept_for_the_backward_pass
 def test_scores_see_the_adapter():
     model = with_lora(make_model())
     mean_square = torch.rand(10, dtype=torch.float64)
-    found = [find_blocks(model)[1].scores(metric, mean_square) for metric in METRICS]
+    found = [find_blocks(model)[1].scores(metric, mean_square) for metric in SELECTION_METRICS]
     merged = find_blocks(model.merge_and_unload())[1]
-    for metric, scores in zip(METRICS, found, strict=True):
+    for metric, scores in zip(SELECTION_METRICS, found, strict=True):
         torch.testing.assert_close(scores, merged.scores(metric, mean_square))
 
 
@@ -363,7 +363,7 @@ def load(tmp_path_factory):
 
 
 def run(load, directory, callbacks=(), **changes):
-    """Returns the final weights, and the account of the run."""
+    """Returns the final weights and the result of the run."""
     spec = TrainingSpec(**{**SPEC, **changes})
     finetune(load(), ROWS, 1, spec, directory, 0, callbacks)
     return load_finetuned(load(), spec, directory).state_dict(), read_result(directory)
@@ -387,7 +387,7 @@ class KillAt(TrainerCallback):
 
 
 class ZeroGradients(TrainerCallback):
-    """Notes, step by step, how many columns of o_proj and down_proj weights have no gradient at all."""
+    """Callback that records, per step, how many columns of o_proj and down_proj weights have no gradient at all."""
 
     def __init__(self):
         self.columns = []
@@ -403,12 +403,12 @@ class ZeroGradients(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def plain(load, tmp_path_factory):
-    """What training without SAT gives, by mode."""
+    """Returns the outcome of training without SAT, by mode."""
     return cache(lambda mode: run(load, tmp_path_factory.mktemp("plain"), mode=mode))
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("rate", [0.0, 0.05])  # 0.05 of 4 groups and 10 channels is none, with all callbacks at work
+@pytest.mark.parametrize("rate", [0.0, 0.05])  # 0.05 of 4 groups and 10 channels rounds to none, but callbacks run
 def test_omitting_nothing_is_plain_training(load, plain, tmp_path, mode, rate):
     weights, result = run(load, tmp_path, Sat(omission_rate=rate, refresh=1).callbacks(), mode=mode)
     expected_weights, expected = plain(mode)
@@ -420,7 +420,7 @@ def test_rate_zero_touches_nothing():
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SELECTION_METRICS)
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_every_metric_trains_and_leaves_a_plain_model(load, plain, tmp_path, mode, metric, selection):
     model = load()
@@ -438,8 +438,8 @@ def test_units_are_constant_within_a_step_and_follow_the_ladder(load, tmp_path, 
     probe = ZeroGradients()
     sat = dataclasses.replace(SAT, metric="magnitude", refresh=1)
     run(load, tmp_path, [*sat.callbacks(), probe], mode=mode, micro_batch_size=1)
-    # Were a group of 8 channels, or one of 4 channels of the MLP, left out in some of the 4 micro batches only, there
-    # would be fewer. LoRA's B is zero at first, and so is the gradient of A.
+    # If a group of 8 channels, or one of 4 MLP channels, were omitted in only some of the 4 micro batches, there would
+    # be fewer. LoRA's B is zero at first, and so is the gradient of A.
     first = [10, 32] if mode == "lora" else [4, 8]
     assert probe.columns == [first, *[[4, 8]] * 4, *[[0, 2]] * 4, *[[0]] * 3]
 
@@ -475,7 +475,7 @@ def test_gradient_checkpointing_changes_nothing(load, tmp_path, mode):
         weights, result = run(load, folder, sat.callbacks(), **changes)
         states.append((state, weights, losses(result)))
     (state, weights, history), (other_state, other_weights, other_history) = states
-    assert same(state, other_state)  # with its counts of tokens: a replay does not count
+    assert same(state, other_state)  # including token counts: a replay does not count
     assert same(weights, other_weights) and history == other_history
 
 
@@ -514,7 +514,7 @@ def test_a_checkpoint_without_its_state_is_refused(load, tmp_path):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_adamw_moves_what_is_left_out_unless_frozen(load, tmp_path, frozen):
-    """Oracle: w = 1, lr 1e-3, decay 0.1, gradients 1 then 0 give 0.998900, 0.998130."""
+    """Checks an oracle: w = 1, lr 1e-3, decay 0.1, gradients 1 then 0 give 0.998900, 0.998130."""
 
     class Watch(TrainerCallback):
         values = ()
@@ -546,7 +546,7 @@ def test_adamw_moves_what_is_left_out_unless_frozen(load, tmp_path, frozen):
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_freezing_keeps_just_what_is_left_out(load, tmp_path, mode):
     class Watch(TrainerCallback):
-        """Which rows of the watched tensors change in the fifth step."""
+        """Callback that records which rows of the watched tensors change in the fifth step."""
 
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             layer = (model.get_base_model() if mode == "lora" else model).model.layers[0]

@@ -18,7 +18,7 @@ from gradpruner.models.architectures import linear_sublayers
 
 
 def scripted(inputs, *outputs):
-    """A model of hidden size 2 whose states are given: what enters layer 0, and what each layer gives."""
+    """Returns a model of hidden size 2 with given states: the input of layer 0 and the output of each layer."""
     config = LlamaConfig(
         vocab_size=len(inputs), hidden_size=2, intermediate_size=2, num_hidden_layers=len(outputs),
         num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=False,
@@ -33,7 +33,7 @@ def scripted(inputs, *outputs):
 
 
 def rows(model, *token_rows, padding="left"):
-    """One batch of these token rows, and tells the scripted model which tokens it sees."""
+    """Returns one batch of these token rows, and tells the scripted model which tokens it sees."""
     length = max(map(len, token_rows))
     ids, mask = torch.zeros(len(token_rows), length, dtype=torch.int64), torch.zeros(len(token_rows), length)
     for index, tokens in enumerate(token_rows):
@@ -50,7 +50,7 @@ IN, OUT = [[1, 0], [1, 1], [0, 2]], [[1, 1], [2, 2], [2, 0]]
 def test_block_influence_oracle(padding):
     model = scripted(IN, OUT)
     assert block_influence(model, [rows(model, [0, 1, 2])]) == pytest.approx([0.430964], abs=1e-6)
-    # The same tokens in rows of different length: padding (token 0) is not another token 0.
+    # The same tokens in rows of different lengths: padding (also token 0) does not count.
     assert block_influence(model, [rows(model, [2], [0, 1], padding=padding)]) == pytest.approx([0.430964], abs=1e-6)
 
 
@@ -185,7 +185,7 @@ def test_iterative_shortgpt_measures_what_is_left(tiny_llama, make_batches):
     model, batches = tiny_llama(), make_batches(2)
     scores = ShortGpt(num_pruned_layers=3, iterative=True).score_layers(model, batches)
     kept, left = list(range(6)), []
-    for _ in range(3):  # the slow way: a new model every round
+    for _ in range(3):  # the slow way: a new model per round
         other = tiny_llama()
         other.model.layers = torch.nn.ModuleList([other.model.layers[i] for i in kept])
         other.config.num_hidden_layers = len(kept)

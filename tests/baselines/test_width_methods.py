@@ -1,4 +1,4 @@
-"""Width pruning through the pipeline: stages, recovery between pruning and fine-tuning, resuming, verifying."""
+"""Width pruning through the pipeline: stages, recovery between pruning and fine-tuning, resuming, verification."""
 
 import dataclasses
 import json
@@ -101,7 +101,7 @@ def weights(pipeline):
 
 
 class Stop(TrainerCallback):
-    """Kills the training after some steps."""
+    """Callback that kills the training after step `step`."""
 
     def __init__(self, step):
         self.step = step
@@ -137,7 +137,7 @@ def test_recovery_is_what_the_fine_tune_starts_from(make):
     assert before.plan == after.plan
     assert before.metrics_before["answer_nll"] != after.metrics_before["answer_nll"]
     assert after.recovery["steps"] == 4 and after.recovery["loss"] > 0
-    # Rows of the recovery count in its key, and in nothing before it.
+    # Recovery settings change the keys of the recovery and later stages, and no earlier key.
     changed = dataclasses.replace(METHODS["minitron-distilled"], temperature=2.0)
     stages = make(changed).stages()
     assert stages["measure"] and stages["prune"] and not stages["recover"] and not stages["finetune"]

@@ -24,7 +24,7 @@ def run(method, train_seconds, train_mb, compress=(0.0, 0), seed=0, **efficiency
     finetune = made.finetune | {"train_seconds": train_seconds, "peak_memory_bytes": train_mb * MB}
     costs = {"compression_seconds": compress[0], "compression_peak_memory_bytes": compress[1] * MB}
     costs |= {"process_memory_bytes": 500 * MB, **efficiency}
-    return dataclasses.replace(made, finetune=finetune, efficiency=costs)
+    return dataclasses.replace(made, finetune=finetune, efficiency=made.efficiency | costs)
 
 
 def speed(prefill, decode, memory, step=None):
@@ -47,12 +47,12 @@ def test_table_2_is_percent_of_dense():
     rows = {row[0]: row[1:] for row in table.rows}
     assert list(rows) == ["Dense", "LLM-Pruner", "SAT (ends dense)", "GradPruner"]
     assert rows["Dense"][0::2] == ["100.0"] * 6
-    # A training step was measured in a process of its own, so the peak of the run's does not count.
+    # A training step was measured in a separate process, so the peak of the run's process does not count.
     assert rows["GradPruner"][0::2] == ["62.0", "59.0", "64.0", "61.0", "65.0", "69.0"]
     assert rows["GradPruner"][1::2] == ["66.9", "-", "64.4", "61.8", "-", "60.7"]
     # Above the 500 MB of the process, importance took (3500 - 500) / (1500 - 500).
     assert rows["LLM-Pruner"][0::2] == ["100.0", "60.0", "300.0", "70.0", "70.0", "70.0"]
-    # SAT acts in training: its own peak counts, (1300 - 500) / (1500 - 500).
+    # SAT prunes in training: the peak of its run counts, (1300 - 500) / (1500 - 500).
     assert rows["SAT (ends dense)"][0::2] == ["75.0", "-", "80.0", "100.0", "100.0", "100.0"]
     assert rows["SAT (ends dense)"][1::2] == ["74.8", "-", "82.9", "102.3", "-", "99.4"]
 

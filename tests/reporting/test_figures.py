@@ -1,4 +1,4 @@
-"""Figures show the numbers that they are made of; files of the same data are the same."""
+"""Figures show the numbers that they are made from, and the same data gives the same file."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from reporting.test_tables import CONFIG, record
+from reporting.test_tables import CONFIG, record, shape
 
 from experiments.run import CONF
 from gradpruner.record import RunRecord
@@ -24,7 +24,7 @@ HISTORIES = {"a": [{"step": step, "loss": 3.0 / step} for step in range(1, 101)]
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures in the order in which they are written."""
+    """Collects figures in the order in which they are written."""
     figures, save = [], Figure.savefig
 
     def savefig(self, *args, **kwargs):
@@ -43,20 +43,19 @@ def committed(*folders):
 def run(
     method, pruned=(), accuracy=0.5, seed=0, dataset="arc_easy", absorbed_by=None, scores=(), metrics=None, **settings
 ):
-    """A run of a model with six layers."""
+    """Makes a run of a model with six layers."""
     config = {"dataset": CONFIG["dataset"] | {"_target_": f"gradpruner.tasks.{dataset}.Task"}}
     values = {"accuracy": accuracy, "accuracy_stderr": 0.02} if metrics is None else metrics
     made = record(method, seed=seed, config=config, metrics=values, **settings)
-    sizes = {"hidden_size": 4, "intermediate_size": [8] * 6}
     pruning = made.pruning | {
         "pruned_layers": list(pruned),
         "absorbed_by": absorbed_by or {},
         "layer_importance": list(scores),
         "num_hidden_layers": 6 - len(pruned),
-        "shape": {"hidden_size": 4, "intermediate_size": [8] * (6 - len(pruned))},
-        "report": {},
+        "shape": shape(6 - len(pruned)),
+        "report": {},  # its own: tests write into it
     }
-    model = made.model | {"num_hidden_layers": 6, "shape": sizes}
+    model = made.model | {"num_hidden_layers": 6, "shape": shape(6)}
     key = json.dumps([method, list(pruned), accuracy, seed, dataset, settings])
     return dataclasses.replace(made, pruning=pruning, model=model, identity=key)
 
@@ -234,7 +233,7 @@ def test_plan_boxes(drawn, tmp_path):
     axes = drawn[0].axes[0]
     colors = [to_hex(patch.get_facecolor()).upper() for patch in axes.patches[:6]]
     white = "#FFFFFF"
-    assert colors == [KEPT, KEPT, MERGED, MERGED, KEPT, white]  # 5 had no layer to go to
+    assert colors == [KEPT, KEPT, MERGED, MERGED, KEPT, white]  # no layer absorbs 5
     assert [patch.get_height() for patch in axes.patches[6:12]] == pytest.approx([0.25, 0.125, *[0.25] * 4])
     assert axes.lines[0].get_xdata().tolist() == [1, 3]  # from the last merged layer to what absorbs it
 
@@ -316,7 +315,7 @@ def test_any_legend_fits_below(label, tmp_path):
 
 def test_every_dataset_has_a_picture_of_losses(tmp_path):
     runs = [run("dense"), run("last", [3]), run("last", [3], dataset="piqa")]
-    histories = {each.identity: HISTORIES["a"] for each in (runs[0], runs[2])}  # of the second run there is none
+    histories = {each.identity: HISTORIES["a"] for each in (runs[0], runs[2])}  # the second run has no history
     pictures = draw("1", runs, tmp_path, histories)
     assert [picture.path.stem for picture in pictures] == ["figure1-arc-easy", "figure1-piqa"]
     assert "Dense" in pictures[0].alt and "Last" not in pictures[0].alt

@@ -1,4 +1,4 @@
-"""What is in a table is in every format, and cannot break out of it."""
+"""Every format has all text of a table, and no text can break the format."""
 
 import csv
 import io

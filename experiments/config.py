@@ -1,0 +1,164 @@
+"""Turns hydra's config into the pipeline of a run, the settings that results depend on, and the run's folder."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from experiments import schema
+from gradpruner.checks import guess
+from gradpruner.files import content_hash
+from gradpruner.pipeline.run import Pipeline
+from gradpruner.record import NOT_IDENTITY
+from gradpruner.tasks import Task
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+# Keys that name a second dataset, and the keys with its settings.
+SETTINGS_OF = {"dataset.test": "dataset.test_settings", "method.recover_on": "method.recover_settings"}
+
+schema.register()
+
+
+def build_pipeline(cfg: DictConfig) -> Pipeline:
+    """Builds every node of the config; loads nothing, so a typo costs a second."""
+    task, test_task = build_tasks(cfg)
+    recover_on, recover_settings = (cfg.method.get(key) for key in ("recover_on", "recover_settings"))
+    return Pipeline(
+        model=schema.build(cfg.model, "model"),
+        task=task,
+        test_task=test_task,
+        method=schema.build(cfg.method, "method"),
+        training=schema.build(cfg.finetune, "finetune"),
+        evaluation=schema.build(cfg.evaluation, "evaluation"),
+        seed=cfg.seed,
+        cache_dir=Path(cfg.cache_dir),
+        evaluate_before=cfg.evaluate_before,
+        measure_speed=cfg.measure_speed,
+        recovery_task=_second_task(cfg, "method.recover_on", recover_on, recover_settings),
+    )
+
+
+def build_tasks(cfg: DictConfig) -> tuple[Task, Task | None]:
+    """Returns the dataset to train on and, if `dataset.test` names another one, the dataset to test on.
+
+    Raises:
+        ConfigError: if there is no such dataset, if settings are given without a dataset's name, or if
+            `dataset.validation_fraction` already replaces the test split.
+    """
+    node = cfg.dataset.copy()
+    with open_dict(node):
+        name, settings = node.pop("test", None), node.pop("test_settings", None)
+    task: Task = schema.build(node, "dataset")
+    if name is not None and task.validation_fraction is not None:
+        raise schema.ConfigError(
+            f"Test rows are either those of another dataset or validation rows, got dataset.test={name} and "
+            f"dataset.validation_fraction={task.validation_fraction}. Set one of them to null."
+        )
+    return task, _second_task(cfg, "dataset.test", name, settings)
+
+
+def _second_task(cfg: DictConfig, key: str, name: str | None, settings: DictConfig | None) -> Task | None:
+    """Returns the dataset that `key` names, with the settings next to that key.
+
+    Raises:
+        ConfigError: if there is no such dataset, or if settings are given without a name.
+    """
+    # `dataset@dataset.test: NAME` in a defaults list cannot do this: hydra builds the defaults list before the config,
+    # so the list sees choices of config groups and never a value such as dataset.test=NAME.
+    if name is None:
+        if settings:
+            raise schema.ConfigError(
+                f"{SETTINGS_OF[key]} belongs to {key}, got {settings} and {key}=null. Name the dataset."
+            )
+        return None
+    known = options("dataset")
+    if name not in known:
+        raise schema.ConfigError(
+            f"{key} must name a dataset, got {name!r}{guess(str(name), known)}. Known: {', '.join(known)}, or null."
+        )
+    node = OmegaConf.merge(load_option("dataset", name), settings or {})
+    assert isinstance(node, DictConfig)
+    node.pop("test"), node.pop("test_settings")
+    root = cfg.copy()
+    with open_dict(root):
+        root.dataset = node  # its interpolations, such as ${show_options}, resolve against the run's config
+    task: Task = schema.build(root.dataset, "dataset")
+    return task
+
+
+def reference_config(cfg: DictConfig) -> DictConfig:
+    """Returns the config of the same run with the reference method and that method's own settings.
+
+    Raises:
+        ConfigError: if there is no such method.
+    """
+    known = options("method")
+    if cfg.reference not in known:
+        raise schema.ConfigError(
+            f"reference must name a method, got {cfg.reference!r}. Known: {', '.join(known)}, or null."
+        )
+    reference = cfg.copy()
+    OmegaConf.set_struct(reference, False)
+    reference.method = load_option("method", cfg.reference)
+    reference.save_checkpoint = False
+    if cfg.output_dir is not None:
+        reference.output_dir = str(Path(cfg.output_dir) / "reference")
+    return reference
+
+
+def load_option(group: str, name: str) -> DictConfig:
+    """Composes an option of a config group by itself; its interpolations are not resolved yet."""
+    if GlobalHydra.instance().is_initialized():  # in a job of hydra's, and in tests that compose
+        node = compose(f"{group}/{name}")[group]
+    else:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            node = compose(f"{group}/{name}")[group]
+    # A copy without its root: the root's struct flag would refuse keys before `schema.build` can name them.
+    copied: DictConfig = OmegaConf.create(node)
+    return copied
+
+
+def options(group: str) -> list[str]:
+    """Returns the names of the options of a config group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def check_options(arguments: list[str]) -> None:
+    """Exits with a suggestion if an argument names an option that its group does not have; hydra only lists them."""
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    for argument in arguments:
+        group, separator, name = argument.partition("=")
+        if not separator or group not in groups or not name.isidentifier() or name == "null":
+            continue
+        known = options(group)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise SystemExit(f"Error: there is no {group} {name!r}.{hint} Options of {group}: {', '.join(known)}.")
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the config as plain values, with interpolations resolved."""
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the settings that results depend on."""
+    return {key: value for key, value in resolve(cfg).items() if key not in NOT_IDENTITY}
+
+
+def run_directory(cfg: DictConfig, pipeline: Pipeline) -> Path:
+    """Returns `<results_dir>/<model>/<dataset>/<finetune>/<method>/<variant>-<hash>-seed<k>`, or `output_dir`.
+
+    The variant is for people to read; the hash covers everything that results depend on and keeps runs apart.
+    """
+    if cfg.output_dir is not None:
+        return Path(cfg.output_dir)
+    variant = "-".join(part for part in (pipeline.method.variant(), content_hash(identity(cfg))[:8]) if part)
+    folder = Path(cfg.results_dir) / pipeline.model.name / pipeline.dataset_name / pipeline.training.mode
+    return folder / pipeline.method.name / f"{variant}-seed{cfg.seed}"

@@ -1,0 +1,284 @@
+"""What a pruned checkpoint consists of, tensor by tensor: which stored tensors are kept, and what merges into them.
+
+`prepare` reads names and shapes only. Weights are read, and merged block by block, when a tensor is asked for.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from gradpruner.checkpoints.tensor_files import StoredTensor, check_float, find_tensors, locate_tensors
+from gradpruner.checks import check_choice
+from gradpruner.igia import STEP_WEIGHTINGS, Factors, igia_matrix, step_weights
+from gradpruner.merge import merge_layers, top_fraction_mask
+from gradpruner.models.architectures import (
+    check_supported,
+    decoder_layers,
+    empty_model,
+    linear_sublayers,
+    shrink_config,
+)
+from gradpruner.plan import PruningPlan
+
+if TYPE_CHECKING:  # it pulls in the Trainer, whose libraries take more memory than the work done here
+    from gradpruner.gradients import EarlyGradients
+
+BLOCK_NUMEL = 2**19  # entries of a sublayer that are merged at once
+_NUMBERED = re.compile(r"(?P<prefix>(?:[^.]*[^.\d][^.]*\.)*)(?P<layer>\d+)\.")  # up to the first part that is a number
+
+
+@dataclass(frozen=True)
+class PrunedTensor:
+    """A tensor of the pruned checkpoint.
+
+    Attributes:
+        kept: the stored tensor that it comes from; gives its dtype, shape and size.
+        sublayer: name of the sublayer whose weight it is, if anything merges into it.
+        layer: decoder layer of `kept` in the dense model, if anything merges into it.
+        merged: pruned layer -> its weight of the same sublayer.
+    """
+
+    kept: StoredTensor
+    sublayer: str = ""
+    layer: int = -1
+    merged: Mapping[int, StoredTensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PrunedCheckpoint:
+    """A plan that was checked against a dense checkpoint.
+
+    Attributes:
+        plan: which layers are pruned and merged.
+        config: of the pruned model.
+        tensors: by name in the pruned checkpoint.
+        igia: returns the IGIA-Matrix of a layer (of the dense model) and sublayer.
+    """
+
+    plan: PruningPlan
+    config: PreTrainedConfig
+    tensors: dict[str, PrunedTensor]
+    igia: Callable[[int, str], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(tensor.kept.num_bytes for tensor in self.tensors.values())
+
+    def parts(self, tensor: PrunedTensor, buffer: memoryview) -> Iterator[memoryview]:
+        """Yields the bytes of one of `tensors`, through `buffer` if the tensor is only copied."""
+        if not tensor.merged:
+            yield from tensor.kept.parts(buffer)
+        else:
+            for block in self._merged_blocks(tensor):
+                yield block.flatten().view(torch.uint8).numpy().data
+
+    def _merged_blocks(self, tensor: PrunedTensor) -> Iterator[Tensor]:
+        """Yields blocks of rows of the weight that `surgery.apply_plan` makes, bit for bit.
+
+        Only IGIA-Matrices are held whole, because their top entries are taken over all rows: one at a time, except that
+        `fisher` needs all of them throughout.
+        """
+        rule, density = self.plan.merge_rule, self.plan.density
+        fisher = rule == "fisher"
+        if rule == "weighted_average":  # it counts zeros in, so masked entries cannot be zeroed as below
+            weights = [stored.read() for stored in tensor.merged.values()]
+            igias = [self.igia(layer, tensor.sublayer) for layer in tensor.merged]
+            yield merge_layers(tensor.kept.read(), weights, igias, density, rule)
+            return
+        masks, kept_igias = {}, {}
+        for layer in tensor.merged:
+            igia = self.igia(layer, tensor.sublayer)
+            masks[layer] = top_fraction_mask(igia, density)
+            if fisher:
+                kept_igias[layer] = igia
+            del igia  # before the next one is made
+        if fisher:
+            kept_igias[tensor.layer] = self.igia(tensor.layer, tensor.sublayer)
+        num_rows, num_columns = tensor.kept.shape
+        block = max(1, BLOCK_NUMEL // num_columns)
+        for start in range(0, num_rows, block):
+            rows = slice(start, min(start + block, num_rows))
+            kept = tensor.kept.rows(rows.start, rows.stop).read()
+            ignored = torch.zeros(()).expand(kept.shape)
+            # A zero never merges: with the masked entries at zero, every entry (density 1) may pass.
+            yield merge_layers(
+                kept,
+                [
+                    stored.rows(rows.start, rows.stop).read().masked_fill_(~masks[layer][rows], 0)
+                    for layer, stored in tensor.merged.items()
+                ],
+                [kept_igias[layer][rows] if fisher else ignored for layer in tensor.merged],
+                1.0,
+                rule,
+                kept_igia=kept_igias[tensor.layer][rows] if fisher else None,
+            )
+
+
+def prepare(
+    plan: PruningPlan, gradients: "EarlyGradients | None", source: Path, step_weighting: str
+) -> PrunedCheckpoint:
+    """Checks that plan, gradients and checkpoint belong together; reads names and shapes, no weights.
+
+    Args:
+        plan: which layers are pruned and merged.
+        gradients: see `streaming.prune_checkpoint`.
+        source: folder of the dense model.
+        step_weighting: one of `igia.STEP_WEIGHTINGS`.
+
+    Raises:
+        ValueError: if they do not belong together, or `source` is damaged or holds no safetensors.
+    """
+    check_choice("step_weighting", step_weighting, STEP_WEIGHTINGS)
+    beyond = "makes layers narrower" if plan.width is not None else "repairs" if plan.details.get("repair") else None
+    if beyond:
+        raise ValueError(
+            f"Only plans that drop and merge layers are applied file to file, got one of method={plan.method} that "
+            f"{beyond}. Run the method with save_checkpoint=true."
+        )
+    file_names = locate_tensors(source)  # first: it says best what is wrong with a folder that is no checkpoint
+    config = _load_config(source)
+    if config.num_hidden_layers != plan.num_hidden_layers:
+        raise ValueError(
+            f"The plan is for {plan.num_hidden_layers} decoder layers, the model in {source} has "
+            f"{config.num_hidden_layers}. Apply it to the dense model that it was made for."
+        )
+    prefix = _layer_prefix(file_names, plan.num_hidden_layers, source)
+    kept_layers, merged_layers = plan.kept_layers, {layer for merged in plan.merges.values() for layer in merged}
+    unread = set(plan.pruned_layers) - merged_layers
+    used = [name for name in file_names if _layer_of(name, prefix) not in unread]
+    stored = find_tensors(source, file_names, used)
+
+    tensors = {}
+    for name, tensor in stored.items():
+        layer = _layer_of(name, prefix)
+        if layer is None:
+            tensors[name] = PrunedTensor(tensor)
+        elif layer in kept_layers:
+            tensors[_renumber(name, prefix, kept_layers.index(layer))] = PrunedTensor(tensor)
+    if not plan.merges:
+        return PrunedCheckpoint(plan, shrink_config(config, kept_layers), tensors, _no_igia)
+
+    shapes = _sublayer_shapes(config)
+    gradients = _check_gradients(gradients, plan, shapes)
+    for absorber, merged in plan.merges.items():
+        for sublayer, shape in shapes.items():
+            weights = {}
+            for layer in (absorber, *merged):
+                name = f"{prefix}{layer}.{sublayer}.weight"
+                found = stored[name].shape if name in stored else None
+                if found != shape:
+                    raise ValueError(
+                        f"The config calls for a weight {name} of shape {shape}, got {found or 'none'} in {source}. "
+                        "Save the model with save_pretrained and use that folder."
+                    )
+                check_float(stored[name])
+                weights[layer] = stored[name]
+            name = f"{prefix}{kept_layers.index(absorber)}.{sublayer}.weight"
+            tensors[name] = PrunedTensor(weights.pop(absorber), sublayer, absorber, weights)
+    weights_of_steps = step_weights(gradients.energies, step_weighting).tolist()
+
+    def igia(layer: int, sublayer: str) -> Tensor:
+        return igia_matrix(gradients.factors(layer, sublayer), weights_of_steps)
+
+    return PrunedCheckpoint(plan, shrink_config(config, kept_layers), tensors, igia)
+
+
+def _no_igia(layer: int, sublayer: str) -> Tensor:
+    raise AssertionError(f"nothing merges, but the IGIA-Matrix of layer {layer}, {sublayer}, was asked for")
+
+
+def _load_config(source: Path) -> PreTrainedConfig:
+    if not (source / "config.json").is_file():
+        raise ValueError(f"A checkpoint needs a config.json, got none in {source}. Copy it there from the dense model.")
+    config = AutoConfig.from_pretrained(source)
+    check_supported(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"Cannot prune quantized weights on disk, got {config.quantization_config} in {source}/config.json. "
+            "Use the checkpoint that it was quantized from."
+        )
+    return config
+
+
+def _layer_prefix(names: Iterable[str], num_layers: int, source: Path) -> str:
+    """Returns what precedes the layer number in the names of decoder layers, such as `model.layers.`."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        match = _NUMBERED.match(name)
+        if match:
+            numbers.setdefault(match["prefix"], set()).add(int(match["layer"]))
+    prefixes = [prefix for prefix, found in numbers.items() if found == set(range(num_layers))]
+    if len(prefixes) == 1:
+        return prefixes[0]
+    if prefixes:
+        raise ValueError(
+            f"Decoder layers must be the only tensors numbered 0 to {num_layers - 1}, got {sorted(prefixes)} in "
+            f"{source}. Save the language model alone with save_pretrained and use that folder."
+        )
+    found = ", ".join(f"{len(found)} of {prefix}<i>" for prefix, found in sorted(numbers.items()))
+    raise ValueError(
+        f"The checkpoint must hold tensors numbered 0 to {num_layers - 1}, one number a decoder layer, got "
+        f"{found or 'no numbers'} in {source}. It is incomplete or its config is another model's: get it again."
+    )
+
+
+def _layer_of(name: str, prefix: str) -> int | None:
+    """Returns the decoder layer that a tensor belongs to, or None."""
+    match = _NUMBERED.match(name)
+    return int(match["layer"]) if match and match["prefix"] == prefix else None
+
+
+def _renumber(name: str, prefix: str, layer: int) -> str:
+    return f"{prefix}{layer}.{name.removeprefix(prefix).partition('.')[2]}"
+
+
+def _sublayer_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape (out, in) of every linear sublayer of a decoder layer, from the config alone."""
+    layer = decoder_layers(empty_model(config))[0]
+    return {name: tuple(linear.weight.shape) for name, linear in linear_sublayers(layer).items()}
+
+
+def _check_gradients(
+    gradients: "EarlyGradients | None", plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]
+) -> "EarlyGradients":
+    """Raises ValueError if the factors are missing, damaged or of another model."""
+    if gradients is None:
+        raise ValueError(
+            f"The plan merges layers {sorted(plan.absorbed_by)} but no factors were given. "
+            "Pass the folder that the importance run wrote."
+        )
+    if set(gradients.sublayers) != set(shapes) or gradients.energies.shape[1] != plan.num_hidden_layers:
+        raise ValueError(
+            f"The factors must be of {plan.num_hidden_layers} layers with sublayers {sorted(shapes)}, got "
+            f"{gradients.energies.shape[1]} layers with {sorted(gradients.sublayers)} in {gradients.directory}. "
+            "Pass the folder of the importance run that the plan was made from."
+        )
+    for absorber, merged in plan.merges.items():
+        for layer in (absorber, *merged) if plan.merge_rule == "fisher" else merged:
+            for sublayer, shape in shapes.items():
+                found = {(left.shape[0], right.shape[1]) for left, right in _factors(gradients, layer, sublayer)}
+                if found != {shape}:
+                    raise ValueError(
+                        f"The factors of layer {layer}, {sublayer}, must make a matrix of shape {shape}, got "
+                        f"{', '.join(map(str, sorted(found)))} in {gradients.directory}. "
+                        "Pass the folder of the importance run that the plan was made from."
+                    )
+    return gradients
+
+
+def _factors(gradients: "EarlyGradients", layer: int, sublayer: str) -> list[Factors]:
+    try:
+        return gradients.factors(layer, sublayer)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"Cannot read the factors of layer {layer}, {sublayer}, in {gradients.directory}: got "
+            f"{type(error).__name__}: {error}. The folder is damaged: run the importance steps again."
+        ) from error
