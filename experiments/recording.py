@@ -1,7 +1,5 @@
 """The record of a finished run."""
 
-from typing import Any
-
 from omegaconf import DictConfig
 
 from experiments.config import identity, resolve
@@ -9,7 +7,8 @@ from gradpruner.files import content_hash
 from gradpruner.finetune.run import TrainingAccount
 from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Outcome, Pipeline
-from gradpruner.record import RunRecord, TrainingSection, empty_section
+from gradpruner.record import RunRecord
+from gradpruner.record_sections import TrainingSection, empty_section
 from gradpruner.runtime import environment
 
 HISTORY_FILE = "history.json"  # loss and learning rate per optimizer step, beside the record
@@ -24,7 +23,7 @@ def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_m
         outcome: what the pipeline found.
         own_memory: bytes that the process held before the run.
     """
-    plan, report = outcome.plan, outcome.report
+    plan = outcome.plan
     num_dense_layers, num_dense_parameters = pipeline.dense_config.num_hidden_layers, pipeline.num_dense_parameters
     return RunRecord(
         status="finished",
@@ -35,7 +34,7 @@ def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_m
             "name": pipeline.model.name,
             "num_hidden_layers": num_dense_layers,
             "num_parameters": num_dense_parameters,
-            "shape": _untyped(config_shape(pipeline.dense_config).to_dict()),
+            "shape": config_shape(pipeline.dense_config).to_dict(),
         },
         pruning={
             "method": plan.method,
@@ -43,26 +42,26 @@ def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_m
             "absorbed_by": {str(layer): absorber for layer, absorber in plan.absorbed_by.items()},
             "layer_importance": list(plan.layer_importance),
             "num_hidden_layers": len(plan.kept_layers),
-            "num_parameters": report["num_parameters"],
-            "shape": report["shape"],
-            "report": _untyped({key: value for key, value in report.items() if key not in ("num_parameters", "shape")}),
+            "num_parameters": outcome.num_parameters,
+            "shape": outcome.shape.to_dict(),
+            "report": outcome.report,
             "recovery": _training_section(outcome.recovery) if outcome.recovery else empty_section(),
         },
         finetune=_training_section(outcome.training),
-        metrics=_untyped(outcome.metrics),
-        metrics_before=_untyped(outcome.metrics_before),
+        metrics=outcome.metrics,
+        metrics_before=outcome.metrics_before,
         efficiency={
             "layer_ratio": len(plan.kept_layers) / num_dense_layers,
-            "parameter_ratio": report["num_parameters"] / num_dense_parameters,
+            "parameter_ratio": outcome.num_parameters / num_dense_parameters,
             "train_tokens_per_second": outcome.training["tokens"] / outcome.training["train_seconds"],
             "compression_seconds": outcome.compression["seconds"],
-            "compression_peak_memory_bytes": int(outcome.compression["peak_memory_bytes"]),
-            "speed": _untyped(outcome.speed or {}),
+            "compression_peak_memory_bytes": outcome.compression["peak_memory_bytes"],
+            "speed": outcome.speed or empty_section(),
             "process_memory_bytes": own_memory,
             "recovery_seconds": outcome.recovery["train_seconds"] if outcome.recovery else 0.0,
             "stage_seconds": outcome.seconds,
         },
-        environment=_untyped(environment()),
+        environment=environment(),
     )
 
 
@@ -75,8 +74,3 @@ def _training_section(training: TrainingAccount) -> TrainingSection:
         "peak_memory_bytes": training["peak_memory_bytes"],
         "loss": training["loss"],
     }
-
-
-def _untyped(section: dict[str, Any]) -> Any:
-    """Returns a section whose keys its maker decides; `gradpruner.record` has their types."""
-    return section

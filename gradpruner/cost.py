@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict
 
 import psutil
 import torch
@@ -79,7 +79,14 @@ class Cost(PeakMemory):
         write_json(path, {"seconds": self.seconds, "peak_memory_bytes": self.peak_bytes})
 
 
-def total_cost(*files: Path) -> dict[str, float]:
+class TotalCost(TypedDict):
+    """Wall time and highest memory of several stages together."""
+
+    seconds: float
+    peak_memory_bytes: int
+
+
+def total_cost(*files: Path) -> TotalCost:
     """Returns the total `seconds` and the highest `peak_memory_bytes` of files that `Cost.save` wrote."""
     costs = [json.loads(file.read_text()) for file in files]
     return {

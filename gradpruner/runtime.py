@@ -5,11 +5,12 @@ import subprocess
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import set_seed as _set_seed
 from transformers.utils import logging as transformers_logging
+
+from gradpruner.record_sections import EnvironmentSection
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "hydra-core")
 
@@ -35,7 +36,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft reads it
 
 
-def environment() -> dict[str, Any]:
+def environment() -> EnvironmentSection:
     """Returns versions, hardware and commit of this process, for the record."""
     device = default_device()
     return {

@@ -28,7 +28,7 @@ LAYERS = {
         *("gradpruner.models*", "gradpruner.tasks*", "gradpruner.encoding"),
         *(f"gradpruner.{name}" for name in ("plan", "igia", "merge", "gradients")),
     ),
-    "ground": tuple(f"gradpruner.{name}" for name in ("checks", "files", "runtime", "cost")),
+    "ground": tuple(f"gradpruner.{name}" for name in ("checks", "files", "runtime", "cost", "record_sections")),
 }
 LIBRARIES_OF_EXPERIMENTS = ("hydra", "omegaconf", "wandb")
 

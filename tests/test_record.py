@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradpruner.record import RunRecord, metric_stderr, metric_value
+from gradpruner.record import RunRecord
+from gradpruner.record_sections import metric_stderr, metric_value
 
 RECORDS = Path(__file__).resolve().parents[1] / "results" / "records"
 SECTIONS = ("model", "pruning", "finetune", "metrics", "metrics_before", "efficiency", "environment")

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradpruner.models.architectures import decoder_layers, empty_model, linear_sublayers, shrink_config
+from gradpruner.record_sections import ShapeSection
 
 # Layers of these types are q, k, v, o, gate, up and down projections, RMSNorms, and at most norms of single heads;
 # nothing is scaled by a rule that depends on a width.
@@ -48,10 +49,14 @@ class ModelShape:
         """Whether all layers have the same widths, so that a stock config describes the model."""
         return len(set(self.layers)) == 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON-ready form: a list per size, with one entry per layer."""
-        sizes = {size: [getattr(layer, size) for layer in self.layers] for size in LAYER_SIZES}
-        return {"hidden_size": self.hidden_size, **sizes}
+    def to_dict(self) -> ShapeSection:
+        """Returns the JSON-ready form: the list of each size has one entry per layer."""
+        return {
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": [layer.num_attention_heads for layer in self.layers],
+            "num_key_value_heads": [layer.num_key_value_heads for layer in self.layers],
+            "intermediate_size": [layer.intermediate_size for layer in self.layers],
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

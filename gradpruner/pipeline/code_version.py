@@ -37,7 +37,7 @@ CANNOT_CHANGE_RESULTS = {
     "gradpruner.pipeline.code_version": "makes keys",
     "gradpruner.pipeline.run": "calls the stages and collects their results",
     "gradpruner.pipeline.setup": "what it makes definite (rows, method, evaluation) is in the keys itself",
-    "gradpruner.record": "holds results of finished runs",
+    "gradpruner.record*": "holds results of finished runs",
     "gradpruner.reporting*": "reads records",
     "gradpruner.tasks*": "makes rows and examples, which are in the keys themselves",
 }

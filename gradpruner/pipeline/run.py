@@ -8,11 +8,10 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from gradpruner.cost import total_cost
+from gradpruner.cost import TotalCost, total_cost
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.finetune.run import PLAN_FILE, REPORT_FILE, TrainingAccount, read_result
 from gradpruner.models.shape import ModelShape
@@ -33,6 +32,7 @@ from gradpruner.pipeline.stages import (
     speed_stage,
 )
 from gradpruner.plan import PruningPlan
+from gradpruner.record_sections import MethodReport, Metrics, SpeedSection, empty_section
 from gradpruner.repair import read_fits
 
 
@@ -42,7 +42,9 @@ class Outcome:
 
     Attributes:
         plan: what was pruned and merged.
-        report: what the method saw, with `num_parameters` and `shape` of the compressed model.
+        report: what the method saw.
+        num_parameters: of the compressed model.
+        shape: of the compressed model.
         training: account of the fine-tune, see `finetune.run.finetune`.
         metrics: of the fine-tuned model.
         metrics_before: of the compressed model before fine-tuning, or empty.
@@ -54,15 +56,17 @@ class Outcome:
     """
 
     plan: PruningPlan
-    report: dict[str, Any]
+    report: MethodReport
+    num_parameters: int
+    shape: ModelShape
     training: TrainingAccount
-    metrics: dict[str, Any]
-    metrics_before: dict[str, Any]
+    metrics: Metrics
+    metrics_before: Metrics
     predictions: Path
     seconds: dict[str, float]
-    compression: dict[str, float]
+    compression: TotalCost
     recovery: TrainingAccount | None = None
-    speed: dict[str, Any] | None = None
+    speed: SpeedSection | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class Pipeline(Setup):
         after = runner.folder(chain.evaluate)
         described = trained if (trained / PLAN_FILE).is_file() else pruned  # some methods prune while they train
         report = json.loads((described / REPORT_FILE).read_text())
+        shape, num_parameters = ModelShape.from_dict(report.pop("shape")), report.pop("num_parameters")
         plan = PruningPlan.load(described / PLAN_FILE)
         timed = {
             "measure": chain.measure,
@@ -106,14 +111,16 @@ class Pipeline(Setup):
         return Outcome(
             plan=plan.with_details(repair=read_fits(repaired)) if repaired else plan,
             report=report,
+            num_parameters=num_parameters,
+            shape=shape,
             training=read_result(trained),
             metrics=json.loads((after / METRICS_FILE).read_text()),
-            metrics_before=json.loads((before / METRICS_FILE).read_text()) if before else {},
+            metrics_before=json.loads((before / METRICS_FILE).read_text()) if before else empty_section(),
             predictions=after / PREDICTIONS_FILE,
             seconds={name: runner.seconds(stage) for name, stage in timed.items()},
             compression=total_cost(*costs),
             recovery=read_result(recovered) if recovered else None,
-            speed=self._speed(ModelShape.from_dict(report["shape"])) if self.measure_speed else None,
+            speed=self._speed(shape) if self.measure_speed else None,
         )
 
     def load_result(self) -> PreTrainedModel:
@@ -142,9 +149,9 @@ class Pipeline(Setup):
     def _evaluation_of(self, weights: ModelStage) -> Stage:
         return evaluate_stage(self, self._runner, predict_stage(self, self._runner, weights))
 
-    def _speed(self, shape: ModelShape) -> dict[str, Any]:
+    def _speed(self, shape: ModelShape) -> SpeedSection:
         folder = self._runner.folder(speed_stage(self, shape))
-        summary: dict[str, Any] = json.loads((folder / SPEED_FILE).read_text())
+        summary: SpeedSection = json.loads((folder / SPEED_FILE).read_text())
         return summary
 
     @cached_property

@@ -111,7 +111,9 @@ def random_model(config: PreTrainedConfig, shape: ModelShape, workload: Workload
     if config_shape(model.config) != shape:
         resize_layers(model, shape)
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)  # uninitialised memory may hold numbers that are slow to compute with
+            torch.nn.init.normal_(
+                parameter, std=0.02
+            )  # uninitialised memory may hold numbers that are slow to compute with
     return model.to(default_device()).eval()
 
 

@@ -1,7 +1,8 @@
-"""The stages of a run. One function makes each of them: what a stage computes, and the key that says on what that depends.
+"""The stages of a run. One function makes each: what the stage computes, beside the key of what its result depends on.
 
-A key holds everything that the result depends on, code and libraries included, and nothing else: what is left out of it
-may vary within a sweep without the stage being computed again. A later stage depends on the key of the one before it.
+A key holds everything that the result depends on, code and libraries included, and nothing else. Settings outside of
+the key may vary within a sweep without the stage being computed again. The key of a stage holds that of the stage
+before it.
 """
 
 import dataclasses

@@ -13,9 +13,10 @@ from gradpruner.files import slug
 from gradpruner.record import RunRecord
 from gradpruner.reporting.comparison_plots import plot_bars, plot_lines, plot_losses
 from gradpruner.reporting.figures import Picture
-from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS, method_place
+from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS
 from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, plot_sensitivity, sensitivity_curve
 from gradpruner.reporting.means import DENSE, MAIN, Measured, main_metric, measure
+from gradpruner.reporting.run_groups import distinct_runs, in_order, pages, run_labels
 from gradpruner.reporting.tables import data_settings, dataset_name, row_labels, rows_of_seeds, setting
 
 PAPER_FIGURES = ("1", "2", "5", "6", "7", "8", "9")
@@ -65,33 +66,6 @@ def draw(
             "Run such an experiment, or set runs_dir."
         )
     return pictures
-
-
-def in_order(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Returns every run once, in the paper's order of methods, then by dataset and seed."""
-
-    def place(record: RunRecord) -> tuple[tuple[int, str], str, int]:
-        return method_place(record.pruning["method"]), dataset_name(record), record.seed
-
-    return sorted({record.identity: record for record in records}.values(), key=place)
-
-
-def run_labels(records: Sequence[RunRecord]) -> list[str]:
-    """Returns distinct labels: the method, and of dataset, model, fine-tuning and seed those in which runs differ."""
-    columns = [
-        row_labels(list(records)),
-        [dataset_name(record) for record in records],
-        [record.model["name"] for record in records],
-        [record.config["finetune"]["mode"] for record in records],
-        [f"seed {record.seed}" for record in records],
-    ]
-    shown = [column for index, column in enumerate(columns) if index == 0 or len(set(column)) > 1]
-    labels = [" / ".join(parts) for parts in zip(*shown, strict=True)]
-    return [
-        # The start of the identity is also in the name of the run's folder.
-        f"{label} / {record.identity[:8]}" if labels.count(label) > 1 else label
-        for label, record in zip(labels, records, strict=True)
-    ]
 
 
 @dataclass(frozen=True)
@@ -275,7 +249,7 @@ def _layers(
 ) -> list[Picture]:
     """Draws the runs with `plot`, and those for which `shown` returns the same as one row."""
     pictures = []
-    for page, group in _pages(_distinct(records, shown), MOST_ROWS, path).items():
+    for page, group in pages(distinct_runs(records, shown), MOST_ROWS, path).items():
         rows = {}
         for label, runs in group.items():
             rows[f"{label} (+{len(runs) - 1} alike)" if len(runs) > 1 else label] = runs[0]
@@ -286,33 +260,6 @@ def _layers(
             )
         pictures.append(picture)
     return pictures
-
-
-def _distinct(records: Sequence[RunRecord], shown: Callable[[RunRecord], object]) -> list[list[RunRecord]]:
-    """Groups runs that look alike: of one dataset and model, with equal `shown`. Drops runs for which that is None."""
-    alike: dict[str, list[RunRecord]] = {}
-    for record in records:
-        if (what := shown(record)) is not None:
-            key = json.dumps([dataset_name(record), record.model["name"], what], sort_keys=True)
-            alike.setdefault(key, []).append(record)
-    return list(alike.values())
-
-
-def _pages(groups: list[list[RunRecord]], most: int, path: Path) -> dict[Path, dict[str, list[RunRecord]]]:
-    """Returns groups of runs by page and label: one page for up to `most` groups, else separate pages per dataset."""
-    if len(groups) <= most:
-        return {path: _labelled(groups)} if groups else {}
-    pages: dict[Path, dict[str, list[RunRecord]]] = {}
-    for name in dict.fromkeys(dataset_name(group[0]) for group in groups):
-        own = list(_labelled([group for group in groups if dataset_name(group[0]) == name]).items())
-        for first in range(0, len(own), most):
-            number = f"-{1 + first // most}" if first else ""
-            pages[path.with_stem(f"{path.stem}-{slug(name)}{number}")] = dict(own[first : first + most])
-    return pages
-
-
-def _labelled(groups: list[list[RunRecord]]) -> dict[str, list[RunRecord]]:
-    return dict(zip(run_labels([runs[0] for runs in groups]), groups, strict=True))
 
 
 def _scores(record: RunRecord) -> object:
@@ -339,14 +286,14 @@ def _num_steps(record: RunRecord) -> int:
 
 def _sensitivity(records: Sequence[RunRecord], path: Path) -> list[Picture]:
     # Methods that share an importance run have the same series, so one of them is enough.
-    distinct = [runs[0] for runs in _distinct(records, _series)]
+    distinct = [runs[0] for runs in distinct_runs(records, _series)]
     lines = []
     for runs in rows_of_seeds(distinct):
         # With steps=auto, seeds may stop at different steps; only series of one length can be averaged.
         for length in sorted({_num_steps(run) for run in runs}):
             lines.append([run for run in runs if _num_steps(run) == length])
     pictures = []
-    for page, group in _pages(lines, MOST_CURVES, path).items():
+    for page, group in pages(lines, MOST_CURVES, path).items():
         # k, the number of most important layers, is the number of layers that the run kept.
         tops = [runs[0].pruning["num_hidden_layers"] for runs in group.values()]
         curves = {}

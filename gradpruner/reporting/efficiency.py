@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig
 
 from gradpruner.models.counting import TABLE_11, ModelCounts, count_model
 from gradpruner.models.shape import ModelShape
-from gradpruner.record import PhaseSection, RunRecord
+from gradpruner.record import RunRecord
+from gradpruner.record_sections import PhaseSection
 from gradpruner.reporting.labels import METHOD_LABELS
 from gradpruner.reporting.published import Published
 from gradpruner.reporting.tables import Table, row_labels, setting, tell_apart

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from gradpruner.plan import PruningPlan
+from gradpruner.record_sections import MethodReport
 
 KEPT, MERGED, PRUNED = "#0072B2", "#E69F00", "#CCCCCC"  # Okabe and Ito's palette
 COLORS = (KEPT, MERGED, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -72,7 +73,7 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_importance(plan: PruningPlan, report: dict[str, Any], path: Path) -> None:
+def plot_importance(plan: PruningPlan, report: MethodReport, path: Path) -> None:
     """Draws layer importance with each layer's fate and, for a per-step series, how soon the pruned set settled."""
     overlap = report.get("prefix_overlap")
     figure = Figure(figsize=(8, 5.2 if overlap else 3.2), layout="constrained")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradpruner.record import Metrics, metric_stderr, metric_value
+from gradpruner.record_sections import Metrics, metric_stderr, metric_value
 
 METRIC_LABELS = {
     "accuracy": "accuracy",

@@ -769,8 +769,8 @@ def test_from_end_to_end(method, model_type, make_pipeline):
     outcome = pipeline.run()
     model = pipeline.load_result()
     assert outcome.plan.method == method.name and outcome.plan.width is not None
-    assert outcome.report["num_parameters"] == count_parameters(model) < pipeline.num_dense_parameters
-    assert outcome.report["shape"] == model_shape(model).to_dict()
+    assert outcome.num_parameters == count_parameters(model) < pipeline.num_dense_parameters
+    assert outcome.shape.to_dict() == model_shape(model).to_dict()
     assert outcome.training["steps"] == NUM_STEPS and 0 <= outcome.metrics["accuracy"] <= 1
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     assert model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 10)

@@ -281,7 +281,7 @@ def test_small_dense_is_another_model(make_pipeline, tmp_path):
     outcome = pipeline.run()
     assert outcome.plan.num_hidden_layers == 3 and outcome.plan.pruned_layers == ()
     assert pipeline.dense_config.num_hidden_layers == 6
-    assert outcome.report["num_parameters"] < pipeline.num_dense_parameters
+    assert outcome.num_parameters < pipeline.num_dense_parameters
     assert pipeline.load_result().config.num_hidden_layers == 3
     assert make_pipeline(Dense()).run().plan.num_hidden_layers == 6
     assert small.variant() == "random-llama"

@@ -633,6 +633,6 @@ def test_from_end_to_end(tmp_path):
     pipeline = Pipeline(model, task, SAT, training, Likelihood(), 0, tmp_path / "cache")
     outcome = pipeline.run()
     assert outcome.plan.pruned_layers == () and outcome.plan.method == "sat"
-    assert outcome.report["num_parameters"] == pipeline.num_dense_parameters
+    assert outcome.num_parameters == pipeline.num_dense_parameters
     assert is_plain(pipeline.load_result())
     assert SAT.variant() == "omission0.4-wanda-sample"

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from reporting.test_tables import record
 
-from experiments.run import CONF
+from experiments.config import CONF
 from gradpruner.models.offline_configs import shipped_config
 from gradpruner.models.shape import LayerShape, ModelShape, config_shape
 from gradpruner.reporting.efficiency import counts_table, efficiency_tables

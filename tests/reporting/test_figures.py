@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from reporting.test_tables import CONFIG, record, shape
 
-from experiments.run import CONF
+from experiments.config import CONF
 from gradpruner.record import RunRecord
-from gradpruner.reporting.comparison_figures import FIGURES, MOST_CURVES, MOST_ROWS, draw, in_order, run_labels
+from gradpruner.reporting.comparison_figures import FIGURES, MOST_CURVES, MOST_ROWS, draw
 from gradpruner.reporting.comparison_plots import plot_losses
 from gradpruner.reporting.figures import KEPT, LINE_STYLES, MERGED
 from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, sensitivity_curve
 from gradpruner.reporting.means import measure
+from gradpruner.reporting.run_groups import in_order, run_labels
 
 RECORDS = CONF.parent / "results" / "records"
 HISTORIES = {"a": [{"step": step, "loss": 3.0 / step} for step in range(1, 101)], "b": [{"step": 1, "loss": 2.0}]}

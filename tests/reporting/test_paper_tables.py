@@ -6,7 +6,7 @@ import math
 import pytest
 from reporting.test_tables import record
 
-from experiments.run import CONF
+from experiments.config import CONF
 from gradpruner.reporting.paper_tables import paper_table
 from gradpruner.reporting.published import load_published
 

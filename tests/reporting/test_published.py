@@ -5,7 +5,7 @@ from statistics import mean
 
 import pytest
 
-from experiments.run import CONF
+from experiments.config import CONF
 from gradpruner.reporting.published import load_published
 
 PAPER = CONF.parent / "results" / "paper"

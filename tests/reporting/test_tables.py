@@ -77,7 +77,7 @@ def test_methods_come_in_the_papers_order_and_the_unknown_last():
 
 
 def test_every_method_has_a_name():
-    from experiments.run import CONF
+    from experiments.config import CONF
 
     assert {path.stem for path in (CONF / "method").glob("*.yaml")} <= set(METHOD_LABELS)
 
