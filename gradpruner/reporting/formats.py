@@ -17,6 +17,7 @@ from gradpruner.reporting.figures import Picture
 from gradpruner.reporting.tables import Table
 
 FORMATS = ("md", "tex", "csv", "html")
+LONGEST_NAME = 120  # characters of a title in a file name; file systems stop at 255 bytes with all that is around it
 IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 BOLD = re.compile(r"\*\*(.+?)\*\*")
 # LaTeX would read `[` or `*` at the start of a row as an argument of the line break before it.
@@ -109,7 +110,7 @@ def csv_files(tables: Sequence[Table]) -> dict[str, str]:
         stream = io.StringIO()
         plain = [["".join(part for part, _ in _parts(cell)) for cell in row] for row in (table.headers, *table.rows)]
         csv.writer(stream, lineterminator="\n").writerows(plain)
-        name = slug(table.title)
+        name = slug(table.title)[:LONGEST_NAME].rstrip("-")
         same = sum(re.fullmatch(rf"{name}(-\d+)?", other) is not None for other in texts)
         texts[f"{name}-{same + 1}" if same else name] = stream.getvalue()
     return texts

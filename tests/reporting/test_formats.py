@@ -1,6 +1,7 @@
 """Every format has all text of a table, and no text can break the format."""
 
 import csv
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -138,3 +139,9 @@ def test_markdown_is_that_of_the_tables():
 def test_unknown_format(tmp_path):
     with pytest.raises(ValueError, match="format must be one of md, tex, csv, html, got 'pdf'"):
         write_report(tmp_path / "a", "pdf", [TABLE])
+
+
+def test_csv_of_a_table_with_a_long_title_can_be_written(tmp_path):
+    long = dataclasses.replace(TABLE, title="x=1, " * 100)
+    [first, second] = write_report(tmp_path / "all.csv", "csv", [long, long])
+    assert first.is_file() and second.is_file() and len(second.name) < 150
