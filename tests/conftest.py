@@ -23,7 +23,7 @@ from gradpruner.models.spec import ModelSpec
 from gradpruner.tasks import JsonLines
 
 # Grouped-query attention (4 heads, 2 key-value heads). 258 is the vocabulary of the byte tokenizer of `random:` models;
-# weights are larger than the default 0.02 so that every layer shows in the logits.
+# weights are larger than the default 0.02 so that every layer affects the logits.
 TINY_CONFIG: dict[str, Any] = {
     "vocab_size": 258,
     "hidden_size": 32,
@@ -43,9 +43,9 @@ Batches = list[dict[str, Tensor]]
 
 
 def pytest_collection_finish() -> None:
-    """Exempts what is imported by now from garbage collection.
+    """Exempts all objects imported so far from garbage collection.
 
-    Every training run collects twice, and walking torch's and transformers' objects is three quarters of a tiny run.
+    Every training run collects twice, and scanning torch's and transformers' objects takes 3/4 of a tiny run's time.
     """
     gc.freeze()
 
@@ -59,38 +59,38 @@ def seed() -> int:
 
 @pytest.fixture(scope="session")
 def assets_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `ModelSpec` puts the models it makes; one folder for the session."""
+    """Returns the folder in which `ModelSpec` creates models; one per session."""
     return tmp_path_factory.mktemp("assets")
 
 
 @pytest.fixture(scope="session")
 def tiny_spec() -> ModelSpec:
-    """A `random:llama` model on disk, with tokenizer, for tests that go through `ModelSpec`."""
+    """Returns a `random:llama` model with tokenizer, for tests that go through `ModelSpec`."""
     config = {key: value for key, value in TINY_CONFIG.items() if not key.endswith(("vocab_size", "_token_id"))}
     return ModelSpec("random:llama", config=config)
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_spec: ModelSpec, assets_dir: Path) -> PreTrainedTokenizerBase:
-    """One token a byte, plus `<s>` (0) and `</s>` (1, also the padding)."""
+    """Returns a tokenizer with one token per byte, plus `<s>` (0) and `</s>` (1, also the padding)."""
     return tiny_spec.load_tokenizer(assets_dir)
 
 
 @pytest.fixture
 def tiny_llama() -> Callable[..., PreTrainedModel]:
-    """Factory: `tiny_llama(num_hidden_layers=4, dtype=torch.bfloat16, seed=1, ...)`; same call, same weights."""
+    """Returns `tiny_llama(num_hidden_layers=4, dtype=torch.bfloat16, seed=1, ...)`; equal calls give equal weights."""
     return _factory(LlamaConfig, LlamaForCausalLM)
 
 
 @pytest.fixture
 def tiny_mistral() -> Callable[..., PreTrainedModel]:
-    """Factory for Mistral, see `tiny_llama`; its sliding window is shorter than `make_batches` is long."""
+    """Returns the Mistral version of `tiny_llama`; its sliding window is shorter than the rows of `make_batches`."""
     return _factory(MistralConfig, MistralForCausalLM, sliding_window=8)
 
 
 @pytest.fixture
 def make_sums_task(tmp_path: Path) -> Callable[[int], JsonLines]:
-    """Factory: `make_sums_task(12)`, a multiple-choice task of so many rows, the same for training and test."""
+    """Returns `make_sums_task(num_rows)`, a multiple-choice task with the same rows for training and test."""
 
     def make(num_rows: int) -> JsonLines:
         rows = [{"question": f"{n} + 1?", "options": [str(n + 1), "x"], "answer": 0} for n in range(num_rows)]
@@ -107,9 +107,9 @@ def make_sums_task(tmp_path: Path) -> Callable[[int], JsonLines]:
 
 @pytest.fixture
 def make_batches() -> Callable[..., Batches]:
-    """Factory: `make_batches(3, batch_size=2, length=12, padding="left", seed=0)`, a list of token batches.
+    """Returns `make_batches(3, batch_size=2, length=12, padding="left", seed=0)`, which makes a list of token batches.
 
-    Rows differ in length; prompts and padding carry the label -100, the last third of every row carries loss.
+    Rows differ in length. Prompts and padding have the label -100; the last third of every row has loss.
     """
 
     def make(num_batches: int, batch_size: int = 2, length: int = 12, padding: str = "left", seed: int = 0) -> Batches:

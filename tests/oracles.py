@@ -1,7 +1,7 @@
 """The paper's equations (GradPruner, arXiv:2601.19503) as slow Python loops over float64.
 
-Nothing here may import `gradpruner`: these functions judge it. Matrices are nested lists, or tensors taken apart entry
-by entry.
+These functions check `gradpruner`, so this file must not import it. Matrices are nested lists, or tensors that are
+read entry by entry.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ Matrix = list[list[float]]
 
 
 def matrix(values: Any) -> Matrix:
-    """Nested lists of Python floats out of a tensor or nested lists."""
+    """Returns a tensor or nested lists as nested lists of Python floats."""
     return torch.as_tensor(values).double().tolist()
 
 
 def product(left: Any, right: Any) -> Matrix:
-    """left @ right."""
+    """Returns left @ right."""
     left, right = matrix(left), matrix(right)
     return [
         [sum(left[row][k] * right[k][column] for k in range(len(right))) for column in range(len(right[0]))]
@@ -27,7 +27,7 @@ def product(left: Any, right: Any) -> Matrix:
 
 
 def igia(factors: list[tuple[Any, Any]], weights: list[float] | None = None) -> Matrix:
-    """Eq. 3: 1/t * sum over steps of the squared simulated gradient, entry by entry; optionally weighted."""
+    """Returns 1/t * the sum over steps of the entrywise squared simulated gradient (Eq. 3); optionally weighted."""
     weights = weights or [1.0] * len(factors)
     steps = [product(left, right) for left, right in factors]
     return [
@@ -40,17 +40,17 @@ def igia(factors: list[tuple[Any, Any]], weights: list[float] | None = None) -> 
 
 
 def total(values: Matrix) -> float:
-    """Sum of all entries."""
+    """Returns the sum of all entries."""
     return sum(sum(row) for row in values)
 
 
 def energy(left: Any, right: Any) -> float:
-    """Squared Frobenius norm of left @ right, by forming it."""
+    """Returns the squared Frobenius norm of left @ right, computed from the full product."""
     return sum(entry**2 for row in product(left, right) for entry in row)
 
 
 def layer_importance(energies: Any, score: str = "sumsq", weighting: str = "energy") -> list[float]:
-    """Eq. 4 from squared norms energies[step][layer][sublayer]; `frobenius` is the authors' code divided by t."""
+    """Returns Eq. 4 from squared norms energies[step][layer][sublayer]; `frobenius`: the authors' code divided by t."""
     steps = torch.as_tensor(energies).double().tolist()
     num_layers = len(steps[0])
     importance = [0.0] * num_layers
@@ -65,7 +65,7 @@ def layer_importance(energies: Any, score: str = "sumsq", weighting: str = "ener
 
 
 def mask(values: Any, density: float) -> list[list[bool]]:
-    """Section 3.2: the int(numel * density) largest entries; of equal ones those at the lowest flat index."""
+    """Marks the int(numel * density) largest entries (Section 3.2); ties go to the lowest flat index."""
     values = matrix(values)
     columns = len(values[0])
     flat = [entry for row in values for entry in row]
@@ -75,14 +75,14 @@ def mask(values: Any, density: float) -> list[list[bool]]:
 
 
 def sign(value: float) -> int:
-    """-1, 0 or 1."""
+    """Returns -1, 0 or 1."""
     return (value > 0) - (value < 0)
 
 
 def merge(kept: Any, pruned: list[Any], igias: list[Any], density: float, rule: str, kept_igia: Any = None) -> Matrix:
-    """Eq. 5 (`sign_sum`), Eq. 6 (`sign_average`), Appendix B.2 (`fisher`) and the ablation of Figure 7.
+    """Merges by Eq. 5 (`sign_sum`), Eq. 6 (`sign_average`), Appendix B.2 (`fisher`) or the ablation of Figure 7.
 
-    The sign that decides is always that of the original kept entry, however many layers are merged.
+    Signs are always compared with the original kept entry, however many layers are merged.
     """
     kept, pruned = matrix(kept), [matrix(weight) for weight in pruned]
     masks = [mask(values, density) for values in igias]
@@ -111,7 +111,7 @@ def merge(kept: Any, pruned: list[Any], igias: list[Any], density: float, rule: 
 
 
 def close(actual: Tensor, expected: Any, rtol: float = 1e-6) -> None:
-    """Fails unless a tensor agrees with loops, relative to the largest expected entry."""
+    """Fails unless a tensor agrees with an oracle's result, relative to the largest expected entry."""
     expected = torch.as_tensor(expected, dtype=torch.float64)
     scale = float(expected.abs().max())
     torch.testing.assert_close(actual.detach().double(), expected, rtol=rtol, atol=rtol * scale)

@@ -27,7 +27,7 @@ from gradpruner.surgery import apply_plan
 
 
 def series(*sets, num_layers=6):
-    """Per-step importance in which these layers are the lowest, step by step."""
+    """Returns per-step importance, (steps, layers), in which the layers of `sets[i]` are the lowest at step i."""
     rows = torch.ones(len(sets), num_layers, dtype=torch.float64)
     for row, lowest in zip(rows, sets, strict=True):
         row[list(lowest)] = 0.1
@@ -54,7 +54,7 @@ def test_a_set_that_changed_lately_has_not_settled():
 
 
 def test_a_set_that_resampling_changes_has_not_settled():
-    """One spiky step decides: every prefix agrees, resamples without it do not."""
+    """One spiky step decides: all prefixes agree, but resamples without that step do not."""
     steps = series(*[(0, 1)] * 10)
     steps[:, 2] = 0.1001
     steps[0, 0] = 0.2
@@ -83,7 +83,7 @@ def test_stopping_early_is_a_shorter_run(tiny_llama, make_batches, tmp_path):
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=40), st.floats(0, 10))
 def test_bisection_finds_what_a_scan_finds(nlls, limit):
-    nlls = sorted(nlls)  # [n - 1]: with n layers pruned
+    nlls = sorted(nlls)  # nlls[n - 1]: NLL with n layers pruned
     found, curve = largest_cut(lambda number: nlls[number - 1], limit, len(nlls))
     assert found == max((number for number, nll in enumerate(nlls, start=1) if nll <= limit), default=0)
     assert len(curve) <= 1 + math.ceil(math.log2(len(nlls) + 1))
@@ -102,7 +102,7 @@ def drop_rear():
 
 
 def test_the_search_says_what_it_tried(tiny_llama, make_batches, drop_rear, monkeypatch):
-    """Likelihoods are replaced by those of a known curve; rows for fits and for likelihood are others."""
+    """Likelihoods come from a known curve; fits and likelihoods use different rows."""
     seen = []
 
     def nll(model, batches):
@@ -113,7 +113,7 @@ def test_the_search_says_what_it_tried(tiny_llama, make_batches, drop_rear, monk
     model = tiny_llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = make_batches(10)
-    repeated = [*batches, *batches]  # as training goes round again
+    repeated = [*batches, *batches]  # as when training repeats its data
     found = search(model, repeated, drop_rear, repairs=False, tolerance=0.2, most=3)
     assert (found.num_pruned_layers, found.dense, found.limit) == (2, 2.0, pytest.approx(2.4))
     assert found.curve == {3: 3.0, 1: 2.1, 2: 2.3}
@@ -176,7 +176,7 @@ def test_through_the_pipeline(tiny_spec, make_sums_task, tmp_path):
         return Pipeline(tiny_spec, task, method, training, Likelihood(), 0, tmp_path / "cache")
 
     pipeline = make()
-    assert len(pipeline.shape.layers) == 3  # the smallest it may become, before anything is measured
+    assert len(pipeline.shape.layers) == 3  # the smallest possible model, before anything is measured
     outcome = pipeline.run()
     assert len(outcome.plan.pruned_layers) == outcome.report["search"]["num_pruned_layers"] == 3
     assert make().run() == outcome and all(make().stages().values())

@@ -1,4 +1,4 @@
-"""Every YAML under conf/ composes and builds; the command line refuses what makes no sense."""
+"""Every YAML under conf/ composes and builds; the command line refuses invalid settings."""
 
 import dataclasses
 from pathlib import Path
@@ -27,11 +27,11 @@ BASES = {
     "method/base/width": WidthPruning,
     "method/base/calibrated": Calibrated,
 }
-# Fields whose values belong to an option: a class that many options share cannot have them as defaults.
+# Fields in which an option may differ from its class: many options share the class, so one default cannot fit all.
 OPTIONS_OWN = {
     "model": {"dtype", "config"},
     "dataset": {"prompt_with_options", "show_options", "max_train_samples", "max_length", "max_new_tokens", "metrics"},
-    "method": {"recover_on", "recover_training"},  # a library user asks for recovery, an experiment has the authors'
+    "method": {"recover_on", "recover_training"},  # off by default in the library, the authors' in experiments
     "finetune": {"mode"},
 }
 OWN_DATA = [
@@ -82,7 +82,7 @@ def test_identity_is_what_results_depend_on():
     assert key() == key("tracker=wandb", "save_checkpoint=true", "reference=null", "output_dir=/tmp/x")
     assert key() != key("method.density=0.3")
     assert key() != key("seed=1")
-    assert key("method=dense") == key("method=dense", "sparsity=0.3", "merge_count=0")  # one dense run for a sweep
+    assert key("method=dense") == key("method=dense", "sparsity=0.3", "merge_count=0")  # one dense run per sweep
 
 
 def test_unknown_option_lists_the_known_ones():
@@ -127,7 +127,7 @@ def test_bad_tracker_mode():
 
 
 def test_yaml_fields_are_all_the_fields_of_the_class():
-    """A field that no YAML lists could not be set on the command line."""
+    """A field missing from its YAML could not be set on the command line."""
     for group, name in CASES:
         if group in ("debug", "experiment", "evaluation", "tracker"):
             continue
@@ -141,7 +141,7 @@ def test_yaml_fields_are_all_the_fields_of_the_class():
 
 
 def differing(node, target):
-    """The values of a node that are not the defaults of its class, by key; interpolations may be anything."""
+    """Returns {key: (value, default)} where a node differs from the defaults of its class; skips interpolations."""
     fields = {field.name: field.default for field in dataclasses.fields(target)}
     found = {}
     for key, value in OmegaConf.to_container(node, resolve=False).items():

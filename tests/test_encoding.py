@@ -70,7 +70,7 @@ def test_long_prompts_lose_the_end_of_their_context_and_nothing_else(tokenizer, 
     context = "abcdefghijklmnopqrstuvwxyz" * 2
     with caplog.at_level(logging.WARNING):
         [row] = encode(tokenizer, [with_context(context)], max_length)
-    text = tokenizer.decode(row.input_ids)  # one token a byte
+    text = tokenizer.decode(row.input_ids)  # one token per byte
     rest = "Context: " + "\nQuestion: why?\nAnswer:" + ANSWER
     kept = max_length - len(rest) - 1  # end of sequence
     expected = "Context: " + context[:kept] + "\nQuestion: why?\nAnswer:" + ANSWER + tokenizer.eos_token
@@ -113,7 +113,7 @@ def test_room_for_the_longest_completion_or_as_much_as_is_said(tokenizer):
     assert tokenizer.decode(own.prompt) == context[:21] + ":" and own.is_shortened
     assert tokenizer.decode(said.prompt) == context[:9] + ":"
     assert [tokenizer.decode(ids) for ids in own.completions] == [" a", " longest"]
-    assert encoder.encode([asked], [(" a",)], reserve=29) == [None]  # one token of context must stay
+    assert encoder.encode([asked], [(" a",)], reserve=29) == [None]  # at least one token of context must be kept
 
 
 def test_options_are_encoded_as_alone(tokenizer):

@@ -37,7 +37,7 @@ def random_energies(seed, shape=(5, 4, 3)):
 
 
 def energies_of(factors):
-    """(t, L, M) for factors[layer][sublayer][step]."""
+    """Returns energies, (t, L, M), of factors[layer][sublayer][step]."""
     num_steps = len(factors[0][0])
     return torch.stack(
         [
@@ -58,7 +58,7 @@ def test_importance_oracle():
     energies = energies_of([[FACTORS]])
     assert energies.flatten().tolist() == [10.0, 4.0]
     assert layer_importance(energies).item() == 7.0
-    # The authors' code leaves out 1/t: sqrt(10) + 2.
+    # The authors' code omits 1/t: sqrt(10) + 2.
     assert 2 * layer_importance(energies, "frobenius").item() == pytest.approx(5.162278, abs=5e-7)
 
 
@@ -94,7 +94,7 @@ def test_gram_form_is_float64_whatever_comes_in(dtype):
 
 
 def test_gram_form_is_never_negative():
-    """Left and right cancel exactly, so only rounding is left."""
+    """The two halves cancel exactly, so only rounding error remains."""
     left, right = random_factors(0, 1, (50, 60), 1)[0]
     norm = squared_frobenius(torch.cat([left, -left], dim=1), torch.cat([right, right]))
     assert norm.item() == pytest.approx(0.0, abs=1e-9)
@@ -203,7 +203,7 @@ def test_tangent_estimate_is_the_change_of_the_weight_under_a_gradient_step(seed
 
 
 def test_tangent_estimate_agrees_with_autograd():
-    """d/dW of the loss, seen through both adapters, is what A and B's own gradients are made of."""
+    """The estimate equals autograd's derivative of B A in the direction of the gradients of A and B."""
     a, b, _, _ = random_adapter(1)
     weight, inputs = torch.randn(5, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
     a.requires_grad_(), b.requires_grad_()
@@ -235,7 +235,7 @@ def test_unknown_estimate():
 @pytest.mark.parametrize("score", SCORES)
 def test_layer_importance_agrees_with_loops(score, weighting, seed):
     energies = random_energies(seed)
-    energies[0] = 0.0  # as with LoRA's first step
+    energies[0] = 0.0  # as at LoRA's first step
     expected = oracles.layer_importance(energies, score, weighting)
     assert layer_importance(energies, score, weighting).tolist() == pytest.approx(expected, rel=1e-12)
     per_step = step_importance(energies, score, weighting)
@@ -259,7 +259,7 @@ def test_a_spiky_step_decides_by_energy_and_not_when_normalized():
 @pytest.mark.parametrize("weighting", STEP_WEIGHTINGS)
 @pytest.mark.parametrize("seed", range(3))
 def test_igia_entries_sum_to_the_layer_importance(weighting, seed):
-    """Eq. 4: what `merge` sees and what ranks the layers is the same F."""
+    """Merging and layer ranking (Eq. 4) use the same F."""
     factors = [
         [
             random_factors(100 * seed + 10 * layer + sublayer, shape=shape)

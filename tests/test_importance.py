@@ -26,7 +26,7 @@ ADAPTERS = [{"lora_init": init} for init in (*LORA_INITS, "pissa_niter_4")] + [
 
 @pytest.fixture
 def record(tmp_path):
-    """`record(model, batches, **settings of ImportanceSpec)`, each time into a new folder."""
+    """Returns `record(model, batches, **settings of ImportanceSpec)`, which writes to a new folder per call."""
     runs = iter(range(1000))
 
     def run(model, batches, **settings):
@@ -45,12 +45,12 @@ def linears(model):
 
 
 def hand_made_steps(model, batches, steps, rate=1e-3, rank=4, alpha=32, seed=0):
-    """LoRA without peft or Trainer: hooks that add the adapters, plain AdamW, the loss spelt out.
+    """Runs LoRA without peft or Trainer: hooks add the adapters, the optimizer is plain AdamW, the loss is written out.
 
-    peft only draws the initial A, so that both start alike.
+    peft only draws the initial A, so that both runs start with the same weights.
 
     Returns:
-        for each step the mean loss over tokens and {(layer, sublayer): (a, b, grad_a, grad_b)}.
+        per step, the mean loss over tokens and {(layer, sublayer): (a, b, grad_a, grad_b)}.
     """
     model = copy.deepcopy(model).train().requires_grad_(False)
     set_seed(seed)
@@ -268,7 +268,7 @@ def test_padding_side_does_not_matter(tiny_llama, make_batches, record):
 
 
 def gradient_norms(gradients):
-    """Norm of the whole gradient at every step."""
+    """Returns the norm of the whole gradient per step."""
     squares = torch.zeros(len(gradients.energies), dtype=torch.float64)
     for layer in range(gradients.energies.shape[1]):
         for name in gradients.sublayers:
@@ -300,7 +300,7 @@ def test_norms_above_transformers_default_of_one_are_kept(tiny_llama, make_batch
 def test_accumulation_is_the_mean_over_tokens(tiny_llama, make_batches, record):
     batches = make_batches(4)
     for batch in batches[::2]:
-        batch["labels"][0] = -100  # batches with different numbers of tokens: a mean of means would differ
+        batch["labels"][0] = -100  # unequal token counts, so that a mean of means would differ
     joined = [
         {key: torch.cat([first[key], second[key]]) for key in first}
         for first, second in zip(batches[::2], batches[1::2], strict=True)
@@ -319,7 +319,7 @@ def test_accumulation_is_the_mean_over_tokens(tiny_llama, make_batches, record):
 
 
 class Shapes(TorchDispatchMode):
-    """Sizes of everything that any torch operation returns."""
+    """Sizes of all tensors that torch operations return."""
 
     def __init__(self):
         super().__init__()
@@ -430,7 +430,7 @@ def test_nan_outside_the_layers(tiny_llama, make_batches, record):
 
 
 def test_nan_gradients_name_the_layers(tiny_llama, make_batches, record):
-    """The loss is finite, the gradient is not, from layer 2 downwards."""
+    """The loss is finite, but the gradients of layers 0 to 2 are NaN."""
     model = tiny_llama()
 
     def spoil(module, inputs, output):
@@ -454,7 +454,7 @@ def test_runaway_learning_rate(tiny_llama, make_batches, record):
 
 @pytest.mark.parametrize("settings", [{}, {"lora_init": "pissa"}, {"adapter": "qlora"}])
 def test_failing_adapter_init_leaves_the_model_clean(tiny_llama, make_batches, record, monkeypatch, settings):
-    """Some of the sublayers are wrapped by then, and PiSSA has changed their weights."""
+    """When the failure occurs, some sublayers are wrapped and PiSSA has changed their weights."""
     model, batches = tiny_llama(), make_batches(3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     original, calls = LoraLayer.update_layer, []
@@ -501,7 +501,7 @@ def test_gradient_checkpointing_of_the_caller_stays_on(tiny_llama, make_batches,
 def test_gradient_checkpointing_leaves_hooks_as_they_were(tiny_llama, make_batches, record, before):
     model = tiny_llama()
     if before:
-        model.activation_checkpointing_enable()  # adds one of its own
+        model.activation_checkpointing_enable()  # adds its own hook
 
     def hooks():
         return [(name, *module._forward_hooks.values()) for name, module in model.named_modules()]

@@ -17,7 +17,7 @@ SIGN_RULES = [rule for rule in MIXING_RULES if rule != "weighted_average"]
 
 
 def random_case(seed, num_pruned=3, shape=(7, 5), dtype=torch.float32):
-    """Weights with zeros and IGIA-Matrices with ties, so that both come up on every seed."""
+    """Returns weights with zeros and IGIA-Matrices with ties, so that every seed tests both."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(shape, generator=generator) for _ in range(num_pruned + 1)]
     for weight in weights:
@@ -71,7 +71,7 @@ def test_empty_matrix():
 
 @pytest.mark.parametrize(("shape", "num_kept"), [((4096, 14336), 11_744_051), ((1024, 4096), 838_860)])
 def test_number_kept_for_the_shapes_of_llama_3(shape, num_kept):
-    """The count in baselines.md, section 1, by arithmetic alone: the mask itself would take a minute."""
+    """Checks the count in baselines.md, section 1, by arithmetic alone: building the mask would take a minute."""
     numel = torch.empty(shape, device="meta").numel()
     assert int(numel * 0.2) == num_kept
 
@@ -169,7 +169,7 @@ def test_weighted_average_may_flip_a_sign():
 
 
 def test_signs_are_those_of_the_original_kept_weight():
-    """A running sum would be -1 after the first layer and let the second one pass."""
+    """A running sum would be -1 after the first layer and would let the second layer pass."""
     kept, first, second = (torch.tensor([[value]]) for value in (1.0, -2.0, -4.0))
     for rule in ("sign_sum", "sign_average"):
         assert merge_layers(kept, [first, second], [torch.ones(1, 1)] * 2, 1.0, rule).item() == 1.0
@@ -218,7 +218,7 @@ def test_half_precision_untouched_entries_are_bit_identical(rule, dtype):
 
 
 def test_half_precision_rounds_once():
-    """The mean is taken in float32: in bfloat16 256 + 1 + 1 would stay 256 at every addition."""
+    """The sum is computed in float32: in bfloat16, each addition in 256 + 1 + 1 would round back to 256."""
     kept, small = torch.tensor([[256.0]]).bfloat16(), torch.tensor([[1.0]]).bfloat16()
     assert merge_layers(kept, [small, small], [torch.ones(1, 1)] * 2, 1.0, "sign_sum").item() == 258.0
 
@@ -232,7 +232,7 @@ def test_fisher_with_zero_weight():
 
 @pytest.mark.parametrize("scale", [1e6, 1e-20, 1e-60])
 def test_fisher_only_depends_on_ratios(scale):
-    """`igia_matrix` returns float64 exactly because F can be that small."""
+    """`igia_matrix` returns float64 because F can be this small."""
     kept, pruned = torch.tensor([[1.0]]), torch.tensor([[3.0]])
     igia, kept_igia = (torch.tensor([[value * scale]], dtype=torch.float64) for value in (2.0, 1.0))
     oracles.close(merge_layers(kept, [pruned], [igia], 1.0, "fisher", kept_igia), [[7 / 3]])

@@ -62,7 +62,7 @@ def test_compress(make_model, make_batches):
 @pytest.mark.parametrize("weighting", ["energy", "normalized"])
 @pytest.mark.parametrize("rule", MERGE_RULES)
 def test_merged_weights_come_from_the_recorded_gradients(tiny_llama, make_batches, tmp_path, rule, weighting):
-    """Gradients of the run, taken through the oracles to the merged weight."""
+    """The oracles, applied to the recorded gradients, give the merged weight."""
     model = tiny_llama(num_hidden_layers=4)
     method = pruner(merge_rule=rule, density=0.3, merge_count=2, step_weighting=weighting).resolve(4)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -152,7 +152,7 @@ def test_explicit_merged_layers(tiny_llama, make_batches):
 
 
 def test_explicit_merged_layers_need_no_merge_count(tiny_llama, make_batches):
-    """The default merge_count of 3 is above the number of pruned layers, and `merged_layers` replaces it."""
+    """The default merge_count of 3 exceeds the number of pruned layers; `merged_layers` replaces it."""
     batches = make_batches(3)
     pruned = pruner().compress(tiny_llama(), batches).plan.pruned_layers
     method = GradPruner(num_pruned_layers=2, merged_layers=pruned[:1], steps=3, batch_size=2, lora_rank=4)
@@ -160,7 +160,7 @@ def test_explicit_merged_layers_need_no_merge_count(tiny_llama, make_batches):
 
 
 def test_layer_zero_pruned_is_reported(tiny_llama, make_batches, caplog):
-    """A layer behind zero output weights is the least important; nothing before it can absorb it."""
+    """A layer with zero weights is the least important, and no kept layer before layer 0 can absorb it."""
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.zero_()

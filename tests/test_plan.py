@@ -58,7 +58,7 @@ def test_every_layer_exactly_once_and_absorbers_are_the_nearest_kept_before(seed
 
 
 def test_authors_plan_for_llama_3():
-    """Layers 18 to 30 of 32 leave, 18, 19 and 30 merge into 17 (baselines.md, section 1)."""
+    """Layers 18 to 30 of 32 are pruned; 18, 19 and 30 merge into 17 (baselines.md, section 1)."""
     scores = [0.0 if 18 <= layer <= 30 else 1.0 for layer in range(32)]
     plan = make_plan(scores, 13, 3, merged_layers=(18, 19, 30))
     assert plan.pruned_layers == tuple(range(18, 31))
@@ -121,7 +121,7 @@ def test_explicit_merged_layers():
 
 
 def test_explicit_merged_layers_ignore_merge_count():
-    """As the docstring of `make_plan` says."""
+    """The docstring of `make_plan` promises this."""
     assert make_plan(SCORES, 2, 3, merged_layers=(6,)).absorbed_by == {6: 5}
     assert make_plan(SCORES, 4, 2, merged_layers=()).absorbed_by == {}
 

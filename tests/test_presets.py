@@ -1,6 +1,6 @@
-"""Every table and figure of the paper is a preset in two scales: it composes, and every cell of its sweep builds.
+"""Every table and figure of the paper has a preset in two scales: it composes, and every cell of its sweep builds.
 
-A cell passes all that a run checks before it loads weights, with data and Hub configs faked: nothing needs the network.
+A cell passes all checks that a run makes before it loads weights. Data and Hub configs are faked: no network is needed.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline.run import Pipeline
 
 SCALES = ("small", "paper")
-OURS = {"importance", "repair", "learning_rate"}  # in both scales, too
+OURS = {"importance", "repair", "learning_rate"}  # also in both scales
 NOT_OF_THE_PAPER = {"quickstart", "depth", "width", "paper", *OURS}
 TABLES = {path.stem for path in (CONF / "experiment").glob("*.yaml")} - NOT_OF_THE_PAPER
 PRESETS = [(name, scale) for name in sorted(TABLES | OURS) for scale in SCALES]
@@ -45,13 +45,13 @@ def no_network(monkeypatch):
 
 
 def config(*overrides):
-    """As a job of a sweep gets it, with hydra's own node."""
+    """Returns the config as a sweep's job gets it, with hydra's own node."""
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         return compose("config", overrides=list(overrides), return_hydra_config=True)
 
 
 def axes(name, scale):
-    """The values that a preset's sweep has for each key."""
+    """Returns the values of each key in a preset's sweep."""
     params = config(f"experiment={name}", f"scale={scale}").hydra.sweeper.params or {}
     overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
     values = [o.sweep_string_iterator() if o.is_sweep_override() else [o.get_value_element_as_str()] for o in overrides]
@@ -67,16 +67,16 @@ def all_cells(name, scale):
 
 
 def some_cells(name, scale):
-    """As few cells as have every value of every key, but for datasets: those go round."""
+    """Returns the fewest cells that contain every value of every key except the dataset; datasets rotate."""
     values = axes(name, scale)
     count = max(len(each) for key, each in values.items() if key != "dataset")
     return [[f"{key}={each[index % len(each)]}" for key, each in values.items()] for index in range(count)]
 
 
 def check_cell(name, scale, cell, tmp_path):
-    """Does what a run does before it loads weights; returns the pipeline, or None for a cell that is left out."""
+    """Does what a run does before it loads weights; returns the pipeline, or None for a skipped cell."""
     cfg = config(f"experiment={name}", f"scale={scale}", f"cache_dir={tmp_path}", *cell)
-    HydraConfig.instance().cfg = cfg  # `no_network` takes it back
+    HydraConfig.instance().cfg = cfg  # `no_network` restores it
     left_out = is_left_out(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
@@ -95,7 +95,7 @@ def test_there_is_a_preset_for_every_table_and_figure_with_runs():
 
 
 def files_of(*overrides):
-    """The files of conf/experiment/ that a config is composed of, but for those that only include another one."""
+    """Returns the files of conf/experiment/ that make up a config, except those that only include another file."""
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         defaults = loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults
@@ -150,7 +150,7 @@ def test_a_table_gives_methods_what_they_need_at_its_scale():
     small, paper = (config("experiment=table1", f"scale={scale}", "method=gradpruner").method for scale in SCALES)
     assert (small.merge_rule, small.steps, small.fraction) == ("sign_average", 12, None)
     assert (paper.merge_rule, paper.steps, paper.fraction) == ("sign_sum", None, 0.01)
-    ours = ("igia_only", "kernel_igia", "gradpruner_plus")  # of one importance run
+    ours = ("igia_only", "kernel_igia", "gradpruner_plus")  # share one importance run
     assert [config("experiment=table1", f"method={name}").method.steps for name in ours] == [12] * 3
     assert config("experiment=table1", "method=gradpruner_plus").method.repair_rows == 160
     assert config("experiment=table8", "method=gradpruner", "method.steps=5").method.steps == 5

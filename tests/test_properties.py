@@ -1,4 +1,4 @@
-"""What holds for every plan, every merge and every question, on inputs that hypothesis makes up."""
+"""Properties of every plan, merge and question, on inputs that hypothesis generates."""
 
 import json
 import math
@@ -25,12 +25,12 @@ every = settings(derandomize=True, deadline=None, max_examples=60, database=None
 
 seeds = st.integers(0, 2**32 - 1)
 densities = st.floats(0.0, 1.0)
-scores = st.one_of(st.integers(0, 4).map(float), st.floats(0.0, 1e30))  # integers tie
+scores = st.one_of(st.integers(0, 4).map(float), st.floats(0.0, 1e30))  # integers give ties
 
 
 @st.composite
 def plans(draw, min_layers=2, max_layers=40):
-    """Arguments of `make_plan` that fit together, and the plan."""
+    """Draws consistent arguments of `make_plan`, and returns them with the plan."""
     importance = draw(st.lists(scores, min_size=min_layers, max_size=max_layers))
     num_pruned = draw(st.integers(0, len(importance) - 2))
     merge_count = draw(st.integers(0, num_pruned))
@@ -45,7 +45,7 @@ def plans(draw, min_layers=2, max_layers=40):
 
 @st.composite
 def merges(draw, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
-    """A kept weight, pruned ones and their IGIA-Matrices, with zeros, ties and every size of number."""
+    """Draws a kept weight, pruned weights and their IGIA-Matrices, with zeros, ties and numbers of any magnitude."""
     generator = torch.Generator().manual_seed(draw(seeds))
     shape = (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
     number = draw(st.integers(1, 4))
@@ -112,7 +112,7 @@ def test_plan_survives_json(case):
     num_pruned=st.integers(0, 6),
 )
 def test_scaling_all_gradients_keeps_plan_and_masks(seed, power, score, weighting, num_pruned):
-    """The scale is a power of two, which rounds nothing, so that the plan must be the same and not almost."""
+    """Scaling by a power of two does not round, so the plans must be equal, not just close."""
     generator = torch.Generator().manual_seed(seed)
     steps, layers, sublayers, rank = 3, 8, 2, 2
 
@@ -152,7 +152,7 @@ def test_mask_count_is_exact_and_marks_the_largest(case, density):
     if mask.any() and not mask.all():
         assert igia[mask].min() >= igia[~mask].max()
         ties = (igia == igia[mask].min()).flatten()
-        assert mask.flatten()[ties].long().diff().le(0).all()  # of equal values the first are marked
+        assert mask.flatten()[ties].long().diff().le(0).all()  # among equal values, the first are marked
 
 
 @every
@@ -189,7 +189,7 @@ def test_merges_equal_the_oracle(case, density, rule):
 
 @pytest.fixture(scope="module")
 def dense():
-    """A Llama of 6 layers; tests work on copies of its weights."""
+    """Returns a Llama with 6 layers; tests work on copies of its weights."""
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
     return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=11, num_hidden_layers=6, **sizes))
 
@@ -228,7 +228,7 @@ def test_surgery_keeps_order_and_all_weights_that_absorb_nothing(dense, case, se
 
 @st.composite
 def questions(draw):
-    """Options with their log-likelihoods, the label, and an order to show them in; no two options tie."""
+    """Draws options with their log-likelihoods, the label, and a display order; no two options tie."""
     number = draw(st.integers(2, 5))
     log_likelihoods = draw(st.lists(st.floats(-50.0, -0.01), min_size=number, max_size=number, unique=True))
     texts = ["x" * draw(st.integers(1, 12)) for _ in range(number)]
@@ -255,7 +255,7 @@ def test_permuting_options_keeps_the_accuracy(cases):
         return likelihood_metrics(rows)
 
     shown, permuted = metrics(False), metrics(True)
-    by_position = ("majority_accuracy",)  # depends on where the right options are
+    by_position = ("majority_accuracy",)  # depends on the positions of the right options
     assert {key: value for key, value in shown.items() if key not in by_position} == {
         key: value for key, value in permuted.items() if key not in by_position
     }

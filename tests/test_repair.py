@@ -1,4 +1,4 @@
-"""Closed-form repair: against numpy, on blocks that are exactly linear, and through methods and the pipeline."""
+"""Closed-form repair: against numpy, on exactly linear blocks, and through methods and the pipeline."""
 
 import copy
 import dataclasses
@@ -93,18 +93,18 @@ def test_held_out_errors_are_those_of_the_maps(towards):
 
 @pytest.mark.parametrize("towards", ["identity", "zero"])
 def test_folding_multiplies_the_output(towards, monkeypatch):
-    monkeypatch.setattr(repair_module, "BLOCK", 2)  # columns of the weight go through in blocks
+    monkeypatch.setattr(repair_module, "BLOCK", 2)  # processes the weight in several blocks of columns
     linear, solution, x = torch.nn.Linear(7, 5), solve(DATA, towards), torch.randn(9, 7)
     before, expected = linear.weight.data, linear(x).double() @ solution.apply(EYE, 0.1)
     copied = before.clone()
     with torch.no_grad():
         fold(linear, solution, 0.1)
     torch.testing.assert_close(linear(x).double(), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(before, copied)  # whoever shares the tensor keeps it
+    assert torch.equal(before, copied)  # a model that shares the tensor keeps the old weight
 
 
 class LiveMatrices(TorchDispatchMode):
-    """The most float64 tensors of so many entries that an operation left in memory, but for the decomposition."""
+    """Peak number of live float64 tensors with `numel` entries or more, not counted during the decomposition."""
 
     def __init__(self, numel):
         super().__init__()
@@ -146,13 +146,13 @@ def test_runs():
 
     assert runs((1, 2, 4)) == [PrunedRun(0, 2), PrunedRun(3, 4)]
     assert runs((4, 5)) == [PrunedRun(3, 5)]
-    assert runs((0, 1, 3)) == [PrunedRun(2, 3)]  # nothing comes before the first
+    assert runs((0, 1, 3)) == [PrunedRun(2, 3)]  # no kept layer comes before layer 0
     assert runs(()) == []
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"])
 def test_what_a_pruned_layer_did_linearly_is_absorbed(model_type, make_batches, monkeypatch):
-    """The target is replaced by Y + M A with a random A: the repaired layer must give just that."""
+    """The target is replaced by Y + M A with a random A: the repaired layer must reproduce this target."""
     batches = make_batches(8, batch_size=4)
     dense = make_model(model_type, hidden_size=8, head_dim=2)
     linear_map = torch.eye(8) + 0.3 * torch.randn(8, 8)
@@ -199,7 +199,7 @@ def test_padding_batches_and_order_of_layers_do_not_matter(make_batches):
         assert [fit.num_tokens for fit in fits] == [fit.num_tokens for fit in results[0][0]]
         for one, other in zip(weights, results[0][1:], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    # Neither padding nor the first token: rows of 12, 11, 10 and 9 tokens, of which every fifth is held out.
+    # Padding and first tokens do not count. Rows have 12, 11, 10 and 9 tokens; every fifth row is held out.
     counts = [12 - row % 4 - 1 for row in range(16) if row % 5 != 4]
     assert results[0][0][0].num_tokens == sum(counts)
 
@@ -220,7 +220,7 @@ def test_the_dense_model_and_all_else_stay(make_batches):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_sharing_copy_costs_what_changes(tied, make_batches):
-    """The dense model beside stays itself, and only what was merged or repaired is there twice."""
+    """The dense model is unchanged, and only merged or repaired weights exist twice."""
     dense, batches = make_model(tie_word_embeddings=tied), make_batches(4, batch_size=4)
     before = copy.deepcopy(dense)
     plan = dataclasses.replace(PLAN, absorbed_by={1: 0}, merge_rule="sign_average", density=0.5)
@@ -240,7 +240,7 @@ def test_a_sharing_copy_costs_what_changes(tied, make_batches):
 
 
 def test_a_fit_that_does_not_help_is_not_applied(make_batches):
-    """Layers that do nothing leave nothing to repair."""
+    """Dropping layers that do nothing causes no error to repair."""
     dense, batches = make_model(), make_batches(4, batch_size=4)
     for layer in (1, 2):
         dense.model.layers[layer].self_attn.o_proj.weight.data.zero_()
@@ -252,7 +252,7 @@ def test_a_fit_that_does_not_help_is_not_applied(make_batches):
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, dense.model.layers[0].mlp.down_proj.weight)
 
 
-@pytest.mark.parametrize(("dropped", "applied"), [(1e-15, False), (1e-13, True)])  # float32 rounds at 1.4e-14
+@pytest.mark.parametrize(("dropped", "applied"), [(1e-15, False), (1e-13, True)])  # float32: eps^2 = 1.4e-14
 def test_rounding_is_nothing_to_mend(dropped, applied, make_batches, monkeypatch):
     monkeypatch.setattr(repair_module, "best_ridge", lambda *_: (10.0, dropped / 2, dropped))
     model = make_model()

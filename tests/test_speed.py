@@ -1,4 +1,4 @@
-"""Timing in fresh processes: what is measured, what a process gets, and how results are put together."""
+"""Timing in fresh processes: what is measured, what each process receives, and how results are combined."""
 
 import dataclasses
 import json

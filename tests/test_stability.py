@@ -8,7 +8,7 @@ from gradpruner.stability import pruned_probability, stability_report
 
 
 def overlap(first, second, num_pruned):
-    """Share of equal members of the lowest sets of two lists of steps, by hand."""
+    """Returns the overlap of the lowest layers of two lists of steps, as a fraction of `num_pruned`, by hand."""
     sets = []
     for steps in (first, second):
         means = [sum(step[layer] for step in steps) / len(steps) for layer in range(len(steps[0]))]
@@ -130,10 +130,10 @@ def test_layers_that_every_step_agrees_on_are_certain():
 
 
 def test_layers_near_the_cut_are_named_with_their_chance():
-    """Layer 1 is below layer 2 in one step of two: so it is in half of the draws of two steps but for ties."""
+    """Layer 1 is below layer 2 in one of two steps: without ties it would be pruned in half of the draws."""
     steps = torch.tensor([[9.0, 1.0, 3.0], [9.0, 3.0, 1.0]])
     probability = pruned_probability(steps, 1)
-    # Both steps once (half of all draws) is a tie, which the lower index takes; either step twice is a quarter each.
+    # Half of all draws have both steps: a tie, which goes to the lower index. A quarter each have one step twice.
     assert probability == pytest.approx([0.0, 0.75, 0.25], abs=0.05)
     assert stability_report(steps, 1)["undecided_layers"] == [1, 2]
     assert pruned_probability(steps, 1) == probability

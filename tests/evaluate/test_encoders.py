@@ -12,7 +12,7 @@ from gradpruner.models.assets import AssetError
 
 @pytest.fixture
 def hub(monkeypatch):
-    """`hub(reachable, cached)` sets up what the Hub says."""
+    """Returns `hub(reachable, cached)`, which fakes the Hub's answers."""
 
     def set_up(reachable, cached=None):
         def model_info(name, timeout):
@@ -27,7 +27,7 @@ def hub(monkeypatch):
 
 def test_auto_takes_roberta_large_where_the_hub_is(hub):
     hub(reachable=True)
-    assert choose_encoder("auto", None) == TextEncoder("roberta-large", 17)  # bert-score's own choice of layer
+    assert choose_encoder("auto", None) == TextEncoder("roberta-large", 17)  # the layer that bert-score itself chooses
     hub(reachable=False, cached="/somewhere/model.safetensors")
     assert choose_encoder("auto", None).name == "roberta-large"
 

@@ -60,7 +60,7 @@ def answer(model_and_tokenizer, tmp_path):
 
 
 def by_hand(model, tokenizer, prompt, ends=()):
-    """New token ids, one forward pass over the whole text for each."""
+    """Returns the new token ids, from one forward pass over the whole text per token."""
     ids = tokenizer(prompt).input_ids or [tokenizer.bos_token_id]
     new = []
     while len(new) < MAX_NEW_TOKENS:

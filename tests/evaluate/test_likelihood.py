@@ -64,7 +64,7 @@ def score(model_and_tokenizer, tmp_path):
 
 
 def by_hand(model, tokenizer, prompt, option):
-    """One row, no padding, no cache."""
+    """Returns the log-likelihood of one option from one row, without padding or cache."""
     prompt_ids = tokenizer(prompt).input_ids or [tokenizer.bos_token_id]
     option_ids = tokenizer(option).input_ids
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Predictions reach the disk batch by batch, and an interrupted evaluation ends as an undisturbed one."""
+"""Predictions reach the disk batch by batch, and an interrupted evaluation ends like an uninterrupted one."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from gradpruner.tasks import Example
 
 @dataclass(frozen=True)
 class Echo(Evaluation):
-    """Answers with the batch's size, so that a changed batch shows."""
+    """Evaluation whose answers contain the batch size, so that a changed batch is visible."""
 
     name = "echo"
 
@@ -52,7 +52,7 @@ def test_rows_in_order_and_batches_longest_first(tmp_path):
 
 @pytest.fixture
 def interrupted(tmp_path):
-    """A folder that a run was killed in after two of four batches."""
+    """Returns the folder of a run that was killed after two of four batches."""
 
     class Killed(list):
         def append(self, batch):
@@ -74,7 +74,7 @@ def test_goes_on_with_the_missing_batches(interrupted, tmp_path_factory):
 def test_any_torn_journal_ends_in_the_same_file(interrupted, tmp_path_factory):
     expected, _ = run(tmp_path_factory.mktemp("whole"))
     journal = (interrupted / JOURNAL_FILE).read_bytes()
-    for size in [*range(len(journal) + 1)]:  # every byte is a moment at which the power can fail
+    for size in [*range(len(journal) + 1)]:  # power can fail after any byte
         (interrupted / JOURNAL_FILE).write_bytes(journal[:size])
         rows, seen = run(interrupted)
         num_whole = journal[:size].count(b"\n") // 2

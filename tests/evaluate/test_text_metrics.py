@@ -1,4 +1,4 @@
-"""Metrics of generated text against the libraries beneath them and against numbers worked out by hand."""
+"""Metrics of generated text against the underlying libraries and against numbers computed by hand."""
 
 import statistics
 import subprocess
@@ -18,8 +18,8 @@ from gradpruner.evaluate.metrics import load_metric, text_metrics
 FOLDER = Path(accuracy_file.__file__).parent
 PAIRS = [  # (answer, reference, ROUGE-L F1 by hand)
     ("the cat sat on the mat", "the cat sat on the mat", 1.0),
-    ("the cat sat", "the cat sat down", 2 * 1 * 0.75 / 1.75),  # LCS 3 of 3 and of 4
-    ("mat the on sat cat the", "the cat sat on the mat", 3 / 6),  # LCS 3 of 6: the on the
+    ("the cat sat", "the cat sat down", 2 * 1 * 0.75 / 1.75),  # LCS: 3 of 3 words and 3 of 4 words
+    ("mat the on sat cat the", "the cat sat on the mat", 3 / 6),  # LCS: 3 of 6 words, "the on the"
     ("police killed the gunman", "the gunman killed police", 2 / 4),
     ("", "something", 0.0),
     ("Anything at all!", "nothing of the kind", 0.0),
@@ -92,7 +92,7 @@ def test_standard_errors():
     answers, references = ["a b", "a", "a c d", "q"] * 25, ["a b", "a b", "a b", "a b"] * 25
     metrics, rows = text_metrics(["accuracy", "rouge_l"], answers, references)
     assert metrics["accuracy_stderr"] == pytest.approx((0.25 * 0.75 / 100) ** 0.5)
-    plain = statistics.pstdev(rows["rouge_l"]) / 100**0.5  # what the bootstrap of a mean tends to
+    plain = statistics.pstdev(rows["rouge_l"]) / 100**0.5  # the limit of the bootstrap of a mean
     assert metrics["rouge_l_stderr"] == pytest.approx(plain, rel=0.1)
     assert text_metrics(["rouge_l"], answers, references)[0]["rouge_l_stderr"] == metrics["rouge_l_stderr"]
     assert text_metrics(["rouge_l"], ["a"], ["a b"])[0]["rouge_l_stderr"] == pytest.approx(0.0, abs=1e-9)
@@ -106,9 +106,9 @@ def test_standard_errors():
         ('"yes"', "Yes!", True),
         ("ﬁne", "fine", True),  # a ligature
         ("STRASSE", "straße", True),
-        ("a mat", "the mat", False),  # options may differ in an article
+        ("a mat", "the mat", False),  # options may differ only in an article
         ("3.5", "35", False),
-        ("-", "+", False),  # nothing but punctuation
+        ("-", "+", False),  # only punctuation
         ("", "yes", False),
         ("yes and no", "yes", False),
     ],

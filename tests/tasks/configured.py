@@ -1,4 +1,4 @@
-"""Datasets as their YAML in conf/dataset/ sets them up."""
+"""Datasets as their YAML files in conf/dataset/ configure them."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from gradpruner import tasks
 from gradpruner.tasks import Example, Task
 
 ROOT = Path(__file__).parents[2]
-SAMPLES = Path("/work/shared/data")  # rows of the Hub's datasets, on some machines
-OF_THE_PIPELINE = ("test", "test_settings")  # in the YAML, and no field of the class
+SAMPLES = Path("/work/shared/data")  # rows of the Hub's datasets; exists on some machines only
+OF_THE_PIPELINE = ("test", "test_settings")  # in the YAML, but not fields of the class
 CLASSES: dict[str, type[Task]] = {
     cls.name: cls
     for cls in map(tasks.__dict__.__getitem__, tasks.__all__)
@@ -29,7 +29,7 @@ def build(name: str, cls: type[Task] | None = None, **changes: Any) -> Task:
     settings = {key: value for key, value in settings_of(name).items() if key not in OF_THE_PIPELINE}
     target = settings.pop("_target_")
     assert target == f"{CLASSES[name].__module__}.{CLASSES[name].__name__}"
-    if settings["show_options"] == "${show_options}":  # conf/config.yaml
+    if settings["show_options"] == "${show_options}":  # set in conf/config.yaml
         settings["show_options"] = False
     return (cls or CLASSES[name])(**(settings | changes))
 

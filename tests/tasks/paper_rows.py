@@ -1,4 +1,4 @@
-"""Rows of the paper's datasets in the Hub's columns, by hand, and repositories and files with them."""
+"""Handwritten rows of the paper's datasets in the Hub's columns, and repositories and files with these rows."""
 
 import json
 from pathlib import Path
@@ -76,8 +76,8 @@ def instruction(text: str, more: str, output: str) -> dict[str, Any]:
     return {"instruction": text, "input": more, "output": output, "text": "not read"}
 
 
-# What train and test hold, in the Hub's columns. 1571683 and 8017535 are of the official training rows of PubMedQA,
-# 21645374 and 25521278 are not. Of the texts of FinGPT, by sha256sum, those of test are 0 modulo 10, the others not.
+# Train and test rows, in the Hub's columns. 1571683 and 8017535 are official training rows of PubMedQA; 21645374 and
+# 25521278 are not. FinGPT's test texts have a sha256sum of 0 modulo 10; its training texts do not.
 ROWS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "pubmedqa": {
         "train": [abstract(1571683), abstract(8017535, final_decision="maybe")],
@@ -99,7 +99,7 @@ ROWS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "mmlu_clinical_knowledge": {"test": [clinical(), clinical(answer=3)]},
     "alpaca": {"train": [instruction("Add {input} up.", "2, {3}", "5"), instruction("Name a planet.", "", "Mars")]},
 }
-# What the Hub holds.
+# The Hub's splits and rows.
 UNLABELLED = [examination(9, cop=-1)] * 3
 HUB: dict[str, dict[str, list[dict[str, Any]]]] = {
     "pubmedqa": {"train": [row for pair in zip(*ROWS["pubmedqa"].values(), strict=True) for row in pair]},
@@ -116,7 +116,7 @@ HUB: dict[str, dict[str, list[dict[str, Any]]]] = {
 
 
 def publish(name: str, folder: Path, splits: dict[str, list[dict[str, Any]]]) -> Path:
-    """A repository as `datasets` and the Hub keep it: Parquet files, and a card that names them."""
+    """Writes a repository as `datasets` and the Hub store it: Parquet files, and a card that lists them."""
     repository, config = folder / "repository", CLASSES[name].hub_config or "default"
     for split, rows in splits.items():
         dataset = datasets.Dataset.from_list(rows, features=FEATURES[name])

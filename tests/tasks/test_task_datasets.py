@@ -15,7 +15,7 @@ from gradpruner.tasks import DataError, Example
 from gradpruner.tasks.hellaswag import clean
 
 NAMES = ("arc_easy", "piqa", "winogrande", "hellaswag")
-# The wheel has the Hub's own rows for the official validation splits, apart from the request files that we read.
+# The wheel also has the Hub's own rows for the official validation splits, besides the request files that we read.
 RAW_VALIDATION = {
     "arc_easy": ("ai2_arc/ARC-Easy", 570),
     "piqa": ("piqa/plain_text", 1838),
@@ -135,7 +135,7 @@ def test_hub_packaged_and_local_agree_on_all_validation_rows(
     card = yaml.safe_dump({"configs": [{"config_name": config, "data_files": files}]})
     (repository / "README.md").write_text(f"---\n{card}---\n")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    packaged_files = {"test": f"oe_eval_tasks/{name}/val_rc_5shot/requests.jsonl.gz"}  # ARC-Easy's own test is another
+    packaged_files = {"test": f"oe_eval_tasks/{name}/val_rc_5shot/requests.jsonl.gz"}  # ARC-Easy's own is another split
     variables = {"hub_id": str(repository), "hub_splits": {"test": "validation"}, "packaged_files": packaged_files}
     cls = type(name, (CLASSES[name],), variables)
 
@@ -169,7 +169,7 @@ def test_shared_samples_are_among_the_packaged_rows(name: str, split: str) -> No
     if not (SAMPLES / name).is_dir():
         pytest.skip("no samples on this machine")
     samples = build(name, source="local", path=str(SAMPLES / name)).load(split, seed=0)
-    # The HellaSwag samples, and the NYSEDREGENTS rows of ARC-Easy, are of the official validation split.
+    # The HellaSwag samples and the NYSEDREGENTS rows of ARC-Easy come from the official validation split.
     samples = [example for example in samples if not example.id.startswith("NYSEDREGENTS")]
     published = packaged(name, "test" if name == "hellaswag" else split)
     assert samples and not set(without_ids(samples)) - set(without_ids(published))

