@@ -1,4 +1,5 @@
 import copy
+import importlib.util
 import json
 import warnings
 
@@ -540,7 +541,7 @@ def test_unknown_adapter():
 
 
 def test_qlora_without_bitsandbytes(monkeypatch):
-    monkeypatch.setattr(importance.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes .*, got an environment without it\. Run `pip install"):
         ImportanceSpec(adapter="qlora")
 

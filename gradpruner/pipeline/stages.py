@@ -48,7 +48,7 @@ def measure_stage(setup: Setup) -> Stage:
     def compute(directory: Path) -> None:
         dense = model.load(setup.assets_dir)
         with Cost() as cost:
-            method.measure(dense, _batches(setup, calibration), directory)
+            method.measure(dense, calibration_batches(setup, calibration), directory)
         cost.save(directory / COST_FILE)
 
     key = {
@@ -110,7 +110,7 @@ def repair_stage(setup: Setup, runner: StageRunner, measured: Stage, pruned: Mod
         runner.release()
         dense = setup.base_model.load(setup.assets_dir)
         compressed = method.prune(sharing_copy(dense), measurements)
-        batches = _batches(setup, calibration)
+        batches = calibration_batches(setup, calibration)
         with Cost() as cost:
             fits = repair(compressed.model, dense, compressed.plan, batches)
         save_repair(compressed.model, compressed.plan, fits, directory)
@@ -266,7 +266,7 @@ def speed_stage(setup: Setup, shape: ModelShape) -> Stage:
     return Stage("speed", key, compute)
 
 
-def _batches(setup: Setup, calibration: Calibration | None) -> Iterable[Batch]:
+def calibration_batches(setup: Setup, calibration: Calibration | None) -> Iterable[Batch]:
     """The training batches that a method looks at."""
     if calibration is None:
         return ()

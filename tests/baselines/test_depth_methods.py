@@ -23,6 +23,7 @@ from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline.run import Pipeline
+from gradpruner.pipeline.stages import calibration_batches
 
 METHODS = {
     "gradpruner": (GradPruner, {"merge_count": 1, "steps": 2, "batch_size": 2, "lora_rank": 2}),
@@ -264,13 +265,13 @@ def test_a_sweep_over_sparsity_measures_once(make_pipeline, tmp_path):
 
 
 def test_calibration_takes_no_row_twice(make_pipeline):
-    def calibration_batches(**settings):
+    def batches_of(**settings):
         pipeline = make_pipeline(method("shortgpt", **settings))
-        return list(pipeline._calibration_batches(pipeline.resolved_method.calibration()))
+        return list(calibration_batches(pipeline, pipeline.resolved_method.calibration()))
 
-    [batch] = calibration_batches()
+    [batch] = batches_of()
     assert len({tuple(row.tolist()) for row in batch["input_ids"]}) == len(batch["input_ids"]) == 8
-    batches = calibration_batches(num_rows=5, batch_size=2)
+    batches = batches_of(num_rows=5, batch_size=2)
     assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
 
 

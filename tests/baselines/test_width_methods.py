@@ -13,10 +13,10 @@ from baselines.minitron import Minitron
 from experiments import verify
 from gradpruner.checkpoints.checkpoint import save_checkpoint
 from gradpruner.evaluate.likelihood import Likelihood
-from gradpruner.finetune import run as finetune
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.models.shape import model_shape
 from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline import stages
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.tasks import JsonLines
 
@@ -115,15 +115,15 @@ class Stop(TrainerCallback):
 def test_a_recovery_that_was_killed_goes_on(name, make, monkeypatch):
     whole = make(METHODS[name], cache="whole")
     whole.run()
-    train = finetune.finetune
+    train = stages.finetune
 
     def killed(*args, **kwargs):
         return train(*args, **kwargs, callbacks=[Stop(3)]) if "description" in kwargs else train(*args, **kwargs)
 
-    monkeypatch.setattr(finetune, "finetune", killed)
+    monkeypatch.setattr(stages, "finetune", killed)
     with pytest.raises(KeyboardInterrupt):
         make(METHODS[name]).run()
-    monkeypatch.setattr(finetune, "finetune", train)
+    monkeypatch.setattr(stages, "finetune", train)
     resumed = make(METHODS[name])
     assert not resumed.stages()["recover"]
     resumed.run()
@@ -139,8 +139,8 @@ def test_recovery_is_what_the_fine_tune_starts_from(make):
     assert after.recovery["steps"] == 4 and after.recovery["loss"] > 0
     # Recovery settings change the keys of the recovery and later stages, and no earlier key.
     changed = dataclasses.replace(METHODS["minitron-distilled"], temperature=2.0)
-    stages = make(changed).stages()
-    assert stages["measure"] and stages["prune"] and not stages["recover"] and not stages["finetune"]
+    found = make(changed).stages()
+    assert found["measure"] and found["prune"] and not found["recover"] and not found["finetune"]
 
 
 def test_all_tokens_or_those_of_the_answers(make):
