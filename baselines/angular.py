@@ -68,13 +68,13 @@ def angular_distances(model: PreTrainedModel, batches: list[Batch]) -> list[list
 
 def _last_token_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Returns every row's states of the last real token, before each layer and after the last, (B, L+1, d) float64."""
-    mask = batch["attention_mask"].to(model.device)
+    mask = batch["attention_mask"].cpu()  # an index on the CPU serves states on any device
     last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (B,)
-    rows = torch.arange(len(last), device=model.device)
+    rows = torch.arange(len(last))
     before_and_after: list[tuple[Tensor, Tensor]] = []
 
     def keep(layer: int, before: Tensor, after: Tensor) -> None:
-        before_and_after.append((before[rows, last].double(), after[rows, last].double()))
+        before_and_after.append((before[rows, last].double().cpu(), after[rows, last].double().cpu()))
 
     with watch_layers(model, keep):
         last_hidden_state(model, batch)

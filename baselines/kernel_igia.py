@@ -27,9 +27,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from baselines.width_pruning import highest
 from gradpruner.budget import check_match, solve_size, target_parameters
 from gradpruner.checks import check_choice
-from gradpruner.grad_pruner import GradPruner
+from gradpruner.grad_pruner import GradPruner, step_warnings
 from gradpruner.gradients import EarlyGradients
-from gradpruner.igia import Factors, igia_matrix, step_weights
+from gradpruner.igia import Factors, igia_matrix, step_importance, step_weights
 from gradpruner.merge import top_fraction_mask
 from gradpruner.method import Compressed, Method
 from gradpruner.models.architectures import decoder_layers, linear_sublayers
@@ -118,7 +118,7 @@ class KernelIgia(GradPruner):
         if self.merge_rule != "none" and pruned:
             for index, layer in enumerate(decoder_layers(model)):
                 for name, linear in linear_sublayers(layer).items():
-                    igia = igia_matrix(gradients.factors(index, name), weights).to(linear.weight.device)
+                    igia = igia_matrix(gradients.factors(index, name, linear.weight.device), weights)
                     reads = name in READS_HIDDEN
                     sides = (linear.weight, igia) if reads else (linear.weight.T, igia.T)
                     merged = merge_columns(*sides, hidden, pruned, partners, self.density, self.merge_rule)
@@ -142,6 +142,7 @@ class KernelIgia(GradPruner):
             "losses": list(gradients.losses),
             "train_seconds": gradients.train_seconds,
             "peak_memory_bytes": gradients.peak_memory_bytes,
+            "warnings": step_warnings(step_importance(gradients.energies, self.score, self.step_weighting)),
         }
         return Compressed(apply_plan(model, plan), plan, report)
 
@@ -191,7 +192,8 @@ def channel_products(model: PreTrainedModel) -> Tensor:
     for layer in decoder_layers(model):
         for name, linear in linear_sublayers(layer).items():
             weight = linear.weight.float()
-            products += (weight.T @ weight if name in READS_HIDDEN else weight @ weight.T).double()
+            product = weight.T @ weight if name in READS_HIDDEN else weight @ weight.T
+            products += product.double().to(products.device)
     return products
 
 

@@ -286,7 +286,7 @@ class _Means:
 
     def note(self, name: str, states: Tensor) -> None:
         """Records the means of `states` (B, T, channels); padding has weight 0."""
-        weights = self.mask.double()  # (B, T)
+        weights = self.mask.to(states.device).double()  # (B, T)
         total = torch.einsum("bt,btc->bc", weights, states.double().abs())
         self.rows[name] = total / weights.sum(dim=1, keepdim=True).clamp_min(1)
 

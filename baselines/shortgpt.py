@@ -70,7 +70,8 @@ def block_influence(model: PreTrainedModel, batches: list[Batch], description: s
         num_tokens += int(mask.sum())
 
         def add(layer: int, before: Tensor, after: Tensor, mask: Tensor = mask) -> None:
-            cosines = torch.cosine_similarity(before[mask].float(), after[mask].float(), dim=-1)  # (tokens,)
+            real = mask.to(after.device)
+            cosines = torch.cosine_similarity(before[real].float(), after[real].float(), dim=-1)  # (tokens,)
             sums[layer] += cosines.double().sum().cpu()
 
         with watch_layers(model, add):

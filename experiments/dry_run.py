@@ -6,6 +6,7 @@ Hub models need no connection to the Hub: see `gradpruner.models.offline_configs
 what is counted, and how memory and time are estimated.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.counting import TABLE_11, ModelCounts, count_model, measure_matmul_flops
-from gradpruner.models.memory import allocator_overhead, estimate_training_memory
 from gradpruner.models.offline_configs import STAND_IN_TOKENIZER, OfflineModelSpec
+from gradpruner.pipeline.estimate import importance_memory, training_memory
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.runtime import default_device
 
@@ -101,28 +103,11 @@ def _add_estimates(
     """Adds the rows with estimated memory and time."""
     training, method, rows = pipeline.training, pipeline.resolved_method, pipeline.rows
     lora_rank = training.lora_rank if training.mode == "lora" else None
-    longest = max(len(row.input_ids) for row in rows)
-    positions = 1 + max(row.num_answer_tokens for row in rows)
-    config = pipeline.config
-    models = ((pipeline.dense_config, None), (config, pipeline.shape))
+    models = ((pipeline.dense_config, None), (pipeline.config, pipeline.shape))
     for recompute in (False, True):
         chosen = " *" if recompute == training.gradient_checkpointing else ""
-        memory = [
-            estimate_training_memory(
-                model,
-                min(training.micro_batch_size, len(rows)),
-                longest,
-                min(positions, longest),
-                dtype,
-                lora_rank=lora_rank,
-                recompute=recompute,
-                accumulate=training.accumulation > 1,
-                attn_implementation=pipeline.model.attn_implementation,
-                overhead=allocator_overhead(),
-                shape=shape,
-            )
-            for model, shape in models
-        ]
+        changed = dataclasses.replace(training, gradient_checkpointing=recompute)
+        memory = [training_memory(pipeline, changed, rows, config, shape) for config, shape in models]
         label = "with gradient checkpointing" if recompute else "estimated peak memory of training"
         _add(table, f"{'  ' if recompute else ''}{label}{chosen}", _gib, *(estimate.total for estimate in memory))
         if not recompute:
@@ -139,24 +124,11 @@ def _add_estimates(
     ]
     _add(table, "estimated FLOPs of training", _operations, *flops)
     _add(table, "estimated time of training, at least", _seconds, *(work / flops_per_second for work in flops))
-    calibration, rank = method.calibration(), getattr(method, "lora_rank", None)
-    if calibration and rank:
-        recompute = bool(getattr(method, "gradient_checkpointing", False))
-        importance = estimate_training_memory(
-            config,
-            calibration.batch_size,
-            longest,
-            min(positions, longest),
-            dtype,
-            lora_rank=rank,
-            recompute=recompute,
-            keep_factors=True,
-            attn_implementation=pipeline.model.attn_implementation,
-            overhead=allocator_overhead(),
-        )
-        num_seen = calibration.num_rows
-        seconds = dense.training_flops(num_seen, *tokens_per_row, rank, recompute) / flops_per_second
-        table.add_row("estimated peak memory of the importance run", _gib(importance.total))
+    if isinstance(method, GradPruner):
+        num_seen, recompute = method.calibration().num_rows, method.gradient_checkpointing
+        work = dense.training_flops(num_seen, *tokens_per_row, method.lora_rank, recompute)
+        seconds = work / flops_per_second
+        table.add_row("estimated peak memory of the importance run", _gib(importance_memory(pipeline, method).total))
         table.add_row("estimated time of the importance run, at least", _seconds(seconds))
 
 

@@ -1,17 +1,33 @@
-"""The record of a finished run."""
+"""The record of a finished run, and whether an earlier one still holds."""
+
+import shutil
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from experiments.config import identity, resolve
+from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.files import content_hash
-from gradpruner.finetune.run import TrainingAccount
+from gradpruner.finetune.result import PLAN_FILE, TrainingAccount
+from gradpruner.models.chat_template import CHAT_TEMPLATE_DATE
 from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Outcome, Pipeline
-from gradpruner.record import RunRecord
-from gradpruner.record_sections import TrainingSection, empty_section
+from gradpruner.record import RECORD_FILE, RunRecord
+from gradpruner.record_sections import ModelSection, TrainingSection, empty_section
 from gradpruner.runtime import environment
 
 HISTORY_FILE = "history.json"  # loss and learning rate per optimizer step, beside the record
+LOSS_PICTURE = "loss.png"
+IMPORTANCE_PICTURE = "importance.png"
+CHECKPOINT = "checkpoint"  # folder
+RESULTS = (RECORD_FILE, PLAN_FILE, PREDICTIONS_FILE, HISTORY_FILE, LOSS_PICTURE, IMPORTANCE_PICTURE, CHECKPOINT)
+# Key of a record's content -> name in messages.
+CONTENT_NAMES = {
+    "model": "the model",
+    "train_rows": "the training rows",
+    "test_rows": "the test rows",
+    "recovery_rows": "the rows of the recovery",
+}
 
 
 def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_memory: int) -> RunRecord:
@@ -30,12 +46,7 @@ def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_m
         config=resolve(cfg),
         identity=content_hash(identity(cfg)),
         seed=cfg.seed,
-        model={
-            "name": pipeline.model.name,
-            "num_hidden_layers": num_dense_layers,
-            "num_parameters": num_dense_parameters,
-            "shape": config_shape(pipeline.dense_config).to_dict(),
-        },
+        model=_model_section(pipeline),
         pruning={
             "method": plan.method,
             "pruned_layers": list(plan.pruned_layers),
@@ -62,15 +73,60 @@ def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_m
             "stage_seconds": outcome.seconds,
         },
         environment=environment(),
+        content=pipeline.content,
+        stage_ids=pipeline.stage_ids(),
     )
+
+
+def changed_content(record: RunRecord, pipeline: Pipeline) -> list[str]:
+    """Returns names of what changed under the same paths since a run finished; none for a record without content."""
+    if record.status != "finished" or not record.content:
+        return []
+    before, now = dict(record.content), dict(pipeline.content)
+    return [name for key, name in CONTENT_NAMES.items() if before.get(key) != now.get(key)]
+
+
+def changed_stages(record: RunRecord, pipeline: Pipeline) -> list[str]:
+    """Returns the stages whose key changed since a run finished; none for a record without stage ids."""
+    if not record.stage_ids:
+        return []
+    return [name for name, id_ in pipeline.stage_ids().items() if record.stage_ids.get(name) != id_]
+
+
+def remove_results(run_dir: Path) -> None:
+    """Deletes what a finished run wrote into its folder, except its log; other files of the folder are unchanged."""
+    for path in (run_dir / name for name in RESULTS):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _model_section(pipeline: Pipeline) -> ModelSection:
+    """Returns the dense model, with what pins it down: the commit on the Hub and the date in its chat template."""
+    section: ModelSection = {
+        "name": pipeline.model.name,
+        "num_hidden_layers": pipeline.dense_config.num_hidden_layers,
+        "num_parameters": pipeline.num_dense_parameters,
+        "shape": config_shape(pipeline.dense_config).to_dict(),
+    }
+    if commit := pipeline.model.commit(pipeline.assets_dir):
+        section["commit"] = commit
+    if pipeline.model.chat_template:
+        section["chat_template_date"] = CHAT_TEMPLATE_DATE
+    return section
 
 
 def _training_section(training: TrainingAccount) -> TrainingSection:
     """Returns the account of a training run without its history, which has a file of its own."""
-    return {
+    section: TrainingSection = {
         "steps": training["steps"],
         "tokens": training["tokens"],
         "train_seconds": training["train_seconds"],
         "peak_memory_bytes": training["peak_memory_bytes"],
         "loss": training["loss"],
+        "precision": training["precision"],
     }
+    if "update_survival" in training:
+        section["update_survival"] = training["update_survival"]
+    return section

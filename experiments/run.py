@@ -20,9 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import schema
 from experiments.config import CONF, build_pipeline, check_options, identity, reference_config, resolve, run_directory
+from experiments.devices import taken_gpu
 from experiments.dry_run import show_dry_run
 from experiments.preview import show_example
-from experiments.recording import HISTORY_FILE, finished_record
+from experiments.recording import (
+    CHECKPOINT,
+    HISTORY_FILE,
+    IMPORTANCE_PICTURE,
+    LOSS_PICTURE,
+    changed_content,
+    changed_stages,
+    finished_record,
+    remove_results,
+)
 from experiments.summary import show_summary
 from experiments.sweep import is_left_out, note_failure
 from experiments.tracker import Tracker
@@ -30,7 +40,7 @@ from gradpruner.checkpoints.checkpoint import save_checkpoint
 from gradpruner.cost import process_memory_bytes
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.files import content_hash, write_json, write_text
-from gradpruner.finetune.run import PLAN_FILE
+from gradpruner.finetune.result import PLAN_FILE
 from gradpruner.finetune.trainer import DivergedError
 from gradpruner.models import offline_configs
 from gradpruner.models.shape import config_shape
@@ -46,6 +56,8 @@ logger = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Runs one job of hydra's."""
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if (gpu := taken_gpu()) is not None:
+        logger.info("Job %s runs on GPU %s", HydraConfig.get().job.num, gpu)
     try:
         if is_sweep and is_left_out(cfg):
             logger.info("Left out of the sweep: %s", " ".join(HydraConfig.get().overrides.task))
@@ -79,7 +91,7 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     if cfg.dry_run:
         model = offline_configs.for_dry_run(pipeline.model, pipeline.cache_dir / "assets")
         pipeline = dataclasses.replace(pipeline, model=model)
-    pipeline.check(disk=not cfg.dry_run)
+    pipeline.check(resources=not cfg.dry_run, save_to=run_dir / CHECKPOINT if cfg.save_checkpoint else None)
     _check_prunes(pipeline)
     show_example(pipeline)
     if cfg.dry_run:
@@ -115,7 +127,7 @@ def _check_prunes(pipeline: Pipeline) -> None:
 
 
 def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord:
-    """Runs one method and writes its folder; a finished folder of the same config is unchanged."""
+    """Runs one method and writes its folder; a finished folder of the same config, weights and data is unchanged."""
     run_dir, identity_hash = run_directory(cfg, pipeline), content_hash(identity(cfg))
     record = RunRecord.load(run_dir)
     if record is not None and record.identity != identity_hash:
@@ -123,8 +135,15 @@ def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord
             f"{run_dir} holds a run with another config (identity {record.identity}, this one is {identity_hash}). "
             "Give output_dir another folder, or delete that one."
         )
-    if record is not None and _is_complete(record, run_dir, cfg):
+    changed = [] if record is None else changed_content(record, pipeline)
+    if record is not None and not changed and _is_complete(record, run_dir, cfg):
         logger.info("Already finished: %s", run_dir)
+        if stages := changed_stages(record, pipeline):
+            logger.info(
+                "It was made by other code or library versions, or on another kind of device, which changes the stages "
+                "%s. Delete that folder to run it again.",
+                ", ".join(stages),
+            )
         return record
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -132,6 +151,13 @@ def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
+        if changed:
+            logger.warning(
+                "%s is run again: %s changed since it finished. Its record and files are replaced.",
+                run_dir,
+                ", ".join(changed),
+            )
+            remove_results(run_dir)
         return _run_into(run_dir, cfg, pipeline, tracker)
     except Exception as error:
         failed = RunRecord("failed", resolve(cfg), identity_hash, cfg.seed, error=f"{type(error).__name__}: {error}")
@@ -144,7 +170,7 @@ def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord
 
 def _is_complete(record: RunRecord, run_dir: Path, cfg: DictConfig) -> bool:
     """Whether a run has finished and has the checkpoint and the speed that `cfg` asks for."""
-    if cfg.save_checkpoint and not (run_dir / "checkpoint").is_dir():
+    if cfg.save_checkpoint and not (run_dir / CHECKPOINT).is_dir():
         return False
     if cfg.measure_speed and not record.efficiency.get("speed"):
         return False
@@ -154,15 +180,16 @@ def _is_complete(record: RunRecord, run_dir: Path, cfg: DictConfig) -> bool:
 def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord:
     logger.info("%s on %s: %s", pipeline.method.name, pipeline.task.name, run_dir)
     own_memory = process_memory_bytes()
+    _ = pipeline.content  # of before the run: data that change meanwhile are not what it was made from
     outcome = pipeline.run()
     outcome.plan.save(run_dir / PLAN_FILE)
     shutil.copyfile(outcome.predictions, run_dir / PREDICTIONS_FILE)
     write_json(run_dir / HISTORY_FILE, outcome.training["history"])
-    plot_loss(outcome.training["history"], run_dir / "loss.png")
+    plot_loss(outcome.training["history"], run_dir / LOSS_PICTURE)
     if outcome.plan.layer_importance:
-        plot_importance(outcome.plan, outcome.report, run_dir / "importance.png")
+        plot_importance(outcome.plan, outcome.report, run_dir / IMPORTANCE_PICTURE)
     if cfg.save_checkpoint:
-        folder = run_dir / "checkpoint"
+        folder = run_dir / CHECKPOINT
         model, name = pipeline.load_result(), pipeline.base_model.name
         save_checkpoint(model, pipeline.tokenizer, outcome.plan, folder, name, resolve(cfg))
     record = finished_record(cfg, pipeline, outcome, own_memory)

@@ -7,6 +7,7 @@ refused before anything is built.
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_type_hints
+from uuid import uuid4
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
@@ -64,11 +65,12 @@ class ConfigError(ValueError):
 
 
 def register() -> None:
-    """Registers `schema` for `conf/config.yaml`, and three resolvers for all YAML.
+    """Registers `schema` for `conf/config.yaml`, and four resolvers for all YAML.
 
     `${lookup:key,{key:value,...},default}` is the value of the key. `${layer_fraction:dropped,merged,layers}` is the
     sparsity that prunes `dropped + merged` of `layers` layers. `${at_scale:small,paper}`, for
-    `hydra.sweeper.params`, is the value at the chosen scale of tables and figures (`conf/scale/`).
+    `hydra.sweeper.params`, is the value at the chosen scale of tables and figures (`conf/scale/`). `${unique:}` is 8
+    random hex digits: others in each sweep, the same in all jobs of one, to which hydra hands the values in its cache.
     """
     ConfigStore.instance().store(name="schema", node=RunConfig)
     OmegaConf.register_new_resolver("lookup", lambda key, table, default: table.get(key, default), replace=True)
@@ -76,6 +78,7 @@ def register() -> None:
         "layer_fraction", lambda dropped, merged, layers: (dropped + merged) / layers, replace=True
     )
     OmegaConf.register_new_resolver("at_scale", _at_scale, replace=True)
+    OmegaConf.register_new_resolver("unique", lambda: uuid4().hex[:8], use_cache=True, replace=True)
 
 
 def _at_scale(small: Any, paper: Any, *, _root_: DictConfig) -> Any:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradpruner.checkpoints.checkpoint import SHAPE_FILE
+from gradpruner.finetune.result import LEAST_SURVIVAL
 from gradpruner.models.shape import ModelShape, describe_shape
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import describe_origins, metric_columns
@@ -70,6 +71,11 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         console.print(note, soft_wrap=True)
     for warning in pruning["report"].get("warnings", []):
         console.print(f"[yellow]Warning:[/] {warning}")
+    if (survival := records[-1].finetune.get("update_survival", 1.0)) < LEAST_SURVIVAL:
+        console.print(
+            f"[yellow]Warning:[/] a merged checkpoint keeps {survival:.0%} of the update; see finetune.merge_dtype",
+            soft_wrap=True,
+        )
     if (run_dir / "checkpoint").is_dir():
         loader = "baselines.load" if (run_dir / "checkpoint" / SHAPE_FILE).is_file() else "plain transformers"
         console.print(f"Checkpoint ({loader}): {run_dir / 'checkpoint'}", soft_wrap=True)

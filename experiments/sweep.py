@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.devices import offer_gpus, withdraw_gpus
 from experiments.schema import ConfigError
 from gradpruner.files import write_json
 
@@ -34,12 +35,14 @@ class SweepReport(Callback):
         self.exclude = exclude
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Deletes the failure files of an earlier sweep in the same folder."""
+        """Deletes the failure files of an earlier sweep in the same folder, and offers GPUs to joblib's workers."""
         for file in _failure_files(config):
             file.unlink()
+        offer_gpus(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Raises SystemExit if a job failed."""
+        withdraw_gpus()
         failures = [json.loads(file.read_text(encoding="utf-8")) for file in _failure_files(config)]
         if not failures:
             return

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["Compressed", "GradPruner", "PruningPlan"]
 __version__ = "0.1.0"
 
-# peft imports bitsandbytes wherever it is installed, and bitsandbytes then warns that an optional kernel is missing.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# peft imports bitsandbytes and torchao wherever they are installed, and they warn about kernels that are missing.
+for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

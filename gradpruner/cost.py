@@ -19,7 +19,8 @@ from gradpruner.files import write_json
 class PeakMemory:
     """Context manager that measures the peak memory of this process while it is open.
 
-    On CUDA this is the allocator's own peak; on a CPU it is the sampled resident set size, which includes memory the
+    On CUDA this is the allocator's own peak, summed over all devices that this process sees (each peak counts, even if
+    they are reached at different times); on a CPU it is the sampled resident set size, which includes memory the
     process held before, such as libraries. Freed memory is returned to the system first, so that an earlier stage
     counts little.
     """
@@ -33,7 +34,8 @@ class PeakMemory:
     def __enter__(self) -> Self:
         _release_memory()
         if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+            for device in _cuda_devices():
+                torch.cuda.reset_peak_memory_stats(device)
             return self
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -43,7 +45,7 @@ class PeakMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._thread is None:
-            self.peak_bytes = torch.cuda.max_memory_allocated()
+            self.peak_bytes = sum(torch.cuda.max_memory_allocated(device) for device in _cuda_devices())
             return
         self._done.set()
         self._thread.join()
@@ -98,7 +100,15 @@ def total_cost(*files: Path) -> TotalCost:
 def process_memory_bytes() -> int:
     """Returns the memory the process holds before any work: libraries on a CPU, nothing on a GPU."""
     _release_memory()
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
+    if torch.cuda.is_available():
+        return sum(torch.cuda.memory_allocated(device) for device in _cuda_devices())
+    return int(psutil.Process().memory_info().rss)
+
+
+def _cuda_devices() -> range:
+    """Returns the numbers of all CUDA devices, whose allocators answer only once CUDA is initialized."""
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return range(torch.cuda.device_count())
 
 
 def _release_memory() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gradpruner.models.chat_template import render_prompt
 from gradpruner.tasks import DataError, Example
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label without loss, as in torch's cross_entropy and in transformers
 Batch = dict[str, Tensor]
+# Put before a completion that is encoded on its own, and cut off again; see `_encode_apart`.
+GUARDS = ("", "\n", ".", ":", "-", "a", "0", "\n\n", "x.")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Encoder:
         tokenizer: any Hugging Face tokenizer; its own special tokens (such as a BOS) are added.
         max_length: tokens of prompt and completion together.
         chat_template: put prompts into the tokenizer's chat template, as a user message; completions then lose their
-            delimiter.
+            delimiter. A template that prints today's date prints `models.chat_template.CHAT_TEMPLATE_DATE` instead.
 
     Raises:
         ValueError: if a chat template is asked for and the tokenizer has none.
@@ -89,6 +93,9 @@ class Encoder:
 
         Returns:
             One `Encoded` per example; None where the prompt would not fit even with its context cut to one token.
+
+        Raises:
+            DataError: if a completion has no tokens: its log-likelihood would be 0.0, above that of any text.
         """
         framed = [self._frame(example) for example in examples]
         prompts = [text for (text, _), texts in zip(framed, completions, strict=True) for _ in texts]
@@ -99,9 +106,10 @@ class Encoder:
         ]
         pairs = iter(split_tokens(self.tokenizer, prompts, flat, add_special_tokens=not self.chat_template))
         encoded: list[Encoded | None] = []
-        for (text, context), texts in zip(framed, completions, strict=True):
+        for example, (text, context), texts in zip(examples, framed, completions, strict=True):
             own = [next(pairs) for _ in texts]
             prompt, ids = own[0][0], [completion for _, completion in own]
+            _check_tokens(example, texts, ids)
             room = self.max_length - extra - (max(map(len, ids)) if reserve is None else reserve)
             shortened = prompt if len(prompt) <= room else self._shorten(text, context, prompt, room)
             encoded.append(None if shortened is None else Encoded(shortened, ids, len(shortened) < len(prompt)))
@@ -117,8 +125,7 @@ class Encoder:
         """Returns the prompt as the model reads it, and where its context is."""
         if not self.chat_template:
             return example.prompt, example.context
-        message = [{"role": "user", "content": example.prompt}]
-        text: str = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = render_prompt(self.tokenizer, example.prompt)
         core = example.prompt.strip()  # templates may strip a message
         start = text.rfind(core)
         if example.context is None or start < 0:
@@ -149,11 +156,13 @@ def split_tokens(
     completions: Sequence[str],
     add_special_tokens: bool = True,
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns the token ids of every prompt and the ids that its completion adds.
+    """Returns the token ids of every prompt and the ids of its completion.
 
-    Prompt and completion are encoded as one text and split where the prompt alone ends, as lm-evaluation-harness does:
-    encoded separately, the completion would have other tokens than in running text. Spaces at the end of a prompt go to
-    the completion, where BPE vocabularies keep them.
+    Prompt and completion are encoded as one text and split where the prompt alone ends: encoded separately, the
+    completion would have other tokens than in running text. Where a token spans the join, the ids of the whole do not
+    start with those of the prompt, and the completion is encoded on its own; both as lm-evaluation-harness does. The
+    prompt always has the ids that it has alone. Spaces at the end of a prompt go to the completion, where BPE
+    vocabularies keep them. Ids that the tokenizer appends to every text, such as an EOS, are removed.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
@@ -162,26 +171,79 @@ def split_tokens(
         add_special_tokens: add the tokenizer's own special tokens, such as a BOS.
 
     Returns:
-        (prompt ids, completion ids) for each pair; neither is empty unless the completion text is.
+        (prompt ids, completion ids) for each pair; neither is empty unless the tokenizer has no tokens for the text of
+        the completion.
     """
     if not prompts:
         return []
     stripped = [prompt.rstrip(" ") for prompt in prompts]
-    whole_texts = [
-        short + prompt[len(short) :] + completion
-        for prompt, short, completion in zip(prompts, stripped, completions, strict=True)
-    ]
+    moved = [prompt[len(short) :] for prompt, short in zip(prompts, stripped, strict=True)]
+    texts = [spaces + completion for spaces, completion in zip(moved, completions, strict=True)]
+    appended = _appended_ids(tokenizer) if add_special_tokens else []
+
+    def encode(whole_texts: list[str]) -> list[list[int]]:
+        every: list[list[int]] = tokenizer(whole_texts, add_special_tokens=add_special_tokens).input_ids
+        return [ids[: -len(appended)] if appended and ids[-len(appended) :] == appended else ids for ids in every]
+
     unique = list(dict.fromkeys(stripped))  # the options of a question share its prompt
-    tokens = tokenizer(unique, add_special_tokens=add_special_tokens).input_ids
-    alone = dict(zip(unique, tokens, strict=True))
-    whole = tokenizer(whole_texts, add_special_tokens=add_special_tokens).input_ids
+    alone = dict(zip(unique, encode(unique), strict=True))
+    wholes = encode([short + text for short, text in zip(stripped, texts, strict=True)])
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     pairs = []
-    for text, ids in zip(stripped, whole, strict=True):
-        prompt_ids = alone[text]
+    for short, text, whole in zip(stripped, texts, wholes, strict=True):
+        prompt = alone[short]
+        completion = whole[len(prompt) :]
+        if text and (whole[: len(prompt)] != prompt or not completion):
+            completion = _encode_apart(tokenizer, prompt, text, whole)
         # The model needs a token before the first answer token to predict it.
-        pairs.append((ids[: len(prompt_ids)], ids[len(prompt_ids) :]) if prompt_ids else ([start], ids))
+        pairs.append((prompt or [start], completion))
     return pairs
+
+
+def _appended_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids that the tokenizer's template puts after a text, such as an EOS."""
+    text, framed = (tokenizer("a", add_special_tokens=framed).input_ids for framed in (False, True))
+    starts = range(len(framed) - len(text) + 1) if text else ()
+    ends = [start + len(text) for start in starts if framed[start : start + len(text)] == text]
+    appended: list[int] = framed[ends[0] :] if ends else []
+    return appended
+
+
+def _encode_apart(tokenizer: PreTrainedTokenizerBase, prompt: list[int], text: str, whole: list[int]) -> list[int]:
+    """Returns the ids of a completion whose first characters share a token with the end of the prompt.
+
+    SentencePiece-like tokenizers put a space before every text, which would come between prompt and completion. There
+    the completion is encoded after a guard, whose ids are cut off.
+
+    Args:
+        tokenizer: the tokenizer of the prompt.
+        prompt: ids of the prompt.
+        text: text of the completion.
+        whole: ids of prompt and completion as one text, to compare the result with.
+    """
+
+    def read(ids: list[int]) -> str:  # normalised, because tokenizers normalise across the join
+        return unicodedata.normalize("NFKC", tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    for guard in GUARDS:
+        front = tokenizer(guard, add_special_tokens=False).input_ids
+        ids: list[int] = tokenizer(guard + text, add_special_tokens=False).input_ids
+        own = ids[len(front) :]
+        if own and ids[: len(front)] == front and read(prompt + own) == read(whole):
+            return own
+    plain: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return plain
+
+
+def _check_tokens(example: Example, texts: Sequence[str], completions: Sequence[Sequence[int]]) -> None:
+    """Raises DataError if a completion has no tokens."""
+    for number, (text, ids) in enumerate(zip(texts, completions, strict=True), 1):
+        if not ids:
+            what = f"option {number} of {len(texts)}" if len(texts) > 1 else "the answer"
+            raise DataError(
+                f"Every option and answer must have at least one token, got none for {what}, {text!r}, of the row "
+                f"{example.id!r}. Correct or remove this row, or check dataset.choice."
+            )
 
 
 def encode_training_rows(examples: Sequence[Example], encoder: Encoder) -> list[TrainingRow]:

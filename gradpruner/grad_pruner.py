@@ -23,7 +23,7 @@ from gradpruner.importance import record_early_gradients
 from gradpruner.importance_spec import ImportanceSettings, ImportanceSpec
 from gradpruner.merge import check_rule
 from gradpruner.method import Calibration, Compressed, DepthMethod
-from gradpruner.models.architectures import decoder_layers
+from gradpruner.models.architectures import decoder_layers, linear_sublayers
 from gradpruner.models.shape import ModelShape
 from gradpruner.plan import check_counts, make_plan
 from gradpruner.surgery import apply_plan
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 LEAST_SQUARES = "least_squares"
 SEARCH_FILE = "search.json"
+FEWEST_STEPS = 5  # importance steps below which the report warns
 
 
 @dataclass(frozen=True)
@@ -226,15 +227,18 @@ class GradPruner(DepthMethod, ImportanceSettings):
             "peak_memory_bytes": gradients.peak_memory_bytes,
             **stability.stability_report(per_step, num_pruned_layers),
         }
+        report["warnings"] += step_warnings(per_step)
         if plan.dropped_unmerged:
             report["warnings"].append(
                 f"Layers {list(plan.dropped_unmerged)} were to merge but no kept layer comes before them: dropped "
                 "unmerged."
             )
-        weights = step_weights(gradients.energies, self.step_weighting).tolist()
+        weights, layers = step_weights(gradients.energies, self.step_weighting).tolist(), decoder_layers(model)
 
         def igia(layer: int, sublayer: str) -> Tensor:
-            return igia_matrix(gradients.factors(layer, sublayer), weights)
+            absorber = plan.absorbed_by.get(layer)
+            target = linear_sublayers(layers[layer if absorber is None else absorber])[sublayer].weight
+            return igia_matrix(gradients.factors(layer, sublayer, target.device), weights)
 
         return Compressed(apply_plan(model, plan, igia), plan, report)
 
@@ -242,3 +246,19 @@ class GradPruner(DepthMethod, ImportanceSettings):
         fields = [field.name for field in dataclasses.fields(ImportanceSpec)]
         settings = {name: getattr(self, name) for name in fields}
         return ImportanceSpec(**settings | ({"steps": self.max_steps} if self.steps == AUTO else {}))
+
+
+def step_warnings(step_importance: Tensor) -> list[str]:
+    """Returns a warning if fewer than `FEWEST_STEPS` steps rank the layers.
+
+    Args:
+        step_importance: importance per step and layer, (t, L); see `igia.step_importance`.
+    """
+    num_steps, num_with_gradient = len(step_importance), int(step_importance.any(dim=1).sum())
+    if num_steps >= FEWEST_STEPS:
+        return []
+    return [
+        f"Only {num_steps} importance steps rank the layers, {num_with_gradient} of them with a gradient: below "
+        f"{FEWEST_STEPS}, a few rows may decide. Raise method.steps or method.fraction, or lower finetune.batch_size, "
+        "which gives method.fraction more steps."
+    ]

@@ -46,13 +46,16 @@ class EarlyGradients:
             peak_memory_bytes=data["peak_memory_bytes"],
         )
 
-    def factors(self, layer: int, sublayer: str) -> list[Factors]:
-        """Returns the per-step factors of one sublayer's simulated gradient, shapes (out, k) and (k, in)."""
+    def factors(self, layer: int, sublayer: str, device: torch.device | str = "cpu") -> list[Factors]:
+        """Returns the per-step factors of one sublayer's simulated gradient, shapes (out, k) and (k, in), on `device`.
+
+        What is computed from them is computed there: for a weight on a GPU, IGIA-Matrices take seconds, not minutes.
+        """
         factors = []
         for step in range(len(self.energies)):
             with safe_open(self.directory / step_file(step), framework="pt") as tensors:
                 left, right = factor_names(layer, sublayer)
-                factors.append((tensors.get_tensor(left), tensors.get_tensor(right)))
+                factors.append((tensors.get_tensor(left).to(device), tensors.get_tensor(right).to(device)))
         return factors
 
 

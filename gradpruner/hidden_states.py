@@ -24,13 +24,15 @@ OnLayer = Callable[[int, Tensor, Tensor], None]  # (layer, its input, its output
 def watch_layers(model: PreTrainedModel, on_layer: OnLayer) -> Iterator[None]:
     """Calls `on_layer` for every decoder layer of every forward pass while the context is open.
 
+    Input and output are on the device of the layer, which differs between layers if the model is spread over devices.
     The output of the last layer is the raw one; transformers' `hidden_states[-1]` is the state after the final norm.
     """
 
     def hook(index: int) -> Callable[..., None]:
         def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            states = args[0] if args else kwargs["hidden_states"]
-            on_layer(index, states, output[0] if isinstance(output, tuple) else output)
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            on_layer(index, before.to(after.device), after)
 
         return call
 
@@ -51,7 +53,7 @@ def last_hidden_state(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def decode(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns states after the final norm, (B, T, d); computes no logits."""
+    """Returns states after the final norm, (B, T, d), on the device of that norm; computes no logits."""
     mask = batch["attention_mask"].to(model.device)
     output = model.get_decoder()(
         input_ids=batch["input_ids"].to(model.device),
@@ -92,10 +94,12 @@ def text_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     on_device = {name: values.to(model.device) for name, values in batch.items()}
     mask = on_device["attention_mask"].bool()
     real = mask[:, :-1] & mask[:, 1:]
-    states, targets = decode(model, on_device)[:, :-1][real], on_device["input_ids"][:, 1:][real]
+    states, targets = decode(model, on_device)[:, :-1], on_device["input_ids"][:, 1:][real]
+    states, targets = states[real.to(states.device)], targets.to(states.device)
 
     def loss(chunk: Tensor, tokens: Tensor) -> Tensor:
-        return functional.cross_entropy(head_logits(model, chunk).float(), tokens, reduction="sum")
+        logits = head_logits(model, chunk).float()
+        return functional.cross_entropy(logits, tokens.to(logits.device), reduction="sum")
 
     return sum_over_tokens(loss, model.config.vocab_size, states, targets), real.sum(dim=1)
 

@@ -66,6 +66,7 @@ def record_early_gradients(
     check_finite_weights(model)
     directory.mkdir(parents=True, exist_ok=True)
     set_seed(spec.seed)
+    device, is_spread = model.device, getattr(model, "hf_device_map", None) is not None
     with _adapters(model, spec) as tuned, tempfile.TemporaryDirectory() as scratch:
         recorder = _GradientRecorder(model, spec, directory, has_settled)
         trainer = _ImportanceTrainer(
@@ -81,6 +82,8 @@ def record_early_gradients(
             trainer.train()
         seconds = time.perf_counter() - start
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if not is_spread:
+        model.to(device)  # the Trainer moved it to its own device
     energies = torch.stack(recorder.energies)  # (t, L, M)
     if not energies.any():
         raise ValueError(

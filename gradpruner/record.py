@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from gradpruner.files import write_json
 from gradpruner.record_sections import (
+    ContentSection,
     EfficiencySection,
     EnvironmentSection,
     Metrics,
@@ -52,6 +53,8 @@ class RunRecord:
         metrics_before: of the compressed model before fine-tuning.
         efficiency: ratios to the dense model, time and memory.
         environment: versions, hardware, commit.
+        content: weights and data that the run was made from. Failed runs and older records lack it.
+        stage_ids: hash of the key of each stage, code and versions included. Failed runs and older records lack it.
         error: what stopped a failed run.
     """
 
@@ -66,6 +69,8 @@ class RunRecord:
     metrics_before: Metrics = field(default_factory=empty_section)
     efficiency: EfficiencySection = field(default_factory=empty_section)
     environment: EnvironmentSection = field(default_factory=empty_section)
+    content: ContentSection = field(default_factory=empty_section)
+    stage_ids: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     schema_version: int = SCHEMA_VERSION
 
@@ -82,8 +87,12 @@ class RunRecord:
         return metric_stderr(self.metrics, name)
 
     def save(self, run_dir: Path) -> None:
-        """Writes `record.json` atomically."""
-        write_json(run_dir / RECORD_FILE, dataclasses.asdict(self))
+        """Writes `record.json` atomically, without those of `content` and `stage_ids` that are empty."""
+        data = dataclasses.asdict(self)
+        write_json(
+            run_dir / RECORD_FILE,
+            {key: value for key, value in data.items() if value or key not in ("content", "stage_ids")},
+        )
 
     @classmethod
     def load(cls, run_dir: Path) -> Self | None:

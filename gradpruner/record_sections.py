@@ -23,12 +23,16 @@ class ModelSection(TypedDict):
         num_hidden_layers: decoder layers.
         num_parameters: all parameters.
         shape: its sizes.
+        commit: of a model from the Hub; older records lack it.
+        chat_template_date: the date that its chat template prints, if one is used.
     """
 
     name: str
     num_hidden_layers: int
     num_parameters: int
     shape: ShapeSection
+    commit: NotRequired[str]
+    chat_template_date: NotRequired[str]
 
 
 class TrainingSection(TypedDict):
@@ -40,6 +44,8 @@ class TrainingSection(TypedDict):
         train_seconds: wall time.
         peak_memory_bytes: highest memory of the process.
         loss: mean over the last tenth of the steps.
+        precision: how weights were held and updated, see `finetune.precision`; older records lack it.
+        update_survival: fraction of a LoRA update that a merged checkpoint keeps, see `finetune.result`.
     """
 
     steps: int
@@ -47,6 +53,8 @@ class TrainingSection(TypedDict):
     train_seconds: float
     peak_memory_bytes: int
     loss: float
+    precision: NotRequired[str]
+    update_survival: NotRequired[float]
 
 
 class SearchReport(TypedDict):
@@ -140,6 +148,7 @@ class Metrics(TypedDict):
         majority_accuracy: accuracy of always giving the most frequent label.
         chance_accuracy: accuracy of guessing.
         rouge_l: mean ROUGE-L of generated answers.
+        rouge_tokenizer: name of the rules that split the text into words (`evaluate.rouge_l`); older records lack it.
         bertscore_f1: mean BERTScore F1 of generated answers.
         bertscore_encoder: name of the encoder of BERTScore.
         bertscore_layer: layer of that encoder.
@@ -159,6 +168,7 @@ class Metrics(TypedDict):
     chance_accuracy: NotRequired[float]
     rouge_l: NotRequired[float]
     rouge_l_stderr: NotRequired[float]
+    rouge_tokenizer: NotRequired[str]
     bertscore_f1: NotRequired[float]
     bertscore_f1_stderr: NotRequired[float]
     bertscore_encoder: NotRequired[str]
@@ -233,6 +243,22 @@ class EfficiencySection(TypedDict):
     train_tokens_per_second: NotRequired[float]
     process_memory_bytes: NotRequired[int]
     speed: NotRequired[SpeedSection]
+
+
+class ContentSection(TypedDict):
+    """Weights and data that a run was made from, as hashes: what may change under the same paths.
+
+    Attributes:
+        model: weights and tokenizer of the model that the method starts from, see `ModelSpec.fingerprint`.
+        train_rows: tokenized training rows.
+        test_rows: rendered test examples.
+        recovery_rows: tokenized rows of the recovery; missing if there was none.
+    """
+
+    model: str
+    train_rows: str
+    test_rows: str
+    recovery_rows: NotRequired[str]
 
 
 class EnvironmentSection(TypedDict):

@@ -306,14 +306,15 @@ class _States:
                 yield self._of({name: values[chosen] for name, values in batch.items()})
 
     def _of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        mask = batch["attention_mask"].to(self._model.device)
-        tokens = mask.bool() & (mask.cumsum(-1) > 1)  # neither padding nor the first token of a row
-        target = _output(self._dense, self._run.last, batch)[tokens]
-        outputs: list[Tensor] = []
         down_proj = linear_sublayers(decoder_layers(self._model)[self.position])[DOWN_PROJ]
+        device = down_proj.weight.device  # of M, of the sums and of the map; the target may come from another one
+        mask = batch["attention_mask"].to(device)
+        tokens = mask.bool() & (mask.cumsum(-1) > 1)  # neither padding nor the first token of a row
+        target = _output(self._dense, self._run.last, batch).to(device)[tokens]
+        outputs: list[Tensor] = []
         handle = down_proj.register_forward_hook(lambda module, inputs, output: outputs.append(output[tokens]))
         try:
-            after = _output(self._model, self.position, batch)[tokens]
+            after = _output(self._model, self.position, batch).to(device)[tokens]
         finally:
             handle.remove()
         return outputs[0], target - (after - outputs[0])

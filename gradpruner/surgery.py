@@ -123,7 +123,7 @@ def _merge_into(
         device = target.weight.device
         target.weight.data = merge_layers(
             target.weight,
-            [source[name].weight for source in sources],
+            [source[name].weight.to(device) for source in sources],  # layers may be spread over several devices
             [igia(layer, name).to(device) for layer in merged],
             plan.density,
             plan.merge_rule,

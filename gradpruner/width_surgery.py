@@ -51,7 +51,7 @@ def narrow(model: PreTrainedModel, width: WidthPlan) -> None:
         rep = old.num_attention_heads // old.num_key_value_heads
         _narrow_layer(layer, sizes, heads, sorted({head // rep for head in heads}), kept, channels)
     if width.hidden is not None:
-        _narrow_hidden(model, torch.tensor(width.hidden, device=model.device))
+        _narrow_hidden(model, torch.tensor(width.hidden))
     set_widths(model.config, new)
 
 

@@ -237,14 +237,6 @@ def test_fingerprint_of_large_weights_follows_the_files(tiny_llama, tmp_path, as
     assert spec.fingerprint(assets_dir) != first
 
 
-def test_fingerprint_of_a_hub_model_is_its_commit(monkeypatch, assets_dir):
-    config = LlamaConfig()
-    monkeypatch.setattr("gradpruner.models.spec.AutoConfig.from_pretrained", lambda *args, **kwargs: config)
-    assert ModelSpec("a/b", revision="main").fingerprint(assets_dir) == "a/b@main"
-    config._commit_hash = "abc123"
-    assert ModelSpec("a/b", revision="main").fingerprint(assets_dir) == "a/b@abc123"
-
-
 # Unsupported architectures
 
 UNSUPPORTED = r"Cannot prune model type 'gpt2': its GPT2Model has no list `layers` of .* layers\. Supported: llama, mi"

@@ -7,7 +7,8 @@ import torch
 from transformers import TrainerCallback
 
 from gradpruner.encoding import TrainingRow
-from gradpruner.finetune.run import CHECKPOINTS_FOLDER, finetune, load_finetuned, read_result
+from gradpruner.finetune.result import load_finetuned, read_result
+from gradpruner.finetune.run import CHECKPOINTS_FOLDER, finetune
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.finetune.trainer import DivergedError
 from gradpruner.models.spec import ModelSpec
@@ -141,7 +142,8 @@ def test_a_nan_before_the_first_checkpoint_says_so(load, tmp_path):
 def test_account_is_json(load, tmp_path):
     run(load, tmp_path)
     result = json.loads((tmp_path / "training.json").read_text())
-    assert {"steps", "tokens", "train_seconds", "peak_memory_bytes", "loss", "history"} == set(result)
+    measured = {"steps", "tokens", "train_seconds", "peak_memory_bytes", "loss", "history"}
+    assert measured | {"precision", "update_survival"} == set(result)
     assert result["peak_memory_bytes"] > 0 and result["train_seconds"] > 0
 
 

@@ -118,7 +118,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_said_and_damages_nothing(small_disk, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "gradpruner.pipeline.run.Pipeline.check", lambda self, disk=True: None
+        "gradpruner.pipeline.run.Pipeline.check", lambda self, **kwargs: None
     )  # which would refuse to start
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * (31 * 2**19))

@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import open_dict
 from transformers import LlamaConfig
 
@@ -19,6 +20,7 @@ from experiments.config import CONF, build_pipeline, run_directory
 from experiments.run import _check_prunes
 from experiments.schema import ConfigError
 from experiments.sweep import is_left_out
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.offline_configs import shipped_config, shipped_ids
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline.run import Pipeline
@@ -83,7 +85,7 @@ def check_cell(name, scale, cell, tmp_path):
     if left_out:
         return None
     pipeline = build_pipeline(cfg)
-    pipeline.check(disk=False)
+    pipeline.check(resources=False)
     _check_prunes(pipeline)
     run_directory(cfg, pipeline)
     return pipeline
@@ -156,6 +158,20 @@ def test_a_table_gives_methods_what_they_need_at_its_scale():
     assert config("experiment=table8", "method=gradpruner", "method.steps=5").method.steps == 5
     assert config("experiment=table1", "method=minitron").method.recover_on is None
     assert config("experiment=table1", "scale=paper", "method=minitron").method.recover_on == "alpaca"
+
+
+@pytest.mark.parametrize("name", sorted(TABLES | OURS | {"paper"}))
+def test_an_importance_step_sees_the_rows_of_a_training_step(name):
+    cells = some_cells(name, "paper") if axes(name, "paper") else [[]]
+    configs = [config(f"experiment={name}", "scale=paper", *cell) for cell in cells]
+    targets = [get_class(cfg.method._target_) for cfg in configs]
+    rows = [
+        (cfg.method.batch_size * cfg.method.accumulation, cfg.finetune.batch_size)
+        for cfg, target in zip(configs, targets, strict=True)
+        if issubclass(target, GradPruner)
+    ]
+    assert bool(rows) == (name != "figure1")  # whose runs are all dense
+    assert set(rows) <= {(64, 64)}
 
 
 @pytest.mark.parametrize("overrides", [[], ["method=apt"], ["experiment=depth", "method=minitron"]])

@@ -66,6 +66,7 @@ def test_table_11_takes_any_model_and_plan(tmp_path):
     assert done.returncode == 0 and "by_hand" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("table", "lacks", "match", "wanted", "shown"), [
     ("2", "last", "Run method=dense with the same settings", ["method=dense"], "time and memory (Table 2)"),
     ("importance", "random", "needs runs that rank layers by gradients, got none among 1 in", ["method=gradpruner"],
@@ -109,6 +110,7 @@ def test_tables_of_the_paper_with_ours(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_figures_as_tables(tmp_path):
     for density in (0.1, 0.2):
         run(tmp_path, "method=gradpruner", f"method.density={density}")
@@ -132,6 +134,7 @@ def test_one_page_with_everything(tmp_path):
     assert "Not drawn: Figure 9 shows" in done.stderr
 
 
+@pytest.mark.slow
 def test_one_figure(tmp_path):
     run(tmp_path, "method=gradpruner")
     done = report("figure=plans", f"runs_dir={tmp_path}/runs", f"figures_dir={tmp_path}/figures")
@@ -139,6 +142,7 @@ def test_one_figure(tmp_path):
     assert "random-llama on" not in done.stdout  # no table was asked for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "match"), [
     ("figure=3", "figure must be one of 1, 2, 5, 6, 7, 8, 9, importance, plans, all, or null, got '3'"),
     ("output=report.pdf", "output must end with one of md, tex, csv, html, got report.pdf. Name it so."),
@@ -148,6 +152,7 @@ def test_other_figures_and_formats_are_refused(setting, match):
     assert done.returncode == 1 and match in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shown"), [("99", "'99'"), ("figure1", "'figure1'")])
 def test_other_tables_are_refused(name, shown):
     done = report(f"table={name}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gradpruner import surgery
 from gradpruner.merge import MERGE_RULES
 from gradpruner.models.architectures import (
     count_parameters,
@@ -265,6 +266,23 @@ def test_sublayers_and_targets(make_model):
     model = make_model()
     assert all(set(linear_sublayers(layer)) == SUBLAYERS for layer in decoder_layers(model))
     assert lora_targets(model) == sorted(name.rsplit(".", 1)[-1] for name in SUBLAYERS)
+
+
+# Models spread over devices, see also test_devices.py
+
+
+def test_merged_weights_are_sent_to_the_device_of_the_kept_one(tiny_llama, monkeypatch):
+    model, seen = tiny_llama(), []
+
+    def merge(kept, pruned, igias, density, rule, kept_igia=None):
+        seen.append({tensor.device.type for tensor in (kept, *pruned, *igias, kept_igia)})
+        return torch.empty_like(kept)
+
+    monkeypatch.setattr(surgery, "merge_layers", merge)
+    igia = random_igia(model)
+    model.model.layers[1].to("meta")
+    apply_plan(model, plan_for((2, 3), (2, 3), rule="fisher"), lambda layer, name: igia[layer, name])
+    assert seen == [{"meta"}] * len(SUBLAYERS)
 
 
 # Refusals

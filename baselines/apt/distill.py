@@ -119,7 +119,8 @@ def distillation_loss(
                 states[whose].append(after[real])
 
         with watch_layers(model, note):
-            return decode(model, batch)[:, :-1][chosen]  # (tokens, d)
+            last = decode(model, batch)[:, :-1]
+            return last[chosen.to(last.device)]  # (tokens, d)
 
     def of_chunk(own: Tensor, other: Tensor, targets: Tensor) -> Tensor:
         logits = head_logits(student, own)

@@ -42,7 +42,8 @@ from baselines.apt.scores import (
 from baselines.apt.settings import AptSettings
 from gradpruner.encoding import Batch
 from gradpruner.files import content_hash
-from gradpruner.finetune.run import REPORT_FILE, PruningCallback
+from gradpruner.finetune.result import REPORT_FILE
+from gradpruner.finetune.run import PruningCallback
 from gradpruner.hidden_states import answer_loss
 from gradpruner.models.counting import count_model
 from gradpruner.models.shape import LayerShape, ModelShape, config_shape, head_dim

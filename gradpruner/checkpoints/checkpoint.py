@@ -20,6 +20,7 @@ from gradpruner.checkpoints.model_card import model_card
 from gradpruner.checkpoints.probe import PROBE_FILE, make_probe
 from gradpruner.checkpoints.tensor_files import find_tensors, locate_tensors
 from gradpruner.files import write_json, write_text
+from gradpruner.models.padding import without_added_padding
 from gradpruner.models.shape import ModelShape, config_shape, model_shape, resize_layers
 from gradpruner.plan import PruningPlan
 
@@ -41,7 +42,8 @@ def save_checkpoint(
 
     Args:
         model: model to save; of a PeftModel the base goes to `folder` and the adapter to `folder/adapter`.
-        tokenizer: saved unchanged, chat template included.
+        tokenizer: saved as its source had it, chat template included and without a padding token that
+            `ModelSpec.load_tokenizer` added.
         plan: which layers were pruned and merged.
         folder: replaced if it exists.
         base_name: name of the dense model, for the card.
@@ -57,7 +59,7 @@ def save_checkpoint(
         model = model.unload()
     probe = make_probe(model, tokenizer)
     model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
-    tokenizer.save_pretrained(partial)
+    without_added_padding(tokenizer).save_pretrained(partial)
     plan.save(partial / "plan.json")
     write_json(partial / PROBE_FILE, probe)
     shape = model_shape(model)

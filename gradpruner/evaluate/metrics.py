@@ -52,7 +52,7 @@ def text_metrics(
     """Computes the metrics of generated answers.
 
     - `accuracy`: fraction that equals the reference once both are normalised; `accuracy_mode` is `generate`.
-    - `rouge_l`, `bertscore_f1`: means over the answers.
+    - `rouge_l`, `bertscore_f1`: means over the answers; `rouge_tokenizer` says what the words of `rouge_l` are.
     - `similarity`: mean of `rouge_l` and `bertscore_f1`, if both are computed (the paper's Section 4.1).
 
     Args:
@@ -77,6 +77,8 @@ def text_metrics(
         metrics |= {name: mean, f"{name}_stderr": stderr}
     if "accuracy" in rows:
         metrics["accuracy_mode"] = "generate"
+    if "rouge_l" in rows:
+        metrics["rouge_tokenizer"] = computed["rouge_tokenizer"]
     return metrics, rows
 
 

@@ -1,14 +1,38 @@
 """ROUGE-L of generated answers: F1 of the longest common subsequence of words (Lin, 2004), from rouge-score.
 
 An `evaluate` metric, loaded from this file: `evaluate.load("rouge")` would need the Hub. Like that metric, this one
-uses no stemming. The library's words are runs of the letters a to z and digits, so text in another script scores 0.
+uses no stemming. rouge-score's own words are runs of the letters a to z and digits, so text in another script would
+score 0; `UnicodeTokenizer` finds the same words in ASCII text, and words of all scripts.
 """
 
+import unicodedata
 from typing import Any
 
 import datasets
 import evaluate
+import regex  # has no types
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+
+TOKENIZER = "unicode-1"  # name in records; a change of the rules below needs another
+# Letters of scripts that put no spaces between words: Chinese, Japanese, and those of South East Asia (Thai, Lao, ...),
+# which Unicode gives the line break class SA.
+_UNSPACED = r"[[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Bopomofo}\p{LB=SA}]&&[\p{L}\p{Nl}]]"
+_WORD = regex.compile(rf"{_UNSPACED}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--{_UNSPACED}]+", regex.V1)
+
+
+class UnicodeTokenizer(Tokenizer):
+    """Tokenizer of any script: words are runs of letters, their marks and digits.
+
+    Where a script puts no spaces between words, every letter with its marks is a word, as in the usual ROUGE of Chinese
+    text. Text is compared in Unicode's compatibility form (NFKC), case-folded, as in `accuracy.normalise`. ASCII text
+    gets exactly the words of rouge-score.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        """Returns the words of the text, in order."""
+        words: list[str] = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+        return words
 
 
 class RougeL(evaluate.Metric):
@@ -25,10 +49,10 @@ class RougeL(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        """Returns `rouge_l` in [0, 1], and `rouge_l_rows`, one score per pair."""
-        scorer = RougeScorer(["rougeL"], use_stemmer=False)
+        """Returns `rouge_l` in [0, 1], `rouge_l_rows`, one score per pair, and `rouge_tokenizer`, its name."""
+        scorer = RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer())
         rows = [
             float(scorer.score(reference, prediction)["rougeL"].fmeasure)
             for prediction, reference in zip(predictions, references, strict=True)
         ]
-        return {"rouge_l": sum(rows) / len(rows), "rouge_l_rows": rows}
+        return {"rouge_l": sum(rows) / len(rows), "rouge_l_rows": rows, "rouge_tokenizer": TOKENIZER}

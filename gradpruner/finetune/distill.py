@@ -86,9 +86,9 @@ class DistillationLoss:
         chosen = batch["labels"][:, 1:] != IGNORED  # (B, T - 1): positions whose next token has a label
         real = batch["attention_mask"].bool()
         with torch.no_grad(), _states(self._teacher, self._settings.states) as teacher_states:
-            teacher_last = decode(self._teacher, batch)[:, :-1][chosen]  # (tokens, d)
+            teacher_last = _chosen(decode(self._teacher, batch), chosen)  # (tokens, d)
         with _states(student, self._settings.states) as student_states:
-            student_last = decode(student, batch)[:, :-1][chosen]
+            student_last = _chosen(decode(student, batch), chosen)
         total = sum_over_tokens(
             lambda *states: self._chunk(student, *states), student.config.vocab_size, student_last, teacher_last
         )
@@ -100,7 +100,7 @@ class DistillationLoss:
 
     def _chunk(self, student: PreTrainedModel, student_last: Tensor, teacher_last: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher_logits = head_logits(self._teacher, teacher_last)
+            teacher_logits = head_logits(self._teacher, teacher_last).to(student_last.device)
         return kl_divergence(teacher_logits, head_logits(student, student_last), self._settings.temperature)
 
 
@@ -135,3 +135,8 @@ def _states(model: PreTrainedModel, wanted: bool) -> Iterator[list[Tensor]]:
     note: Callable[[int, Tensor, Tensor], None] = lambda layer, before, after: outputs.append(after)  # noqa: E731
     with watch_layers(model, note):
         yield outputs
+
+
+def _chosen(states: Tensor, chosen: Tensor) -> Tensor:
+    """Returns the states (B, T, d) at the chosen of the first T - 1 positions, (tokens, d)."""
+    return states[:, :-1][chosen.to(states.device)]

@@ -11,55 +11,41 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_model, save_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_model
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from gradpruner.cost import PeakMemory
 from gradpruner.encoding import TrainingRow, collate
 from gradpruner.files import write_json
+from gradpruner.finetune.precision import prepare_weights, resolve_precision, training_arguments
+from gradpruner.finetune.result import (
+    ADAPTER_FOLDER,
+    PLAN_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    WEIGHTS_FILE,
+    TrainingAccount,
+    prune_again,
+    read_result,
+    update_survival,
+)
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.finetune.trainer import CompletionTrainer, DivergedError, Loss
 from gradpruner.models.architectures import lora_targets
 from gradpruner.plan import PruningPlan
 from gradpruner.runtime import default_device, set_seed
-from gradpruner.surgery import apply_plan
 
 logger = logging.getLogger(__name__)
 
-RESULT_FILE = "training.json"
-PLAN_FILE = "plan.json"
-REPORT_FILE = "report.json"
-WEIGHTS_FILE = "model.safetensors"
-ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
 HISTORY_KEYS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 COMPLETE_MARK = "complete.json"  # written last into a Trainer checkpoint
-
-
-class TrainingAccount(TypedDict):
-    """What a fine-tune cost and how its loss went; JSON-ready.
-
-    Attributes:
-        steps: optimizer steps.
-        tokens: trained on, without padding.
-        train_seconds: wall time, interrupted runs included.
-        peak_memory_bytes: see `cost.PeakMemory`.
-        loss: mean over the last tenth of the steps.
-        history: one dict per step, with the keys in `HISTORY_KEYS`.
-    """
-
-    steps: int
-    tokens: int
-    train_seconds: float
-    peak_memory_bytes: int
-    loss: float
-    history: list[dict[str, float]]
 
 
 class PruningCallback(TrainerCallback):
@@ -110,6 +96,8 @@ def finetune(
 ) -> TrainingAccount:
     """Fine-tunes `model` and writes the trained weights and an account of the run to `directory`.
 
+    A folder that holds the result already is left unchanged.
+
     Args:
         model: the (compressed) model; trained in place, and wrapped in place for LoRA. Do not use it afterwards: load
             the result with `load_finetuned`.
@@ -128,7 +116,10 @@ def finetune(
     Raises:
         DivergedError: if loss or gradient become NaN or infinite; the last good checkpoint is kept.
     """
+    if (directory / RESULT_FILE).is_file():  # written last: a run that was killed just after it is finished
+        return read_result(directory)
     set_seed(seed)
+    precision = resolve_precision(spec)
     checkpoints = directory / CHECKPOINTS_FOLDER
     resume_from, seconds_before = _last_whole_checkpoint(checkpoints)
     pruning = [callback for callback in callbacks if isinstance(callback, PruningCallback)]
@@ -137,7 +128,8 @@ def finetune(
         loss = loss or callback.loss
     if resume_from is not None:
         logger.info("Resuming fine-tuning from %s", resume_from)
-        _prune_again(model, Path(resume_from))
+        prune_again(model, Path(resume_from))
+    prepare_weights(model, spec, precision)
     if spec.mode == "lora":
         model = get_peft_model(model, _lora_config(model, spec, resume_from))
     elif not all(parameter.requires_grad for parameter in model.parameters()):
@@ -145,7 +137,7 @@ def finetune(
     clock = _Clock(seconds_before)
     trainer = _FinetuneTrainer(
         model,
-        _training_arguments(spec, checkpoints, seed),
+        _training_arguments(spec, checkpoints, seed, precision),
         description=f"{description} ({spec.mode})",
         loss=loss,
         train_dataset=_dataset(rows),
@@ -174,33 +166,13 @@ def finetune(
         "train_seconds": clock.seconds(),
         "peak_memory_bytes": memory.peak_bytes,
         "loss": sum(last) / len(last),
+        "precision": precision,
         "history": history,
     }
+    if spec.mode == "lora" and spec.merge_adapter:
+        account["update_survival"] = update_survival(model, spec)
     write_json(directory / RESULT_FILE, account)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return account
-
-
-def load_finetuned(model: PreTrainedModel, spec: TrainingSpec, directory: Path) -> PreTrainedModel:
-    """Puts the weights that `finetune` wrote into the model that it started with.
-
-    Returns:
-        The model in evaluation mode; with `mode=lora` and `merge_adapter=false` a PeftModel around it.
-    """
-    _prune_again(model, directory)
-    if spec.mode == "full":
-        load_model(model, directory / WEIGHTS_FILE)
-        return model.eval()
-    tuned = PeftModel.from_pretrained(model, directory / ADAPTER_FOLDER)
-    if not spec.merge_adapter:
-        return tuned.eval()
-    merged = tuned.merge_and_unload()
-    return merged.eval()
-
-
-def read_result(directory: Path) -> TrainingAccount:
-    """Returns the account that `finetune` wrote."""
-    account: TrainingAccount = json.loads((directory / RESULT_FILE).read_text())
     return account
 
 
@@ -274,12 +246,6 @@ def _last_whole_checkpoint(checkpoints: Path) -> tuple[str | None, float]:
     return str(marks[-1].parent), float(json.loads(marks[-1].read_text())["train_seconds"])
 
 
-def _prune_again(model: PreTrainedModel, folder: Path) -> None:
-    """Applies the plan that a `PruningCallback` saved in the folder, if there is one."""
-    if (folder / PLAN_FILE).is_file():
-        apply_plan(model, PruningPlan.load(folder / PLAN_FILE))
-
-
 def _lora_config(model: PreTrainedModel, spec: TrainingSpec, resume_from: str | None) -> LoraConfig:
     """Returns adapters for all linear sublayers; on resuming with saved ranks, which a `PruningCallback` may change."""
     patterns = ("rank_pattern", "alpha_pattern")
@@ -315,7 +281,9 @@ def _row(item: dict[str, Any]) -> TrainingRow:
     return TrainingRow(tuple(item["input_ids"]), item["num_answer_tokens"])
 
 
-def _training_arguments(spec: TrainingSpec, checkpoints: Path, seed: int) -> TrainingArguments:
+def _training_arguments(
+    spec: TrainingSpec, checkpoints: Path, seed: int, precision: str = "float32"
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=spec.epochs,
@@ -342,4 +310,5 @@ def _training_arguments(spec: TrainingSpec, checkpoints: Path, seed: int) -> Tra
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=default_device().type == "cpu",
         seed=seed,
+        **training_arguments(precision),
     )

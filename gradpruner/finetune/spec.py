@@ -6,9 +6,13 @@ Defaults are the paper's (Appendix C.2) and, where it is silent, those of the au
 import math
 from dataclasses import dataclass
 
+import torch
+
 from gradpruner.checks import check_choice
 
 MODES = ("full", "lora")
+PRECISIONS = ("auto", "float32", "bf16_mixed", "bf16_stochastic")
+MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class TrainingSpec:
         lora_alpha: alpha of the adapters.
         lora_dropout: dropout before the adapters.
         merge_adapter: fold the adapter into the saved checkpoint, instead of saving it beside the checkpoint.
+        precision: how weights are held and updated, see `precision`; `auto` is `bf16_mixed` for full fine-tuning on a
+            GPU, else `float32`.
+        merge_dtype: dtype of the trained weights that are evaluated and saved; `auto`: the model's.
         group_by_length: batch rows of similar length.
         gradient_checkpointing: recompute activations, for less memory and more time.
         save_steps: optimizer steps between checkpoints, from which an interrupted run resumes.
@@ -51,6 +58,8 @@ class TrainingSpec:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     merge_adapter: bool = True
+    precision: str = "auto"
+    merge_dtype: str = "auto"
     group_by_length: bool = True
     gradient_checkpointing: bool = False
     save_steps: int = 50
@@ -58,6 +67,8 @@ class TrainingSpec:
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work."""
         check_choice("finetune.mode", self.mode, MODES)
+        check_choice("finetune.merge_dtype", self.merge_dtype, ("auto", *MERGE_DTYPES))
+        self._check_precision()
         for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs", "lora_rank", "save_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise finetune.{name}.")
@@ -74,6 +85,19 @@ class TrainingSpec:
             raise ValueError(
                 f"batch_size must be a multiple of micro_batch_size, got {self.batch_size} and "
                 f"{self.micro_batch_size}. Change finetune.micro_batch_size."
+            )
+
+    def _check_precision(self) -> None:
+        if self.precision in ("fp16", "float16", "fp16_mixed"):
+            raise ValueError(
+                f"Training in float16 is not offered, got finetune.precision={self.precision}: gradients underflow and "
+                "updates are rounded. Use finetune.precision=bf16_mixed or float32."
+            )
+        check_choice("finetune.precision", self.precision, PRECISIONS)
+        if self.precision == "bf16_stochastic" and self.mode == "lora":
+            raise ValueError(
+                "finetune.precision=bf16_stochastic is for full fine-tuning, got mode=lora, whose adapters are float32 "
+                "and small. Use finetune.precision=auto."
             )
 
     @property

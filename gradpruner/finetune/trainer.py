@@ -47,7 +47,10 @@ class CompletionTrainer(Trainer):
         if self._loss is None:
             result = super().compute_loss(model, trim_to_answers(inputs), return_outputs, num_items_in_batch)
         else:
-            total, num_tokens = self._loss(model, inputs)
+            with (
+                self.accelerator.autocast()
+            ):  # accelerate wraps forward alone, and these losses call parts of the model
+                total, num_tokens = self._loss(model, inputs)
             result = total / (num_tokens if num_items_in_batch is None else num_items_in_batch)
         loss = result[0] if return_outputs else result
         if not torch.isfinite(loss):

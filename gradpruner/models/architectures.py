@@ -169,7 +169,17 @@ def linear_sublayers(layer: nn.Module) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def check_finite_weights(model: PreTrainedModel) -> None:
-    """Raises ValueError naming the decoder layers whose weights are NaN or infinite."""
+    """Raises ValueError naming the decoder layers whose weights are offloaded, NaN or infinite."""
+    offloaded = [
+        layer
+        for layer, module in enumerate(decoder_layers(model))
+        if any(parameter.is_meta for parameter in module.parameters())
+    ]
+    if offloaded:
+        raise ValueError(
+            f"The weights of decoder layers must be on a device, got layers {offloaded} offloaded to the host or disk. "
+            "Load the model with a device_map of devices that can hold all of it, or on the CPU."
+        )
     bad = [
         layer
         for layer, module in enumerate(decoder_layers(model))

@@ -19,6 +19,11 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+
 
 class AssetError(ValueError):
     """A requested model is not on this machine; the message says how to get it."""
@@ -82,14 +87,45 @@ def find_wheel(module: str, requirement: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def find_weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files that transformers reads a folder's weights from; empty if there are none.
+
+    Raises:
+        AssetError: if the index of several files is damaged.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return []
+    try:
+        return [folder / str(name) for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AssetError(
+            f"The index of a checkpoint must hold a weight_map, got {error!r} from {index}. "
+            "The file is damaged: download or save the checkpoint again."
+        ) from error
+
+
+def adapter_alone(source: str | Path) -> AssetError:
+    """Returns the error for an adapter that comes without its base model."""
+    return AssetError(
+        f"No model in {source}: it holds an adapter alone ({ADAPTER_CONFIG_FILE}). Merge the adapter into its base "
+        "model with peft's merge_and_unload(), save the result with its tokenizer, and give model.path that folder."
+    )
+
+
 def _check_folder(folder: Path) -> None:
-    """Raises AssetError unless `folder` is a safetensors checkpoint."""
+    """Raises AssetError unless `folder` is a safetensors checkpoint of a whole model."""
+    weights = {file.name for file in folder.glob("*.safetensors")} - {ADAPTER_FILE}
+    if (folder / ADAPTER_CONFIG_FILE).is_file() and not weights:
+        raise adapter_alone(folder.absolute())
     if not (folder / "config.json").is_file():
         raise AssetError(
             f"No model in {folder.absolute()}: it has no config.json. "
             "Give model.path a folder written by save_pretrained, or a Hub id such as meta-llama/Llama-3.2-1B."
         )
-    if not any(folder.glob("*.safetensors")):
+    if not weights:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         found = f"only pickle files ({', '.join(pickles)})" if pickles else "no weights"
         raise AssetError(

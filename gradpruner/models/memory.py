@@ -1,6 +1,7 @@
 """Peak memory of training, estimated from a config; no weights are loaded."""
 
 import copy
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from gradpruner.models.shape import LayerShape, ModelShape, config_shape, empty_
 from gradpruner.runtime import default_device
 
 GLIBC_OVERHEAD = 0.7
+BLOCK_8BIT = 256  # parameters that share a scale in 8-bit moments
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def estimate_training_memory(
     logit_positions: int,
     dtype: torch.dtype,
     *,
+    precision: str | None = None,
     lora_rank: int | None = None,
     recompute: bool = False,
     accumulate: bool = False,
@@ -74,6 +77,7 @@ def estimate_training_memory(
         length: tokens per row, including padding.
         logit_positions: positions per row that get logits.
         dtype: dtype of the weights.
+        precision: one of `finetune.spec.PRECISIONS` but `auto`: the dtypes of a full fine-tune. None: `dtype` for all.
         lora_rank: rank of the adapters on frozen weights; None trains all weights.
         recompute: activation checkpointing: keep each layer's input only, and one layer's activations at a time.
         accumulate: several micro batches per step, so that gradients and activations are held at the same time.
@@ -87,6 +91,10 @@ def estimate_training_memory(
         config = copy.deepcopy(config)
         config._attn_implementation = "eager"
     counts, num_layers = count_model(config, shape), len(shape.layers)
+    autocast = precision == "bf16_mixed"
+    if lora_rank is None and precision is not None:
+        dtype = torch.bfloat16 if precision == "bf16_stochastic" else torch.float32
+    activation_dtype = torch.bfloat16 if autocast else dtype
     # peft keeps adapters in float32, whatever the dtype of the weights.
     adapters = 4 * counts.num_lora_parameters(lora_rank) if lora_rank else 0
     weights = counts.num_parameters * dtype.itemsize
@@ -95,16 +103,16 @@ def estimate_training_memory(
     for sizes in set(shape.layers):
         one, two = (
             saved_activation_bytes(
-                config, ModelShape(shape.hidden_size, (sizes,) * n), batch_size, length, lora_rank, dtype
+                config, ModelShape(shape.hidden_size, (sizes,) * n), batch_size, length, lora_rank, dtype, autocast
             )
             for n in (1, 2)
         )
         own[sizes], outside = two - one, 2 * one - two
     layers, layer = sum(own[sizes] for sizes in shape.layers), max(own.values())
-    hidden = batch_size * length * shape.hidden_size * dtype.itemsize
+    hidden = batch_size * length * shape.hidden_size * activation_dtype.itemsize
     activations = outside + (num_layers * hidden + layer if recompute else layers)
-    logits = _loss_bytes(batch_size * logit_positions * counts.vocab_size, dtype)
-    inside = 3 * batch_size * length * max(part.widest for part in counts.layers) * dtype.itemsize
+    logits = _loss_bytes(batch_size * logit_positions * counts.vocab_size, activation_dtype)
+    inside = 3 * batch_size * length * max(part.widest for part in counts.layers) * activation_dtype.itemsize
     transient = max(logits, inside)
     # Recomputed activations are allocated and freed all the same, with the same holes in the heap.
     allocator = round(overhead * (outside + layers + transient))
@@ -119,7 +127,7 @@ def estimate_training_memory(
     return MemoryEstimate(
         weights=weights + adapters,
         gradients=gradients,
-        moments=2 * trained,
+        moments=2 * (_bytes_8bit(counts.num_parameters) if precision == "bf16_stochastic" else trained),
         activations=activations,
         transient=transient,
         factors=adapters if keep_factors else 0,
@@ -139,6 +147,11 @@ def allocator_overhead() -> float:
     return 0.0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else GLIBC_OVERHEAD
 
 
+def _bytes_8bit(num_parameters: int) -> int:
+    """Returns the bytes of a moment in torchao's 8-bit AdamW: one per parameter, and a float32 scale per block."""
+    return num_parameters + 4 * math.ceil(num_parameters / BLOCK_8BIT)
+
+
 def _loss_bytes(num_logits: int, dtype: torch.dtype) -> int:
     """Returns bytes of logits, log-probabilities and their gradient in float32, plus a copy of narrower logits."""
     return num_logits * (3 * 4 + (dtype.itemsize if dtype.itemsize < 4 else 0))
@@ -151,6 +164,7 @@ def saved_activation_bytes(
     length: int,
     lora_rank: int | None,
     dtype: torch.dtype,
+    autocast: bool = False,
 ) -> int:
     """Returns the bytes that autograd saves in a forward pass of that shape, without logits; computes nothing."""
     model = _empty_training_model(config, shape, lora_rank, dtype)
@@ -168,7 +182,8 @@ def saved_activation_bytes(
             saved[storage._cdata] = storage
         return tensor
 
-    with mode, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    cast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast)
+    with mode, cast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         tokens = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "position_ids": tokens}
         functional_call(model, values, kwargs={**inputs, "use_cache": False, "logits_to_keep": 1}, tie_weights=True)

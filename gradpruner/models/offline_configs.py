@@ -43,6 +43,9 @@ class OfflineModelSpec(ModelSpec):
         packaged = PACKAGED_MODELS[STAND_IN_TOKENIZER]
         return AutoTokenizer.from_pretrained(find_wheel(packaged.module, packaged.requirement), gguf_file=packaged.file)
 
+    def commit(self, assets_dir: Path) -> None:
+        """Returns None: nothing is read from the Hub."""
+
     def load(self, assets_dir: Path) -> PreTrainedModel:
         """Raises ValueError: there are no weights."""
         raise ValueError(f"{self.path} was made for a dry run and has no weights. Build a ModelSpec instead.")

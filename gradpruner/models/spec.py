@@ -18,6 +18,16 @@ from transformers import (
 
 from gradpruner.models import assets
 from gradpruner.models.architectures import check_supported
+from gradpruner.models.hub import resolve_commit
+from gradpruner.models.loading import (
+    NO_ADAPTER,
+    check_checkpoint,
+    check_loading_report,
+    check_not_adapter_alone,
+    check_not_quantized,
+    warn_of_adapter,
+)
+from gradpruner.models.padding import add_padding
 from gradpruner.runtime import default_device, default_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,35 +87,60 @@ class ModelSpec:
         """
         return assets.resolve(self.path, assets_dir, self.config)
 
+    def commit(self, assets_dir: Path) -> str | None:
+        """Returns the commit of a Hub model, resolved once per process; None for folders, which have none.
+
+        Raises:
+            OSError: if neither the Hub nor the local cache knows it.
+        """
+        source = self.source(assets_dir)
+        return None if Path(source).is_dir() else resolve_commit(source, self.revision)
+
     def load_config(self, assets_dir: Path) -> PreTrainedConfig:
-        """Loads the config, no weights; raises ValueError if the architecture is not supported."""
-        config = AutoConfig.from_pretrained(
-            self.source(assets_dir), revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
+        """Loads the config, no weights; its `_commit_hash` is the commit of a Hub model.
+
+        Raises:
+            ValueError: if the architecture is not supported, the weights are quantized, or there is only an adapter.
+        """
+        source, commit = self.source(assets_dir), self.commit(assets_dir)
+        check_not_adapter_alone(source, commit)
+        config = AutoConfig.from_pretrained(source, revision=commit, trust_remote_code=self.trust_remote_code)
+        config._commit_hash = commit  # as transformers itself used to; no saved file holds it
+        check_not_quantized(config, source)
         check_supported(config)
         return config
 
     def load_tokenizer(self, assets_dir: Path) -> PreTrainedTokenizerBase:
         """Loads the tokenizer, and sets a padding token if the checkpoint has none."""
-        tokenizer = AutoTokenizer.from_pretrained(
-            self.source(assets_dir), revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so any token serves
+        source, commit = self.source(assets_dir), self.commit(assets_dir)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=commit, trust_remote_code=self.trust_remote_code)
+        add_padding(tokenizer)
         return tokenizer
 
     def load(self, assets_dir: Path) -> PreTrainedModel:
-        """Loads the model in evaluation mode on the default device; reads safetensors only."""
-        self.load_config(assets_dir)  # refuses unsupported models before reading gigabytes
-        model = AutoModelForCausalLM.from_pretrained(
-            self.source(assets_dir),
-            revision=self.revision,
+        """Loads the model in evaluation mode on the default device; reads safetensors only.
+
+        Raises:
+            ValueError: also if the weights do not fit the config, of a folder before any of them is read.
+        """
+        config = self.load_config(assets_dir)  # refuses unsupported models before reading gigabytes
+        source, commit, device = self.source(assets_dir), self.commit(assets_dir), default_device()
+        check_checkpoint(source, config)
+        warn_of_adapter(source, commit)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=commit,
             dtype=self.torch_dtype,
             attn_implementation=None if self.attn_implementation == "auto" else self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,
+            device_map=None if device.type == "cpu" else {"": device},  # no copy of all weights in host memory
+            adapter_kwargs=NO_ADAPTER,
+            ignore_mismatched_sizes=True,  # they are in the report
+            output_loading_info=True,
         )
-        return model.to(default_device()).eval()
+        check_loading_report(report, source)
+        return model.to(device).eval()
 
     def fingerprint(self, assets_dir: Path) -> str:
         """Returns a text that changes when the weights may have changed; it is part of every cache key.
@@ -115,8 +150,9 @@ class ModelSpec:
         source = Path(self.source(assets_dir))
         digest = hashlib.sha256()
         if not source.is_dir():
-            config = self.load_config(assets_dir)
-            return f"{self.path}@{getattr(config, '_commit_hash', None) or self.revision}"
+            # From the config, which is there without the Hub in a dry run.
+            commit = getattr(self.load_config(assets_dir), "_commit_hash", None)
+            return f"{self.path}@{commit or self.revision}"
         files = sorted([*source.glob("*.safetensors"), *source.glob("*.json"), *source.glob("*.jinja")])
         hash_content = sum(file.stat().st_size for file in files) <= MAX_HASHED_BYTES
         for file in files:

@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 from gradpruner.cost import TotalCost, total_cost
 from gradpruner.evaluate.base import PREDICTIONS_FILE
-from gradpruner.finetune.run import PLAN_FILE, REPORT_FILE, TrainingAccount, read_result
+from gradpruner.finetune.result import PLAN_FILE, REPORT_FILE, TrainingAccount, merge_for_checkpoint, read_result
 from gradpruner.models.shape import ModelShape
 from gradpruner.pipeline.cache import StageCache
+from gradpruner.pipeline.disk import check_disk
+from gradpruner.pipeline.estimate import check_memory
 from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner
-from gradpruner.pipeline.setup import Setup
+from gradpruner.pipeline.setup import Setup, hash_rows
 from gradpruner.pipeline.stages import (
     COST_FILE,
     METRICS_FILE,
@@ -32,8 +34,9 @@ from gradpruner.pipeline.stages import (
     speed_stage,
 )
 from gradpruner.plan import PruningPlan
-from gradpruner.record_sections import MethodReport, Metrics, SpeedSection, empty_section
+from gradpruner.record_sections import ContentSection, MethodReport, Metrics, SpeedSection, empty_section
 from gradpruner.repair import read_fits
+from gradpruner.tasks import fingerprint
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,27 @@ class _Chain:
 class Pipeline(Setup):
     """A run: everything that decides it, and its stages in order."""
 
+    def check(self, resources: bool = True, save_to: Path | None = None) -> None:
+        """Does the checks of `Setup.check`, and refuses a run that does not fit on this machine.
+
+        Args:
+            resources: also check space on the disk and memory of the GPU; a dry run does not.
+            save_to: folder that the final model is saved to after the run, or None if it is not saved.
+
+        Raises:
+            ValueError: also if the disk or the GPU cannot hold what the run needs.
+        """
+        super().check()
+        if resources:
+            folders = self._folders()
+            check_disk(self, folders, save_to)
+            check_memory(self, [stage for stage, folder in folders.items() if folder.is_dir()])
+
+    def _folders(self) -> dict[str, Path]:
+        """Returns where the result of each stage is or will be."""
+        cache = StageCache(self.cache_dir / "stages")
+        return {name: cache.path(stage.name, stage.key) for name, stage in self._named_stages().items()}
+
     def run(self) -> Outcome:
         """Runs every stage that is not in the cache yet."""
         self.check()
@@ -124,13 +148,32 @@ class Pipeline(Setup):
         )
 
     def load_result(self) -> PreTrainedModel:
-        """The fine-tuned model of a finished run, rebuilt from the cache."""
-        return self._runner.take(self._chain.finetune)
+        """Returns the fine-tuned model of a finished run as a checkpoint has it, rebuilt from the cache."""
+        return merge_for_checkpoint(self._runner.take(self._chain.finetune), self.training)
 
     def stages(self) -> dict[str, bool]:
         """Which stages are in the cache already."""
-        found = {name: stage for name, stage in vars(self._chain).items() if stage is not None and name != "untuned"}
-        return {name: self._runner.is_cached(stage) for name, stage in found.items()}
+        return {name: self._runner.is_cached(stage) for name, stage in self._named_stages().items()}
+
+    def stage_ids(self) -> dict[str, str]:
+        """Returns the id of each stage, which covers settings, weights, data, code and versions; computes no stage."""
+        return {name: stage.id for name, stage in self._named_stages().items()}
+
+    @cached_property
+    def content(self) -> ContentSection:
+        """Weights and data that the run is made from, read when this is first asked for; loads no weights."""
+        found: ContentSection = {
+            "model": self.fingerprint,
+            "train_rows": self.rows_hash,
+            "test_rows": fingerprint(self.test_examples),
+        }
+        if self.recovery is not None:
+            found["recovery_rows"] = hash_rows(self.recovery_rows)
+        return found
+
+    def _named_stages(self) -> dict[str, Stage]:
+        """Returns the stages that the run has, in order."""
+        return {name: stage for name, stage in vars(self._chain).items() if stage is not None and name != "untuned"}
 
     @cached_property
     def _chain(self) -> _Chain:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from gradpruner.files import content_hash
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.method import Method, Recovery
 from gradpruner.models.architectures import count_parameters, empty_model
+from gradpruner.models.loading import check_checkpoint
 from gradpruner.models.shape import ModelShape
 from gradpruner.models.spec import ModelSpec
 from gradpruner.tasks import Example, Task
@@ -116,6 +116,11 @@ class Setup:
         return self.method.base_model(self.model)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights that the method starts from; see `ModelSpec.fingerprint`."""
+        return self.base_model.fingerprint(self.assets_dir)
+
+    @cached_property
     def config(self) -> PreTrainedConfig:
         """Config of the model that the method starts from."""
         return self.base_model.load_config(self.assets_dir)
@@ -164,15 +169,12 @@ class Setup:
 
     # ---- checks ----
 
-    def check(self, disk: bool = True) -> None:
+    def check(self) -> None:
         """Reads config and data and resolves the method; raises what `ModelSpec`, `Task` and `Method` raise.
 
-        Args:
-            disk: also check that there is disk space for what the run will write.
-
         Raises:
-            ValueError: also if started by torchrun, if `max_length` is over the model's positions, or if the disk has
-                no room for what the run will write.
+            ValueError: also if started by torchrun, if `max_length` is over the model's positions, or if a folder lacks
+                tensors of the model.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
@@ -180,11 +182,11 @@ class Setup:
                 "Start it with plain python; spread a sweep over processes with hydra/launcher=joblib."
             )
         self._check_positions()
+        if Path(self.base_model.path).is_dir():
+            check_checkpoint(self.base_model.path, self.config)
         self.method.check_training(self.training)
         _ = self.resolved_method, self.shape, self.questions, self.recovery_rows
         self.cache_dir.mkdir(parents=True, exist_ok=True)
-        if disk:
-            self._check_disk()
 
     def _check_positions(self) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)
@@ -194,17 +196,6 @@ class Setup:
             raise ValueError(
                 f"dataset.max_length must be at most the {limit} positions that {self.base_model.name} was made for, "
                 f"got {longest}. Lower dataset.max_length."
-            )
-
-    def _check_disk(self) -> None:
-        # Weights in float32; full fine-tuning keeps two checkpoints with two optimizer moments besides.
-        trains_all = "full" in (self.training.mode, self.recovery and self.recovery.training.mode)
-        copies = 8 if trains_all else 1
-        needed, free = 4 * self.num_dense_parameters * copies, shutil.disk_usage(self.cache_dir).free
-        if needed > free:
-            raise ValueError(
-                f"Not enough disk space in {self.cache_dir.absolute()}: about {needed / 1e9:.1f} GB needed, "
-                f"{free / 1e9:.1f} GB free. Free some, or set cache_dir to another disk."
             )
 
 

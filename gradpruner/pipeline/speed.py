@@ -130,6 +130,7 @@ def workload_like(model: ModelSpec, training: TrainingSpec, rows: Sequence[Train
     answer = round(sum(row.num_answer_tokens for row in rows) / len(rows))
     return Workload(
         mode=training.mode,
+        precision=training.precision,
         lora_rank=training.lora_rank,
         gradient_checkpointing=training.gradient_checkpointing,
         train_rows=training.micro_batch_size,

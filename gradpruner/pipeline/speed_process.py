@@ -44,6 +44,7 @@ class Workload:
 
     Attributes:
         mode: training of `full` weights or `lora` adapters.
+        precision: as in `TrainingSpec`.
         lora_rank: rank of the adapters.
         gradient_checkpointing: recompute activations.
         train_rows: rows per training step.
@@ -59,6 +60,7 @@ class Workload:
     """
 
     mode: str = "lora"
+    precision: str = "auto"
     lora_rank: int = 8
     gradient_checkpointing: bool = False
     train_rows: int = 8
@@ -139,6 +141,7 @@ def _train(model: PreTrainedModel, workload: Workload) -> dict[str, dict[str, An
     """Times the steps of `finetune.run.finetune`, as a run makes them."""
     spec = TrainingSpec(
         mode=workload.mode,
+        precision=workload.precision,
         lora_rank=workload.lora_rank,
         gradient_checkpointing=workload.gradient_checkpointing,
         batch_size=workload.train_rows,

@@ -17,7 +17,9 @@ from gradpruner.encoding import Batch, training_batches
 from gradpruner.evaluate.base import PREDICTIONS_FILE, predict_all
 from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.finetune.distill import DistillationLoss
-from gradpruner.finetune.run import PLAN_FILE, REPORT_FILE, finetune, load_finetuned
+from gradpruner.finetune.precision import resolve_precision
+from gradpruner.finetune.result import PLAN_FILE, REPORT_FILE, load_finetuned, merge_for_checkpoint
+from gradpruner.finetune.run import finetune
 from gradpruner.method import Calibration, Compressed
 from gradpruner.models.architectures import check_finite_weights, count_parameters
 from gradpruner.models.shape import ModelShape, config_shape, model_shape
@@ -52,7 +54,7 @@ def measure_stage(setup: Setup) -> Stage:
         cost.save(directory / COST_FILE)
 
     key = {
-        "model": model.fingerprint(setup.assets_dir),
+        "model": setup.fingerprint,
         "dtype": str(model.torch_dtype),  # not `auto`: a CPU and a GPU may share a cache
         "attn_implementation": model.attn_implementation,
         "method": method.measured_as.name,
@@ -160,11 +162,15 @@ def recover_stage(setup: Setup, runner: StageRunner, pruned: ModelStage, compres
         )
 
     def load(directory: Path) -> PreTrainedModel:
-        return load_finetuned(runner.take(compressed), recovery.training, directory)
+        # Merged even where that rounds: the fine-tune puts its own adapters on.
+        return merge_for_checkpoint(
+            load_finetuned(runner.take(compressed), recovery.training, directory), recovery.training
+        )
 
     key = {
         "compressed": compressed.id,
         "recovery": dataclasses.asdict(recovery),
+        "precision": resolve_precision(recovery.training),
         "rows": hash_rows(setup.recovery_rows),
         "seed": setup.seed,
         "code": code_version(recover_stage),
@@ -195,6 +201,7 @@ def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage) -> Mo
     key = {
         "untuned": untuned.id,
         "training": dataclasses.asdict(setup.training),
+        "precision": resolve_precision(setup.training),
         "rows": setup.rows_hash,
         "seed": setup.seed,
         "code": code_version(finetune_stage, type(method)),

@@ -9,6 +9,8 @@ from typing import Any
 from gradpruner.record import NOT_IDENTITY, RunRecord
 from gradpruner.reporting.labels import METHOD_LABELS, MetricColumn, describe_origins, method_place, metric_columns
 
+# Settings of the fine-tune that older records lack, with the value that those runs had.
+LATER_SETTINGS = {"precision": "auto", "merge_dtype": "auto"}
 # Config keys that may differ between the rows of one table; a difference in any other key makes another table.
 NOT_SETTING = (*NOT_IDENTITY, "method", "seed", "evaluate_before")
 
@@ -56,9 +58,15 @@ def dataset_name(record: RunRecord) -> str:
 
 
 def setting(record: RunRecord) -> dict[str, Any]:
-    """Returns the part of a config that comparable runs share: model, data, fine-tuning, evaluation."""
+    """Returns the part of a config that comparable runs share: model, data, fine-tuning, evaluation.
+
+    Settings that older records lack are left out where they have the value that those runs had.
+    """
     shared = {key: value for key, value in record.config.items() if key not in NOT_SETTING}
-    return shared | {"dataset": data_settings(record)}
+    finetune = {
+        key: value for key, value in record.config["finetune"].items() if (key, value) not in LATER_SETTINGS.items()
+    }
+    return shared | {"dataset": data_settings(record), "finetune": finetune}
 
 
 def data_settings(record: RunRecord) -> dict[str, Any]:

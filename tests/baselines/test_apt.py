@@ -36,7 +36,8 @@ from baselines.apt_fast import AptFast
 from gradpruner.budget import target_parameters
 from gradpruner.encoding import TrainingRow
 from gradpruner.evaluate.likelihood import Likelihood
-from gradpruner.finetune.run import CHECKPOINTS_FOLDER, PLAN_FILE, finetune, load_finetuned
+from gradpruner.finetune.result import PLAN_FILE, load_finetuned
+from gradpruner.finetune.run import CHECKPOINTS_FOLDER, finetune
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.models.architectures import count_parameters, decoder_layers, lora_targets
 from gradpruner.models.counting import count_model

@@ -27,7 +27,8 @@ from baselines.sat_units import (
 )
 from gradpruner.encoding import TrainingRow
 from gradpruner.evaluate.likelihood import Likelihood
-from gradpruner.finetune.run import CHECKPOINTS_FOLDER, COMPLETE_MARK, finetune, load_finetuned, read_result
+from gradpruner.finetune.result import load_finetuned, read_result
+from gradpruner.finetune.run import CHECKPOINTS_FOLDER, COMPLETE_MARK, finetune
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.models.architectures import lora_targets
 from gradpruner.models.spec import ModelSpec

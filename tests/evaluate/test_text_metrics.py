@@ -9,11 +9,16 @@ from pathlib import Path
 import bert_score
 import evaluate
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rouge_score import rouge_scorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from gradpruner.evaluate import accuracy as accuracy_file
 from gradpruner.evaluate.accuracy import normalise
 from gradpruner.evaluate.metrics import load_metric, text_metrics
+from gradpruner.evaluate.rouge_l import UnicodeTokenizer
+from gradpruner.record_sections import Metrics
 
 FOLDER = Path(accuracy_file.__file__).parent
 PAIRS = [  # (answer, reference, ROUGE-L F1 by hand)
@@ -41,6 +46,63 @@ def test_rouge_l_by_hand_and_by_the_library():
     expected = [library.score(reference, answer)["rougeL"].fmeasure for answer, reference, _ in PAIRS]
     assert computed["rouge_l_rows"] == expected
     assert computed["rouge_l"] == pytest.approx(statistics.mean(expected))
+
+
+ascii_text = st.text(st.characters(max_codepoint=127), max_size=40) | st.lists(
+    st.sampled_from(["the", "The", "cat", "it's", "3.5", "U.S.", "x_y", "a-b", "\n", "?!", "END"])
+).map(" ".join)
+
+
+@settings(derandomize=True, deadline=None, max_examples=500, database=None)
+@given(ascii_text, ascii_text)
+def test_rouge_l_of_ascii_text_is_that_of_the_library(answer, reference):
+    assert UnicodeTokenizer().tokenize(answer) == DefaultTokenizer().tokenize(answer)
+    ours = rouge_scorer.RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer()).score(reference, answer)
+    assert ours == rouge_scorer.RougeScorer(["rougeL"]).score(reference, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("北京 2024年", ["北", "京", "2024", "年"]),
+        ("コーヒーがガ", ["コ", "ー", "ヒ", "ー", "が", "ガ"]),
+        ("ｶﾞ人々〇", ["ガ", "人", "々", "〇"]),  # noqa: RUF001  # half width; a mark of repetition; a zero
+        ("ผู้ใหญ่", ["ผู้", "ใ", "ห", "ญ่"]),  # letters with their marks
+        ("Это — слово.", ["это", "слово"]),
+        ("L’été à Noël, ÉTÉ", ["l", "été", "à", "noël", "été"]),  # noqa: RUF001
+        ("e\u0301te\u0301", ["été"]),  # letters and marks apart
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("Straße ＡＢＣ ﬁne m²", ["strasse", "abc", "fine", "m2"]),  # noqa: RUF001
+        ("٣ نقاط", ["٣", "نقاط"]),
+        ("GPT模型v2", ["gpt", "模", "型", "v2"]),
+        ("_ 😀 § …、。", []),
+    ],
+)
+def test_words_of_other_scripts(text, words):
+    assert UnicodeTokenizer().tokenize(text) == words
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("北京", "北京", 1.0),
+        ("今天天气好", "今天天气很好", 2 * 1 * (5 / 6) / (1 + 5 / 6)),  # LCS: 5 of 5 and 5 of 6 characters
+        ("кошка сидит на стуле", "Кошка сидит на столе.", 3 / 4),  # one of four words is wrong
+        ("le café est fermé", "Le café était fermé", 3 / 4),
+        ("cafe", "café", 0.0),  # rouge-score found "caf" here
+        ("", "北京", 0.0),
+    ],
+)
+def test_rouge_l_of_other_scripts_by_hand(answer, reference, expected):
+    metrics, rows = text_metrics(["rouge_l"], [answer], [reference])
+    assert rows["rouge_l"] == pytest.approx([expected])
+    assert metrics["rouge_tokenizer"] == "unicode-1"
+
+
+def test_only_rouge_l_names_its_tokenizer():
+    assert "rouge_tokenizer" not in text_metrics(["accuracy"], ["a"], ["a"])[0]
+    assert "rouge_tokenizer" in Metrics.__annotations__
 
 
 def test_bertscore_equals_the_library(minilm):

@@ -127,6 +127,13 @@ def test_what_older_records_lack_is_said_only_where_it_tells_rows_apart():
     assert sorted(row[0] for row in table.rows) == ["LaCo", "LaCo, repair=none"]
 
 
+def test_older_records_share_a_table_with_runs_whose_later_settings_are_the_usual_ones():
+    old, new = {"mode": "lora"}, {"mode": "lora", "precision": "auto", "merge_dtype": "auto"}
+    assert len(comparisons([record("laco", config={"finetune": each}) for each in (old, new)])) == 1
+    other = new | {"precision": "bf16_mixed"}
+    assert len(comparisons([record("laco", config={"finetune": each}) for each in (old, other)])) == 2
+
+
 VALUES = {"rule": st.sampled_from("ab"), "steps": st.integers(1, 3), "repair": st.none() | st.just({"rows": 1})}
 
 

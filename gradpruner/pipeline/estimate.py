@@ -1,0 +1,228 @@
+"""Estimated peak memory of the phases of a run that train, and the refusal of a run that its GPU cannot hold.
+
+Config, rows and settings are enough for the estimates; no weights are loaded. See `gradpruner.models.memory`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from gradpruner.encoding import TrainingRow
+from gradpruner.finetune.precision import resolve_precision
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.grad_pruner import GradPruner
+from gradpruner.models.counting import count_model
+from gradpruner.models.memory import MemoryEstimate, allocator_overhead, estimate_training_memory
+from gradpruner.models.shape import ModelShape
+from gradpruner.pipeline.setup import Setup
+from gradpruner.runtime import default_device
+
+
+def training_memory(
+    setup: Setup,
+    training: TrainingSpec,
+    rows: Sequence[TrainingRow],
+    config: PreTrainedConfig,
+    shape: ModelShape | None = None,
+) -> MemoryEstimate:
+    """Estimates the peak memory of a fine-tune, with micro batches of rows that are as long as the longest one.
+
+    Args:
+        setup: the run.
+        training: how to train.
+        rows: what to train on.
+        config: config of the dense model.
+        shape: shape of the trained model; None is the dense one.
+    """
+    length, positions = _longest(rows)
+    return estimate_training_memory(
+        config,
+        min(training.micro_batch_size, len(rows)),
+        length,
+        positions,
+        setup.base_model.torch_dtype,
+        precision=resolve_precision(training) if training.mode == "full" else None,
+        lora_rank=training.lora_rank if training.mode == "lora" else None,
+        recompute=training.gradient_checkpointing,
+        accumulate=training.accumulation > 1,
+        attn_implementation=setup.model.attn_implementation,
+        overhead=allocator_overhead(),
+        shape=shape,
+    )
+
+
+def importance_memory(setup: Setup, method: GradPruner) -> MemoryEstimate:
+    """Estimates the peak memory of a method's importance run on the dense model."""
+    length, positions = _longest(setup.rows)
+    return estimate_training_memory(
+        setup.config,
+        method.batch_size,
+        length,
+        positions,
+        setup.base_model.torch_dtype,
+        lora_rank=method.lora_rank,
+        recompute=method.gradient_checkpointing,
+        keep_factors=True,
+        attn_implementation=setup.model.attn_implementation,
+        overhead=allocator_overhead(),
+    )
+
+
+def check_memory(setup: Setup, cached: Collection[str] = ()) -> None:
+    """Refuses a run that the memory of its GPU cannot hold, and names settings with which it would fit.
+
+    On a CPU nothing is refused: memory can be swapped, and estimates are rough.
+
+    Args:
+        setup: the run.
+        cached: stages that are in the cache already, which need no memory.
+
+    Raises:
+        ValueError: if importance run, recovery or fine-tune need more memory than is free.
+    """
+    device = default_device()
+    if device.type != "cuda":
+        return
+    free = free_bytes(device)
+    for phase in _phases(setup):
+        needed = phase.num_bytes(phase.num_rows, phase.recompute)
+        if phase.stage in cached or needed <= free:
+            continue
+        fits = next((tried for tried in phase.lighter() if phase.num_bytes(*tried) <= free), None)
+        if fits is None:
+            least = phase.num_bytes(1, True)
+            trains_less = " finetune=lora," if phase.stage == "finetune" and phase.trains_all_weights else ""
+            advice = (
+                f"No smaller batch would fit: one row at a time with gradient checkpointing needs {_gib(least)}. Use"
+                f"{trains_less} a GPU with more memory, a smaller model, or shorter rows (dataset.max_length)"
+            )
+        else:
+            advice = f"It would fit with {' '.join(phase.settings(*fits))}"
+        raise ValueError(
+            f"The {phase.name} needs about {_gib(needed)} of GPU memory, got {_gib(free)} free on "
+            f"{torch.cuda.get_device_name(device)}. {advice}."
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the memory that this process can get on a CUDA device, what its allocator holds unused included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Phase:
+    """A phase of a run that trains.
+
+    Attributes:
+        stage: name of its stage.
+        name: what messages call it.
+        prefix: of its settings.
+        num_rows: rows per forward pass.
+        batch_size: rows per optimizer step; a multiple of `num_rows`.
+        recompute: whether it checkpoints activations.
+        trains_all_weights: whether it trains more than adapters.
+        num_bytes: estimates the peak memory for other values of `num_rows` and `recompute`.
+        batch_settings: returns the overrides that set `num_rows`.
+    """
+
+    stage: str
+    name: str
+    prefix: str
+    num_rows: int
+    batch_size: int
+    recompute: bool
+    trains_all_weights: bool
+    num_bytes: Callable[[int, bool], int]
+    batch_settings: Callable[[int], list[str]]
+
+    def lighter(self) -> Iterator[tuple[int, bool]]:
+        """Yields fewer rows per forward pass and gradient checkpointing, those that change least first."""
+        for num_rows in range(self.num_rows, 0, -1):
+            if self.batch_size % num_rows == 0:
+                yield from ((num_rows, recompute) for recompute in sorted({self.recompute, True}))
+
+    def settings(self, num_rows: int, recompute: bool) -> list[str]:
+        """Returns the overrides that set these values."""
+        changed = [f"{self.prefix}.gradient_checkpointing=true"] if recompute and not self.recompute else []
+        return changed + (self.batch_settings(num_rows) if num_rows != self.num_rows else [])
+
+
+def _phases(setup: Setup) -> Iterator[_Phase]:
+    """Yields the phases of a run that train, in order."""
+    method, recovery = setup.resolved_method, setup.recovery
+    if isinstance(method, GradPruner):
+        yield _importance_phase(setup, method)
+    if recovery is not None:
+        teacher = 0  # bytes of the dense model beside the trained one
+        if recovery.distillation is not None:
+            teacher = count_model(setup.config).checkpoint_bytes(setup.base_model.torch_dtype)
+        names = ("recover", "training before the fine-tune", "method.recover_training")
+        yield _training_phase(setup, recovery.training, setup.recovery_rows, setup.shape, names, teacher)
+    # A method that prunes while it trains starts with the dense model.
+    shape = None if method.callbacks() else setup.shape
+    yield _training_phase(setup, setup.training, setup.rows, shape, ("finetune", "fine-tune", "finetune"))
+
+
+def _importance_phase(setup: Setup, method: GradPruner) -> _Phase:
+    def num_bytes(num_rows: int, recompute: bool) -> int:
+        changed = dataclasses.replace(method, batch_size=num_rows, gradient_checkpointing=recompute)
+        return importance_memory(setup, changed).total
+
+    def batch_settings(num_rows: int) -> list[str]:
+        # Accumulation makes up for smaller batches: the ranking sees as many rows per step.
+        accumulation = method.accumulation * method.batch_size // num_rows
+        return [f"method.batch_size={num_rows}", f"method.accumulation={accumulation}"]
+
+    return _Phase(
+        stage="measure",
+        name="importance run",
+        prefix="method",
+        num_rows=method.batch_size,
+        batch_size=method.batch_size,
+        recompute=method.gradient_checkpointing,
+        trains_all_weights=False,
+        num_bytes=num_bytes,
+        batch_settings=batch_settings,
+    )
+
+
+def _training_phase(
+    setup: Setup,
+    training: TrainingSpec,
+    rows: Sequence[TrainingRow],
+    shape: ModelShape | None,
+    names: tuple[str, str, str],
+    others: int = 0,
+) -> _Phase:
+    """Returns the phase of a fine-tune; `names` are stage, name and prefix, `others` bytes of another model."""
+    stage, name, prefix = names
+
+    def num_bytes(num_rows: int, recompute: bool) -> int:
+        changed = dataclasses.replace(training, micro_batch_size=num_rows, gradient_checkpointing=recompute)
+        return others + training_memory(setup, changed, rows, setup.config, shape).total
+
+    return _Phase(
+        stage=stage,
+        name=name,
+        prefix=prefix,
+        num_rows=training.micro_batch_size,
+        batch_size=training.batch_size,
+        recompute=training.gradient_checkpointing,
+        trains_all_weights=training.mode == "full",
+        num_bytes=num_bytes,
+        batch_settings=lambda num_rows: [f"{prefix}.micro_batch_size={num_rows}"],
+    )
+
+
+def _longest(rows: Sequence[TrainingRow]) -> tuple[int, int]:
+    """Returns the largest length of a row, and the largest number of its positions that need logits."""
+    length = max(len(row.input_ids) for row in rows)
+    return length, min(length, 1 + max(row.num_answer_tokens for row in rows))
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
