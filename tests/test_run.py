@@ -288,7 +288,6 @@ def test_a_failing_tracker_fails_no_run(folders, monkeypatch, caplog):
     assert "The tracker failed, the run and its record are complete: CommError: no connection" in caplog.text
 
 
-@pytest.mark.slow
 def test_sweep_with_joblib_measures_once(tmp_path):
     done = command(
         *("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}/sweep"),
@@ -305,10 +304,7 @@ def test_sweep_with_joblib_measures_once(tmp_path):
     assert len(measured) == 2  # GradPruner's importance and the dense model's empty measurement
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [[], pytest.param(["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
 def test_a_sweep_goes_on_after_a_failure(tmp_path, launcher):
     arguments = (
         *("-m", *launcher, f"hydra.sweep.dir={tmp_path}/sweep", "debug=smoke", "reference=null", "method=last"),
@@ -377,7 +373,6 @@ def test_runs_of_a_sweep_share_a_group(tmp_path, monkeypatch):
     assert _sweep_name() == "mine"
 
 
-@pytest.mark.slow
 def test_a_run_that_lacks_speed_is_completed(folders):
     assert run("reference=null", *folders).efficiency["speed"] == {}
     assert run("reference=null", "measure_speed=true", *folders).efficiency["speed"]["ratios"]

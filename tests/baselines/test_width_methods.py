@@ -111,14 +111,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "minitron-distilled",
-        pytest.param("minitron-depth", marks=pytest.mark.slow),
-        pytest.param("llm_pruner-recovered", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["minitron-distilled", "minitron-depth", "llm_pruner-recovered"])
 def test_a_recovery_that_was_killed_goes_on(name, make, monkeypatch):
     whole = make(METHODS[name], cache="whole")
     whole.run()
