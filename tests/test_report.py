@@ -31,6 +31,9 @@ def report(*arguments):
     handlers, level = list(root.handlers), root.level
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setattr(sys, "argv", ["report", *arguments])
+        # Hydra's logging setup closes all handlers known to `logging`; absl's, which rouge-score brings, then closes
+        # the stderr of whoever imported it first: here pytest's own, and no later test could run.
+        patch.setattr(logging, "_handlerList", [])
         patch.chdir(CONF.parent)
         try:
             main()
