@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from gradpruner.checks import AUTO
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.counting import TABLE_11, ModelCounts, count_model, measure_matmul_flops
 from gradpruner.models.offline_configs import STAND_IN_TOKENIZER, OfflineModelSpec
-from gradpruner.pipeline.estimate import importance_memory, training_memory
+from gradpruner.pipeline.estimate import importance_memory, settle_micro_batch, training_memory
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.runtime import default_device
 
@@ -107,7 +108,15 @@ def _add_estimates(
     for recompute in (False, True):
         chosen = " *" if recompute == training.gradient_checkpointing else ""
         changed = dataclasses.replace(training, gradient_checkpointing=recompute)
-        memory = [training_memory(pipeline, changed, rows, config, shape) for config, shape in models]
+        settled = [settle_micro_batch(pipeline, changed, rows, config, shape) for config, shape in models]
+        memory = [
+            training_memory(pipeline, spec, rows, config, shape)
+            for spec, (config, shape) in zip(settled, models, strict=True)
+        ]
+        if training.micro_batch_size == AUTO:
+            dense_rows, pruned_rows = (int(spec.micro_batch_size) for spec in settled)
+            label = f"{'  ' if recompute else ''}rows per micro batch, as memory is free now{chosen}"
+            table.add_row(label, f"{dense_rows}", f"{pruned_rows}")
         label = "with gradient checkpointing" if recompute else "estimated peak memory of training"
         _add(table, f"{'  ' if recompute else ''}{label}{chosen}", _gib, *(estimate.total for estimate in memory))
         if not recompute:
@@ -135,9 +144,10 @@ def _add_estimates(
 def _notes(pipeline: Pipeline, dtype: torch.dtype, flops_per_second: float, offline: bool) -> list[str]:
     """Returns notes on how the estimates were made."""
     training = pipeline.training
+    size = "that many" if training.micro_batch_size == AUTO else training.micro_batch_size
     notes = [
-        f"Memory: {training.mode} fine-tuning, micro batches of {training.micro_batch_size} rows as long as the "
-        "longest one; without Python and its libraries; * is what this run does.",
+        f"Memory: {training.mode} fine-tuning, micro batches of {size} rows as long as the longest one; without Python "
+        "and its libraries; * is what this run does.",
         f"Time: at {flops_per_second / 1e9:,.0f} GFLOP/s, measured just now on this machine ({default_device().type}, "
         f"{_dtype_name(dtype)} matrix products, {CALIBRATION_SECONDS} s). Small models take about twice that.",
     ]

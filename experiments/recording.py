@@ -126,6 +126,7 @@ def _training_section(training: TrainingAccount) -> TrainingSection:
         "peak_memory_bytes": training["peak_memory_bytes"],
         "loss": training["loss"],
         "precision": training["precision"],
+        "micro_batch_size": training["micro_batch_size"],
     }
     if "update_survival" in training:
         section["update_survival"] = training["update_survival"]

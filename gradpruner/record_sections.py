@@ -45,6 +45,7 @@ class TrainingSection(TypedDict):
         peak_memory_bytes: highest memory of the process.
         loss: mean over the last tenth of the steps.
         precision: how weights were held and updated, see `finetune.precision`; older records lack it.
+        micro_batch_size: rows per forward pass, the number chosen where the setting is `auto`; older records lack it.
         update_survival: fraction of a LoRA update that a merged checkpoint keeps, see `finetune.result`.
     """
 
@@ -54,6 +55,7 @@ class TrainingSection(TypedDict):
     peak_memory_bytes: int
     loss: float
     precision: NotRequired[str]
+    micro_batch_size: NotRequired[int]
     update_survival: NotRequired[float]
 
 

@@ -71,6 +71,13 @@ def test_a_tiny_model(tmp_path):
     assert "cannot be read from the Hub" not in output
 
 
+def test_a_micro_batch_that_is_auto_is_shown_as_a_number(tmp_path):
+    output = show(tmp_path, "debug=smoke", "finetune.micro_batch_size=auto")
+    lines = [line for line in output.splitlines() if "rows per micro batch, as memory is free now" in line]
+    assert len(lines) == 2 and [line.count(" 4 │") for line in lines] == [2, 2] and "now *" in lines[0]
+    assert "micro batches of auto rows" not in output and "rows per micro batch" not in show(tmp_path, "debug=smoke")
+
+
 def test_what_only_the_run_finds_out_is_said(tmp_path):
     both = show(tmp_path, "debug=smoke", "method=gradpruner_plus", "sparsity=auto")
     said = "Only the run finds out how many layers leave and how many importance steps it takes: the table has the most"

@@ -1,6 +1,7 @@
 """Runs that a GPU cannot hold are refused before weights load, with settings that would fit; the GPU is pretended."""
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -10,13 +11,14 @@ from baselines.dense import Dense
 from baselines.minitron import Minitron
 from baselines.sat import Sat
 from gradpruner.evaluate.likelihood import Likelihood
+from gradpruner.finetune import micro_batch
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.counting import count_model
 from gradpruner.models.memory import MemoryEstimate, estimate_training_memory
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline import estimate
-from gradpruner.pipeline.estimate import check_memory, importance_memory, training_memory
+from gradpruner.pipeline.estimate import check_memory, importance_memory, settle_micro_batch, training_memory
 from gradpruner.pipeline.run import Pipeline
 
 CONFIG = {
@@ -61,7 +63,8 @@ def quick_estimate(config, batch_size, length, *others, recompute=False, shape=N
 @pytest.fixture
 def gpu(monkeypatch):
     """Returns `gpu(free)`, which pretends that there is a GPU with that many bytes free."""
-    monkeypatch.setattr(estimate, "estimate_training_memory", quick_estimate)
+    for module in (estimate, micro_batch):
+        monkeypatch.setattr(module, "estimate_training_memory", quick_estimate)
 
     def gpu(free, unused=0):
         monkeypatch.setattr(estimate, "default_device", lambda: torch.device("cuda"))
@@ -206,6 +209,19 @@ def test_where_nothing_fits_that_is_said(make, gpu, training, advice):
         rf"{advice} with more memory, a smaller model, or shorter rows \(dataset\.max_length\)\.$",
         message,
     )
+
+
+def test_auto_takes_what_fits_and_is_refused_where_one_row_does_not(make, gpu):
+    auto = dataclasses.replace(LORA, micro_batch_size="auto")
+    pipeline = make(Dense(), auto)
+    for rows in (1, 2, 4, 8):
+        needed = trained(pipeline, micro_batch_size=rows)
+        gpu(math.ceil(needed / 0.9))
+        pipeline.check()
+        settled = settle_micro_batch(pipeline, auto, pipeline.rows, pipeline.config)
+        assert settled == dataclasses.replace(auto, micro_batch_size=rows)
+    gpu(trained(pipeline, micro_batch_size=1) - 1)
+    assert refusal(pipeline).endswith("It would fit with finetune.gradient_checkpointing=true.")
 
 
 def test_the_importance_run_is_refused_first(make, gpu):

@@ -42,6 +42,7 @@ class TrainingAccount(TypedDict):
         peak_memory_bytes: see `cost.PeakMemory`.
         loss: mean over the last tenth of the steps.
         precision: one of `spec.PRECISIONS`, never `auto`.
+        micro_batch_size: rows per forward pass, never `auto`.
         update_survival: see `update_survival`; only of LoRA adapters that are to be merged.
         history: one dict per step, with step, epoch, loss, learning rate and norm of the gradient.
     """
@@ -52,6 +53,7 @@ class TrainingAccount(TypedDict):
     peak_memory_bytes: int
     loss: float
     precision: str
+    micro_batch_size: int
     update_survival: NotRequired[float]
     history: list[dict[str, float]]
 

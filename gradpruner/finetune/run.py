@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from gradpruner.cost import PeakMemory
 from gradpruner.encoding import TrainingRow, collate
 from gradpruner.files import write_json
+from gradpruner.finetune.micro_batch import settle_for
 from gradpruner.finetune.precision import prepare_weights, resolve_precision, training_arguments
 from gradpruner.finetune.result import (
     ADAPTER_FOLDER,
@@ -129,6 +130,7 @@ def finetune(
     if resume_from is not None:
         logger.info("Resuming fine-tuning from %s", resume_from)
         prune_again(model, Path(resume_from))
+    spec = settle_for(model, spec, rows, None if resume_from is None else Path(resume_from))
     prepare_weights(model, spec, precision)
     if spec.mode == "lora":
         model = get_peft_model(model, _lora_config(model, spec, resume_from))
@@ -167,6 +169,7 @@ def finetune(
         "peak_memory_bytes": memory.peak_bytes,
         "loss": sum(last) / len(last),
         "precision": precision,
+        "micro_batch_size": int(spec.micro_batch_size),
         "history": history,
     }
     if spec.mode == "lora" and spec.merge_adapter:
@@ -288,7 +291,7 @@ def _training_arguments(
         output_dir=str(checkpoints),
         num_train_epochs=spec.epochs,
         max_steps=-1 if spec.max_steps is None else spec.max_steps,
-        per_device_train_batch_size=spec.micro_batch_size,
+        per_device_train_batch_size=int(spec.micro_batch_size),
         gradient_accumulation_steps=spec.accumulation,
         learning_rate=spec.learning_rate,
         lr_scheduler_type="cosine_with_min_lr" if spec.min_lr_ratio else spec.lr_scheduler,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gradpruner.checks import check_choice
+from gradpruner.checks import AUTO, check_choice
 
 MODES = ("full", "lora")
 PRECISIONS = ("auto", "float32", "bf16_mixed", "bf16_stochastic")
@@ -23,7 +23,8 @@ class TrainingSpec:
         mode: `full` or `lora`.
         learning_rate: peak rate of AdamW.
         batch_size: rows per optimizer step.
-        micro_batch_size: rows per forward pass; gradients accumulate up to `batch_size`.
+        micro_batch_size: rows per forward pass; gradients accumulate up to `batch_size`. `auto`: as many as the memory
+            of the device holds, see `micro_batch`.
         epochs: passes over the training rows.
         max_steps: optimizer steps, instead of `epochs`.
         warmup_fraction: fraction of the steps in which the rate rises.
@@ -46,7 +47,7 @@ class TrainingSpec:
     mode: str = "lora"
     learning_rate: float = 1e-5
     batch_size: int = 64
-    micro_batch_size: int = 8
+    micro_batch_size: int | str = 8
     epochs: float = 3.0
     max_steps: int | None = None
     warmup_fraction: float = 0.03
@@ -69,7 +70,8 @@ class TrainingSpec:
         check_choice("finetune.mode", self.mode, MODES)
         check_choice("finetune.merge_dtype", self.merge_dtype, ("auto", *MERGE_DTYPES))
         self._check_precision()
-        for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs", "lora_rank", "save_steps"):
+        self._check_micro_batch()
+        for name in ("learning_rate", "batch_size", "epochs", "lora_rank", "save_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise finetune.{name}.")
         if self.max_steps is not None and self.max_steps < 1:
@@ -81,10 +83,20 @@ class TrainingSpec:
                 f"min_lr_ratio is where a cosine schedule ends, in [0, 1], got {self.min_lr_ratio} with "
                 f"lr_scheduler={self.lr_scheduler}. Set finetune.min_lr_ratio=0 or finetune.lr_scheduler=cosine."
             )
-        if self.batch_size % self.micro_batch_size:
+
+    def _check_micro_batch(self) -> None:
+        size = self.micro_batch_size
+        if size == AUTO:
+            return
+        if isinstance(size, str) or size < 1:
             raise ValueError(
-                f"batch_size must be a multiple of micro_batch_size, got {self.batch_size} and "
-                f"{self.micro_batch_size}. Change finetune.micro_batch_size."
+                f"micro_batch_size must be a number of rows above 0, or auto, got {size!r}. Set "
+                "finetune.micro_batch_size=auto."
+            )
+        if self.batch_size % size:
+            raise ValueError(
+                f"batch_size must be a multiple of micro_batch_size, got {self.batch_size} and {size}. Change "
+                "finetune.micro_batch_size, or set it to auto."
             )
 
     def _check_precision(self) -> None:
@@ -102,12 +114,11 @@ class TrainingSpec:
 
     @property
     def accumulation(self) -> int:
-        """Micro batches per optimizer step."""
-        return self.batch_size // self.micro_batch_size
+        """Micro batches per optimizer step; needs a `micro_batch_size` that is a number."""
+        return self.batch_size // int(self.micro_batch_size)
 
     def num_steps(self, num_rows: int) -> int:
         """Returns the optimizer steps of a run over `num_rows` rows, counted as the Trainer does."""
         if self.max_steps is not None:
             return self.max_steps
-        micro_batches = math.ceil(num_rows / self.micro_batch_size)
-        return math.ceil(self.epochs * math.ceil(micro_batches / self.accumulation))
+        return math.ceil(self.epochs * math.ceil(num_rows / self.batch_size))

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from gradpruner.checks import AUTO
 from gradpruner.encoding import TrainingRow
-from gradpruner.finetune.precision import resolve_precision
+from gradpruner.finetune import micro_batch
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.counting import count_model
@@ -28,35 +29,30 @@ def training_memory(
     config: PreTrainedConfig,
     shape: ModelShape | None = None,
 ) -> MemoryEstimate:
-    """Estimates the peak memory of a fine-tune, with micro batches of rows that are as long as the longest one.
+    """Estimates the peak memory of a fine-tune of this run; for the arguments see `micro_batch.training_memory`."""
+    model = setup.base_model
+    return micro_batch.training_memory(training, rows, config, model.torch_dtype, model.attn_implementation, shape)
 
-    Args:
-        setup: the run.
-        training: how to train.
-        rows: what to train on.
-        config: config of the dense model.
-        shape: shape of the trained model; None is the dense one.
-    """
-    length, positions = _longest(rows)
-    return estimate_training_memory(
-        config,
-        min(training.micro_batch_size, len(rows)),
-        length,
-        positions,
-        setup.base_model.torch_dtype,
-        precision=resolve_precision(training) if training.mode == "full" else None,
-        lora_rank=training.lora_rank if training.mode == "lora" else None,
-        recompute=training.gradient_checkpointing,
-        accumulate=training.accumulation > 1,
-        attn_implementation=setup.model.attn_implementation,
-        overhead=allocator_overhead(),
-        shape=shape,
-    )
+
+def settle_micro_batch(
+    setup: Setup,
+    training: TrainingSpec,
+    rows: Sequence[TrainingRow],
+    config: PreTrainedConfig,
+    shape: ModelShape | None = None,
+) -> TrainingSpec:
+    """Returns `training` with the number that `micro_batch_size=auto` would be if the fine-tune began now."""
+    device = default_device()
+
+    def num_bytes(tried: TrainingSpec) -> int:
+        return training_memory(setup, tried, rows, config, shape).total
+
+    return micro_batch.settle_micro_batch(training, num_bytes, micro_batch.free_bytes(device), device)
 
 
 def importance_memory(setup: Setup, method: GradPruner) -> MemoryEstimate:
     """Estimates the peak memory of a method's importance run on the dense model."""
-    length, positions = _longest(setup.rows)
+    length, positions = micro_batch.longest(setup.rows)
     return estimate_training_memory(
         setup.config,
         method.batch_size,
@@ -86,7 +82,7 @@ def check_memory(setup: Setup, cached: Collection[str] = ()) -> None:
     device = default_device()
     if device.type != "cuda":
         return
-    free = free_bytes(device)
+    free = micro_batch.free_bytes(device)
     for phase in _phases(setup):
         needed = phase.num_bytes(phase.num_rows, phase.recompute)
         if phase.stage in cached or needed <= free:
@@ -105,12 +101,6 @@ def check_memory(setup: Setup, cached: Collection[str] = ()) -> None:
             f"The {phase.name} needs about {_gib(needed)} of GPU memory, got {_gib(free)} free on "
             f"{torch.cuda.get_device_name(device)}. {advice}."
         )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Returns the memory that this process can get on a CUDA device, what its allocator holds unused included."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +190,8 @@ def _training_phase(
 ) -> _Phase:
     """Returns the phase of a fine-tune; `names` are stage, name and prefix, `others` bytes of another model."""
     stage, name, prefix = names
+    # As many rows as fit: the run is refused only if one row does not.
+    size = 1 if training.micro_batch_size == AUTO else int(training.micro_batch_size)
 
     def num_bytes(num_rows: int, recompute: bool) -> int:
         changed = dataclasses.replace(training, micro_batch_size=num_rows, gradient_checkpointing=recompute)
@@ -209,19 +201,13 @@ def _training_phase(
         stage=stage,
         name=name,
         prefix=prefix,
-        num_rows=training.micro_batch_size,
+        num_rows=size,
         batch_size=training.batch_size,
         recompute=training.gradient_checkpointing,
         trains_all_weights=training.mode == "full",
         num_bytes=num_bytes,
         batch_settings=lambda num_rows: [f"{prefix}.micro_batch_size={num_rows}"],
     )
-
-
-def _longest(rows: Sequence[TrainingRow]) -> tuple[int, int]:
-    """Returns the largest length of a row, and the largest number of its positions that need logits."""
-    length = max(len(row.input_ids) for row in rows)
-    return length, min(length, 1 + max(row.num_answer_tokens for row in rows))
 
 
 def _gib(num_bytes: int) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
+from gradpruner.checks import AUTO
 from gradpruner.encoding import TrainingRow
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.models.shape import ModelShape
@@ -125,7 +126,11 @@ def _in_fresh_process(role: str, config: PreTrainedConfig, shape: ModelShape, wo
 
 
 def workload_like(model: ModelSpec, training: TrainingSpec, rows: Sequence[TrainingRow]) -> Workload:
-    """Returns the workload of a run: training steps of one micro batch, with rows of the mean length."""
+    """Returns the workload of a run: training steps of one micro batch, with rows of the mean length.
+
+    With `micro_batch_size=auto` the micro batch is of the default size, so that runs on one machine stay comparable.
+    """
+    size = TrainingSpec.micro_batch_size if training.micro_batch_size == AUTO else training.micro_batch_size
     length = round(sum(len(row.input_ids) for row in rows) / len(rows))
     answer = round(sum(row.num_answer_tokens for row in rows) / len(rows))
     return Workload(
@@ -133,7 +138,7 @@ def workload_like(model: ModelSpec, training: TrainingSpec, rows: Sequence[Train
         precision=training.precision,
         lora_rank=training.lora_rank,
         gradient_checkpointing=training.gradient_checkpointing,
-        train_rows=training.micro_batch_size,
+        train_rows=min(int(size), training.batch_size),
         train_tokens=length,
         answer_tokens=min(answer, length - 1),
         dtype=str(model.torch_dtype).removeprefix("torch."),
