@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+MAX_HASHED_BYTES = 4 * 2**30  # above this, hashing weights would take longer than a small run
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,6 +45,22 @@ def content_hash(data: Any) -> str:
     """Returns 20 hex digits that identify JSON-ready data, whatever the order of its keys."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Returns 64 hex digits that identify files by name and content, or above 4 GB in all, by name, size and time."""
+    files = sorted(paths)
+    digest = hashlib.sha256()
+    hash_content = sum(file.stat().st_size for file in files) <= MAX_HASHED_BYTES
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.name}:{stat.st_size}:".encode())
+        if hash_content:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        else:
+            digest.update(str(stat.st_mtime_ns).encode())
+    return digest.hexdigest()
 
 
 def slug(text: str) -> str:

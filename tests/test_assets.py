@@ -228,7 +228,7 @@ def test_fingerprint_follows_the_content(tiny_llama, tmp_path, assets_dir):
 
 
 def test_fingerprint_of_large_weights_follows_the_files(tiny_llama, tmp_path, assets_dir, monkeypatch):
-    monkeypatch.setattr("gradpruner.models.spec.MAX_HASHED_BYTES", 10)
+    monkeypatch.setattr("gradpruner.files.MAX_HASHED_BYTES", 10)
     spec = ModelSpec(str(tmp_path))
     tiny_llama(seed=0).save_pretrained(tmp_path)
     first = spec.fingerprint(assets_dir)

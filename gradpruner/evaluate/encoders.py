@@ -5,12 +5,15 @@ Values of different encoders cannot be compared (the packaged one is far smaller
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
 from bert_score.utils import model2layers
 
+from gradpruner.files import hash_files
 from gradpruner.models.assets import find_wheel
+from gradpruner.models.hub import resolve_commit
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +47,45 @@ class TextEncoder:
             return str(find_wheel(*PACKAGED_WHEEL) / "model")
         folder = Path(self.name).expanduser()
         if not folder.is_dir():
+            commit = self._commit()
             try:
-                folder = Path(huggingface_hub.snapshot_download(self.name, allow_patterns=FILES))
+                folder = Path(huggingface_hub.snapshot_download(self.name, revision=commit, allow_patterns=FILES))
             except Exception as error:  # the classes differ with the versions of huggingface_hub and httpx
-                raise ValueError(
-                    f"The encoder of BERTScore cannot be had, got evaluation.bertscore_model={self.name!r} and "
-                    f"{type(error).__name__}: {error}. Give a folder or a Hub id, or use {PACKAGED}."
-                ) from error
+                raise self._cannot_be_had(error) from error
         if not any(folder.glob("*.safetensors")):
             raise ValueError(
                 f"The encoder of BERTScore has no safetensors weights, got {folder}. Pickle files are refused: give "
                 f"evaluation.bertscore_model another one, such as {DEFAULT} or {PACKAGED}."
             )
         return str(folder)
+
+    def fingerprint(self) -> str:
+        """Returns a text that changes with the encoder's weights, for keys of stages; downloads nothing.
+
+        Raises:
+            ValueError: if neither the Hub nor its cache on this disk knows the encoder.
+        """
+        if self.name == PACKAGED:
+            return PACKAGED_WHEEL[1]
+        folder = Path(self.name).expanduser()
+        return _folder_hash(folder) if folder.is_dir() else self._commit()
+
+    def _commit(self) -> str:
+        try:
+            return resolve_commit(self.name, None)
+        except OSError as error:
+            raise self._cannot_be_had(error.__cause__ or error) from error
+
+    def _cannot_be_had(self, error: BaseException) -> ValueError:
+        return ValueError(
+            f"The encoder of BERTScore cannot be had, got evaluation.bertscore_model={self.name!r} and "
+            f"{type(error).__name__}: {error}. Give a folder or a Hub id, or use {PACKAGED}."
+        )
+
+
+@cache  # read once: a process works with one state of the folder
+def _folder_hash(folder: Path) -> str:
+    return hash_files(path for pattern in FILES for path in folder.glob(pattern))
 
 
 def choose_encoder(name: str, layer: int | None) -> TextEncoder:

@@ -114,8 +114,9 @@ class Generation(Evaluation):
         return {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
 
     def measurement_settings(self) -> dict[str, Any]:
-        """Returns metrics and encoder."""
-        return {"metrics": self.metrics, "encoder": self.bertscore_model, "layer": self.bertscore_layer}
+        """Returns metrics and encoder, down to its weights."""
+        settings = {"metrics": self.metrics, "encoder": self.bertscore_model, "layer": self.bertscore_layer}
+        return {**settings, "weights": None if self._encoder is None else self._encoder.fingerprint()}
 
     def prepare(self) -> None:
         """Fetches the encoder, if one is needed."""

