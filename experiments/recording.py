@@ -27,6 +27,7 @@ CONTENT_NAMES = {
     "train_rows": "the training rows",
     "test_rows": "the test rows",
     "recovery_rows": "the rows of the recovery",
+    "encoder": "BERTScore's encoder",
 }
 
 

@@ -255,12 +255,14 @@ class ContentSection(TypedDict):
         train_rows: tokenized training rows.
         test_rows: rendered test examples.
         recovery_rows: tokenized rows of the recovery; missing if there was none.
+        encoder: weights of BERTScore's encoder; missing if there was none.
     """
 
     model: str
     train_rows: str
     test_rows: str
     recovery_rows: NotRequired[str]
+    encoder: NotRequired[str]
 
 
 class EnvironmentSection(TypedDict):

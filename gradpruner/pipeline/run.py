@@ -169,6 +169,8 @@ class Pipeline(Setup):
         }
         if self.recovery is not None:
             found["recovery_rows"] = hash_rows(self.recovery_rows)
+        if encoder := self.resolved_evaluation.measurement_settings().get("weights"):
+            found["encoder"] = encoder
         return found
 
     def _named_stages(self) -> dict[str, Stage]:
