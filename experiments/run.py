@@ -92,7 +92,7 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
         model = offline_configs.for_dry_run(pipeline.model, pipeline.cache_dir / "assets")
         pipeline = dataclasses.replace(pipeline, model=model)
     pipeline.check(resources=not cfg.dry_run, save_to=run_dir / CHECKPOINT if cfg.save_checkpoint else None)
-    _check_prunes(pipeline)
+    check_prunes(pipeline)
     show_example(pipeline)
     if cfg.dry_run:
         show_dry_run(pipeline, run_dir)
@@ -117,7 +117,7 @@ def _check_writable(*folders: Path) -> None:
             )
 
 
-def _check_prunes(pipeline: Pipeline) -> None:
+def check_prunes(pipeline: Pipeline) -> None:
     """Raises ValueError if a method that prunes is asked to prune nothing."""
     if hasattr(pipeline.method, "sparsity") and pipeline.shape == config_shape(pipeline.config):
         raise ValueError(

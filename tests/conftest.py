@@ -19,7 +19,11 @@ from transformers import (
     set_seed,
 )
 
+from gradpruner.evaluate.likelihood import Likelihood
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.method import Method
 from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline.run import Pipeline
 from gradpruner.tasks import JsonLines
 
 # Grouped-query attention (4 heads, 2 key-value heads). 258 is the vocabulary of the byte tokenizer of `random:` models;
@@ -101,6 +105,27 @@ def make_sums_task(tmp_path: Path) -> Callable[[int], JsonLines]:
             train_file=str(files["train"]), test_file=str(files["test"]), prompt="{question}", choice=" {choice}",
             answer_field="answer", choices_field="options", max_length=128,
         )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def make_pipeline(tmp_path: Path, make_sums_task: Callable[[int], JsonLines]) -> Callable[..., Pipeline]:
+    """Returns `make_pipeline(config, method, training, **fields)`, a run of a random Llama on 8 rows."""
+    task = make_sums_task(8)
+
+    def make(config: dict[str, Any], method: Method, training: TrainingSpec, **fields: Any) -> Pipeline:
+        values: dict[str, Any] = {
+            "model": ModelSpec("random:llama", config=config),
+            "task": task,
+            "method": method,
+            "training": training,
+            "evaluation": Likelihood(),
+            "seed": 0,
+            "cache_dir": tmp_path / "cache",
+            "evaluate_before": False,
+        }
+        return Pipeline(**{**values, **fields})
 
     return make
 

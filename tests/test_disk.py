@@ -11,7 +11,6 @@ from baselines.dense import Dense
 from baselines.minitron import Minitron
 from baselines.sat import Sat
 from gradpruner.checkpoints.checkpoint import save_checkpoint
-from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.counting import count_model
@@ -30,7 +29,6 @@ from gradpruner.pipeline.disk import (
     stage_writes,
     training_writes,
 )
-from gradpruner.pipeline.run import Pipeline
 
 # Wide enough that the names in a file's header are below 10 % of its tensors.
 CONFIG = {
@@ -47,23 +45,9 @@ GIB = 2**30
 
 
 @pytest.fixture
-def make(tmp_path, make_sums_task):
-    task = make_sums_task(8)
-
-    def make(method=METHOD, training=LORA, **changes):
-        values = {
-            "model": ModelSpec("random:llama", config=CONFIG),
-            "task": task,
-            "method": method,
-            "training": training,
-            "evaluation": Likelihood(),
-            "seed": 0,
-            "cache_dir": tmp_path / "cache",
-            "evaluate_before": False,
-        }
-        return Pipeline(**{**values, **changes})
-
-    return make
+def make(make_pipeline):
+    """Returns `make(method, training, **fields)`, which makes a run."""
+    return lambda method=METHOD, training=LORA, **fields: make_pipeline(CONFIG, method, training, **fields)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import torch
 from baselines.dense import Dense
 from baselines.minitron import Minitron
 from baselines.sat import Sat
-from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.finetune import micro_batch
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
@@ -19,7 +18,6 @@ from gradpruner.models.memory import MemoryEstimate, estimate_training_memory
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline import estimate
 from gradpruner.pipeline.estimate import check_memory, importance_memory, settle_micro_batch, training_memory
-from gradpruner.pipeline.run import Pipeline
 
 CONFIG = {
     "num_hidden_layers": 6,
@@ -34,23 +32,9 @@ FULL = dataclasses.replace(LORA, mode="full")
 
 
 @pytest.fixture
-def make(tmp_path, make_sums_task):
-    task = make_sums_task(8)
-
-    def make(method=METHOD, training=LORA, **changes):
-        values = {
-            "model": ModelSpec("random:llama", config=CONFIG),
-            "task": task,
-            "method": method,
-            "training": training,
-            "evaluation": Likelihood(),
-            "seed": 0,
-            "cache_dir": tmp_path / "cache",
-            "evaluate_before": False,
-        }
-        return Pipeline(**{**values, **changes})
-
-    return make
+def make(make_pipeline):
+    """Returns `make(method, training, **fields)`, which makes a run."""
+    return lambda method=METHOD, training=LORA, **fields: make_pipeline(CONFIG, method, training, **fields)
 
 
 def quick_estimate(config, batch_size, length, *others, recompute=False, shape=None, **settings):

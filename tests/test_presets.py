@@ -17,7 +17,7 @@ from omegaconf import open_dict
 from transformers import LlamaConfig
 
 from experiments.config import CONF, build_pipeline, run_directory
-from experiments.run import _check_prunes
+from experiments.run import check_prunes
 from experiments.schema import ConfigError
 from experiments.sweep import is_left_out
 from gradpruner.grad_pruner import GradPruner
@@ -86,7 +86,7 @@ def check_cell(name, scale, cell, tmp_path):
         return None
     pipeline = build_pipeline(cfg)
     pipeline.check(resources=False)
-    _check_prunes(pipeline)
+    check_prunes(pipeline)
     run_directory(cfg, pipeline)
     return pipeline
 
