@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help setup run test test-slow lint bench clean
 
 help:  ## print this help
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,6 +55,28 @@ test-vllm: setup $(VLLM_VENV)/.installed  ## check that vLLM serves pruned check
 	$(BIN)/python tests/vllm/make_checkpoints.py $(VLLM_FOLDER)
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore \
 		$(VLLM_BIN)/python tests/vllm/check.py $(VLLM_FOLDER)
+
+.PHONY: test-gpu
+GPU_PYTHON ?= python3
+
+test-gpu:  ## check what needs a CUDA device, with the packages of GPU_PYTHON; writes results/records/gpu (9 minutes at most)
+	$(GPU_PYTHON) -m benchmarks.gpu --device cuda
+
+.PHONY: test-transformers4
+TRANSFORMERS4_VENV := .venv-transformers4
+TRANSFORMERS4_BIN := $(TRANSFORMERS4_VENV)/bin
+TRANSFORMERS4_FOLDER := .cache/transformers4
+
+$(TRANSFORMERS4_VENV)/.installed:
+	test -x $(TRANSFORMERS4_BIN)/python || $(PYTHON) -m venv $(TRANSFORMERS4_VENV)
+	echo '*' > $(TRANSFORMERS4_VENV)/.gitignore
+	$(TRANSFORMERS4_BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==4.57.6 \
+		peft==0.17.1 accelerate==1.10.1
+	touch $@
+
+test-transformers4: setup $(TRANSFORMERS4_VENV)/.installed  ## check that transformers 4 loads what we save (own venv, 1.2 GB, a minute)
+	$(BIN)/python -W ignore -m tests.transformers4.make_checkpoints $(TRANSFORMERS4_FOLDER)
+	HF_HUB_OFFLINE=1 $(TRANSFORMERS4_BIN)/python -W ignore tests/transformers4/check.py $(TRANSFORMERS4_FOLDER)
 
 bench: setup  ## compare time and memory with a reference measured in the same run
 	$(BIN)/python -m benchmarks.gram_scores

@@ -13,7 +13,8 @@ belong to a channel. Here:
   has the sign of the kept entry (Eq. 5, 6). Embedding, output head and norms have no F: their kept channels are
   unchanged.
 
-Importance run and budget are GradPruner's: as many parameters are kept as by GradPruner with the same `sparsity`.
+Importance run and budget are GradPruner's: as many parameters are kept as by GradPruner with the same `sparsity`,
+the input embedding not counted.
 """
 
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class KernelIgia(GradPruner):
         target = target_parameters(config, self.sparsity, self.match)
         # A multiple of the number of heads: transformers refuses any other Llama config.
         size = solve_size(
-            "hidden size", lambda size: ModelShape(size, layers), config, target, config.hidden_size, step
+            "hidden size", lambda size: ModelShape(size, layers), config, target, self.match, config.hidden_size, step
         )
         return ModelShape(size, layers)
 

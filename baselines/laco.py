@@ -6,8 +6,14 @@ Layer l absorbs the m layers after it. Its linear sublayers become
   and the block is replaced by its last layer (issues 4 and 5 of their repository). The published numbers probably come
   from this rule. For m = 1 both rules are the same. Our reports name the rule.
 
-Norms stay those of layer l. A merge is accepted if the final hidden states are similar enough to the dense model's: the
-cosine of whole flattened sequences, averaged over rows, must be above the threshold.
+Norms stay those of layer l. A sweep starts at l = H - C, so its first try absorbs layers up to H - 1. With `code` H is
+L - 1 for L layers, as in the notebook: the first try leaves the final layer alone, whose weights would otherwise stand
+under another layer's norms at once. After a merge l moves by I, so a later merge may absorb fewer layers, the final one
+among them; the notebook's reset of l never takes place. With `paper` H is L, and after a merge l moves on until there
+are C - 1 layers after it, if that is further.
+
+A merge is accepted if the final hidden states are similar enough to the dense model's: the cosine of whole flattened
+sequences, averaged over rows, must be above the threshold.
 
 The method has no target size. To meet one (deviation), no merge absorbs more layers than are still to be pruned. If a
 sweep ends too early, the threshold is lowered by 0.05 and a new sweep starts from the merged model.
@@ -69,7 +75,8 @@ class LaCo(DepthMethod):
         rule: `code` or `paper`, see above.
         layers_per_merge: C, the layers that become one: m is at most C - 1.
         lowest_layer: L, the first layer that may absorb.
-        highest_layer: H, one past the last layer that may be absorbed; None is the depth of the model.
+        highest_layer: H, one past the last layer that the first try absorbs; None: all but the final layer with rule
+            `code`, all with `paper`.
         interval: I, how far l moves after a merge.
         threshold: T, a cosine.
         num_rows: training rows to compare on.
@@ -106,8 +113,8 @@ class LaCo(DepthMethod):
     def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
         """Checks that the range of layers has room for the budget; see `DepthMethod.resolve`."""
         resolved = super().resolve(num_hidden_layers)
-        highest = num_hidden_layers if self.highest_layer is None else self.highest_layer
-        if not self.lowest_layer < highest <= num_hidden_layers:
+        highest = self.highest_layer
+        if highest is not None and not self.lowest_layer < highest <= num_hidden_layers:
             raise ValueError(
                 f"highest_layer must be above lowest_layer={self.lowest_layer} and at most the model's "
                 f"{num_hidden_layers} layers, got {highest}. Change method.highest_layer."
@@ -120,6 +127,12 @@ class LaCo(DepthMethod):
                 "sparsity or method.lowest_layer."
             )
         return resolved
+
+    def _highest(self, num_layers: int) -> int:
+        """Returns H for a model of that depth."""
+        if self.highest_layer is not None:
+            return self.highest_layer
+        return num_layers - 1 if self.rule == "code" else num_layers
 
     def variant(self) -> str:
         """Returns how much is pruned and by which rule."""
@@ -190,11 +203,11 @@ class LaCo(DepthMethod):
         """
         assert self.num_pruned_layers is not None
         target = num_layers - self.num_pruned_layers
-        highest = num_layers if self.highest_layer is None else self.highest_layer
         threshold, trials = self.threshold, []
         with tqdm(total=self.num_pruned_layers, desc="laco", unit="layer") as bar:
             while num_layers > target:
-                layer = max(self.lowest_layer, min(highest, num_layers) - self.layers_per_merge)
+                highest = min(self._highest(num_layers), num_layers)
+                layer = max(self.lowest_layer, highest - self.layers_per_merge)
                 while layer >= self.lowest_layer and num_layers > target:
                     num_absorbed = min(self.layers_per_merge - 1, num_layers - 1 - layer, num_layers - target)
                     found = similarity(layer, num_absorbed)
@@ -212,7 +225,9 @@ class LaCo(DepthMethod):
                     merge(layer, num_absorbed)
                     num_layers -= num_absorbed
                     bar.update(num_absorbed)
-                    layer = min(layer - self.interval, num_layers - self.layers_per_merge)
+                    layer -= self.interval
+                    if self.rule == "paper":
+                        layer = min(layer, num_layers - self.layers_per_merge)
                 if num_layers > target:
                     threshold = round(threshold - THRESHOLD_STEP, 10)
         return trials

@@ -45,7 +45,7 @@ from baselines.width_pruning import (
     save_scores,
     training_spec,
 )
-from gradpruner.budget import solve_size, target_parameters
+from gradpruner.budget import counted_parameters, solve_size, target_parameters
 from gradpruner.checks import check_choice, check_positive
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.method import Calibration, Compressed, Recovery
@@ -130,7 +130,8 @@ class LlmPruner(WidthPruning):
         ratio = self.ratio
         if target is not None:
             counts = count_model(config)
-            ratio = (counts.num_parameters - target) / sum(counts.layers[index].num_parameters for index in cut)
+            in_range = sum(counts.layers[index].num_parameters for index in cut)
+            ratio = (counted_parameters(counts, self.match) - target) / in_range
         assert ratio is not None
         kept_groups = layer.num_key_value_heads - num_removed(layer.num_key_value_heads * width, ratio) // width
         kept_groups = max(1, kept_groups)
@@ -146,7 +147,7 @@ class LlmPruner(WidthPruning):
 
         if target is None:
             return make_shape(max(1, layer.intermediate_size - num_removed(layer.intermediate_size, ratio)))
-        return make_shape(solve_size("MLP width", make_shape, config, target, largest=layer.intermediate_size))
+        return make_shape(solve_size("MLP width", make_shape, config, target, self.match, layer.intermediate_size))
 
     def _range(self, num_layers: int) -> range:
         """Returns the layers to narrow."""

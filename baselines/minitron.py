@@ -107,7 +107,12 @@ class Minitron(Calibrated, WidthPruning):
             if self.match == "total":
                 target = target_parameters(config, self.sparsity, self.match)
                 num_kept = solve_size(
-                    "number of layers", lambda n: replace(dense, layers=dense.layers[:n]), config, target, num_layers
+                    "number of layers",
+                    lambda n: replace(dense, layers=dense.layers[:n]),
+                    config,
+                    target,
+                    self.match,
+                    num_layers,
                 )
                 num_pruned = num_layers - num_kept
             check_counts(num_layers, num_pruned)
@@ -122,14 +127,15 @@ class Minitron(Calibrated, WidthPruning):
 
         if self.axes == "ffn":
             ffn_shape = partial(make_shape, config.hidden_size)
-            return ffn_shape(solve_size("MLP width", ffn_shape, config, target, largest, min(DIVISOR, divisor)))
+            step = min(DIVISOR, divisor)
+            return ffn_shape(solve_size("MLP width", ffn_shape, config, target, self.match, largest, step))
         # The rotary embedding and transformers' check of a Llama config need whole heads in the residual stream.
         step, start = lcm(divisor, config.num_attention_heads), HIDDEN_PART * config.hidden_size
         widths = range(step, config.hidden_size + 1, step)
         for hidden_size in sorted(widths, key=lambda size: (abs(size - start), size)):
             shape = partial(make_shape, hidden_size)
             size = nearest_size(
-                shape, config, target, largest, min(DIVISOR, divisor), smallest=int(SMALLEST_PART * largest)
+                shape, config, target, self.match, largest, min(DIVISOR, divisor), int(SMALLEST_PART * largest)
             )
             if size is not None:
                 return shape(size)

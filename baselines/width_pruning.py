@@ -28,8 +28,9 @@ class WidthPruning(Method):
 
     Attributes:
         sparsity: fraction to prune, with the meaning that `match` gives it.
-        match: `layers`: keep as many parameters as GradPruner does when it prunes that fraction of layers; `total`:
-            prune that fraction of all parameters; `native`: the method's own setting decides.
+        match: `layers`: keep as many parameters as GradPruner does when it prunes that fraction of layers, the input
+            embedding not counted; `total`: prune that fraction of all parameters; `native`: the method's own setting
+            decides.
     """
 
     sparsity: float = 0.4

@@ -1,14 +1,15 @@
 """Turns hydra's config into the pipeline of a run, the settings that results depend on, and the run's folder."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments import schema
+from experiments.paths import path_setting
 from gradpruner.checks import guess
 from gradpruner.files import content_hash
 from gradpruner.pipeline.run import Pipeline
@@ -34,7 +35,7 @@ def build_pipeline(cfg: DictConfig) -> Pipeline:
         training=schema.build(cfg.finetune, "finetune"),
         evaluation=schema.build(cfg.evaluation, "evaluation"),
         seed=cfg.seed,
-        cache_dir=Path(cfg.cache_dir),
+        cache_dir=path_setting(cfg, "cache_dir"),
         evaluate_before=cfg.evaluate_before,
         measure_speed=cfg.measure_speed,
         recovery_task=_second_task(cfg, "method.recover_on", recover_on, recover_settings),
@@ -105,7 +106,7 @@ def reference_config(cfg: DictConfig) -> DictConfig:
     reference.method = load_option("method", cfg.reference)
     reference.save_checkpoint = False
     if cfg.output_dir is not None:
-        reference.output_dir = str(Path(cfg.output_dir) / "reference")
+        reference.output_dir = str(path_setting(cfg, "output_dir") / "reference")
     return reference
 
 
@@ -126,23 +127,19 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def check_options(arguments: list[str]) -> None:
-    """Exits with a suggestion if an argument names an option that its group does not have; hydra only lists them."""
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    for argument in arguments:
-        group, separator, name = argument.partition("=")
-        if not separator or group not in groups or not name.isidentifier() or name == "null":
-            continue
-        known = options(group)
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise SystemExit(f"Error: there is no {group} {name!r}.{hint} Options of {group}: {', '.join(known)}.")
-
-
 def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """Returns the config as plain values, with interpolations resolved."""
-    resolved = OmegaConf.to_container(cfg, resolve=True)
+    """Returns the config as plain values, with interpolations resolved.
+
+    Raises:
+        ConfigError: if an interpolation names no key or resolver.
+    """
+    try:
+        resolved = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise schema.ConfigError(
+            f"{error.full_key} cannot be resolved: {reason}. Correct what is in ${{}}, or write \\${{ for a plain ${{."
+        ) from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -158,7 +155,7 @@ def run_directory(cfg: DictConfig, pipeline: Pipeline) -> Path:
     The variant is for people to read; the hash covers everything that results depend on and keeps runs apart.
     """
     if cfg.output_dir is not None:
-        return Path(cfg.output_dir)
+        return path_setting(cfg, "output_dir")
     variant = "-".join(part for part in (pipeline.method.variant(), content_hash(identity(cfg))[:8]) if part)
-    folder = Path(cfg.results_dir) / pipeline.model.name / pipeline.dataset_name / pipeline.training.mode
+    folder = path_setting(cfg, "results_dir") / pipeline.model.name / pipeline.dataset_name / pipeline.training.mode
     return folder / pipeline.method.name / f"{variant}-seed{cfg.seed}"

@@ -25,7 +25,7 @@ FLOPS_PER_SECOND = 989e12  # bfloat16 products of an H100 SXM, dense, by its dat
 UTILISATION = 0.4
 CARD_GIB = 80 * 1e9 / 2**30
 EPOCHS, MICRO_BATCH, LORA_RANK = 3, 8, 8  # of scale=paper
-DENSE_METHODS = ("dense", "sat")  # train all layers; small_dense is counted as pruned
+DENSE_METHODS = ("dense", "sat", "sat_constant")  # train all layers; small_dense is counted as pruned
 HUB_IDS = {
     "llama3_1_8b": "meta-llama/Llama-3.1-8B",
     "mistral_7b_v0_3": "mistralai/Mistral-7B-v0.3",

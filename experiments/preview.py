@@ -12,13 +12,18 @@ def show_example(pipeline: Pipeline, console: Console | None = None) -> None:
     row, tokenizer = pipeline.rows[0], pipeline.tokenizer
     num_prompt = len(row.input_ids) - row.num_answer_tokens
     text = Text(tokenizer.decode(row.input_ids[:num_prompt]), style="dim")
-    for token in row.input_ids[num_prompt:]:
+    without_loss = {index for start, end in row.gaps for index in range(start, end)}
+    for index, token in enumerate(row.input_ids[num_prompt:], start=num_prompt):
+        if index in without_loss:
+            text.append(tokenizer.decode([token]), style="dim")
+            continue
         text.append("[", style="green").append(tokenizer.decode([token]), style="bold").append("]", style="green")
+    num_loss = row.num_answer_tokens - len(without_loss)
     counts = f"{len(pipeline.train_examples)} train, {len(pipeline.test_examples)} test rows"
     (console or Console(stderr=True)).print(
         Panel(
             text,
             title=f"{pipeline.task.name}: first of {counts}",
-            subtitle=f"{num_prompt} prompt tokens, {row.num_answer_tokens} \\[tokens] with loss",
+            subtitle=f"{len(row.input_ids) - num_loss} prompt tokens, {num_loss} \\[tokens] with loss",
         )
     )

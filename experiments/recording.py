@@ -10,6 +10,7 @@ from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.files import content_hash
 from gradpruner.finetune.result import PLAN_FILE, TrainingAccount
 from gradpruner.models.chat_template import CHAT_TEMPLATE_DATE
+from gradpruner.models.counting import ROW_LENGTH, count_model
 from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Outcome, Pipeline
 from gradpruner.record import RECORD_FILE, RunRecord
@@ -41,6 +42,7 @@ def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_m
         own_memory: bytes that the process held before the run.
     """
     plan = outcome.plan
+    counts = count_model(pipeline.config, outcome.shape)
     num_dense_layers, num_dense_parameters = pipeline.dense_config.num_hidden_layers, pipeline.num_dense_parameters
     return RunRecord(
         status="finished",
@@ -55,6 +57,8 @@ def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_m
             "layer_importance": list(plan.layer_importance),
             "num_hidden_layers": len(plan.kept_layers),
             "num_parameters": outcome.num_parameters,
+            "num_parameters_without_embedding": counts.num_parameters_without_embedding,
+            "num_macs": counts.macs(1, ROW_LENGTH),
             "shape": outcome.shape.to_dict(),
             "report": outcome.report,
             "recovery": _training_section(outcome.recovery) if outcome.recovery else empty_section(),
@@ -105,10 +109,13 @@ def remove_results(run_dir: Path) -> None:
 
 def _model_section(pipeline: Pipeline) -> ModelSection:
     """Returns the dense model, with what pins it down: the commit on the Hub and the date in its chat template."""
+    counts = count_model(pipeline.dense_config)
     section: ModelSection = {
         "name": pipeline.model.name,
         "num_hidden_layers": pipeline.dense_config.num_hidden_layers,
         "num_parameters": pipeline.num_dense_parameters,
+        "num_parameters_without_embedding": counts.num_parameters_without_embedding,
+        "num_macs": counts.macs(1, ROW_LENGTH),
         "shape": config_shape(pipeline.dense_config).to_dict(),
     }
     if commit := pipeline.model.commit(pipeline.assets_dir):

@@ -16,6 +16,7 @@ python -m experiments.report table=all figure=all output=report.html
 import itertools
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +27,11 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from experiments import schema
-from experiments.config import CONF
+from experiments.command_line import run_command
+from experiments.config import CONF, resolve
+from experiments.paths import check_writable, path_setting
 from experiments.recording import HISTORY_FILE
+from gradpruner.files import content_hash
 from gradpruner.models import offline_configs
 from gradpruner.models.shape import config_shape
 from gradpruner.plan import PruningPlan
@@ -69,18 +73,25 @@ class Report:
     problems: list[str]
 
 
+def main() -> None:
+    """Runs the command."""
+    run_command(hydra_job, "report", "experiments.report")
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
-def main(cfg: DictConfig) -> None:
+def hydra_job(cfg: DictConfig) -> None:
     """Prints and writes the report."""
     try:
+        resolve(cfg)
         report = build_report(cfg)
         for table in report.tables:
             show(table)
         written = [picture.path for picture in report.pictures]
         if cfg.output is not None:
-            path = Path(cfg.output)
+            path = path_setting(cfg, "output")
+            check_writable(output=path.parent)
             written += write_report(path, path.suffix.removeprefix("."), report.tables, report.pictures, cfg.title)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"\nError: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     for problem in report.problems:
@@ -104,24 +115,29 @@ def build_report(cfg: DictConfig) -> Report:
         raise ValueError(f"output must end with one of {', '.join(FORMATS)}, got {cfg.output}. Name it so.")
     if table_name == "11" and figure is None:
         return Report([_counts(cfg)], [], [])
-    records, problems = read_records(Path(cfg.runs_dir))
+    records, problems = read_records(path_setting(cfg, "runs_dir"))
     tables = [] if table_name is None and figure is not None else _tables(cfg, table_name, list(records.values()))
-    return Report(tables, [] if figure is None else _pictures(cfg, figure, records), problems)
+    return Report(tables, [] if figure is None else _pictures(cfg, figure, records, problems), problems)
 
 
 def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord]) -> list[Table]:
     """Returns the table `name`; for None the comparisons; for `all` every table that has runs."""
     if name == "11":
         return [_counts(cfg)]
+    everything = records
+    if name != "2":
+        records = runs_of(records)
     if name is None:
         return comparisons(records)
     if name == ALL:
-        of_paper = itertools.chain.from_iterable(_paper_tables(each, records) for each in TABLES if each != "11")
+        of_paper = itertools.chain.from_iterable(
+            _paper_tables(each, everything if each == "2" else records) for each in TABLES if each != "11"
+        )
         ours = itertools.chain.from_iterable(make(records) for make, _ in OURS.values())
         return [*comparisons(records), *of_paper, *ours, _counts(cfg)]
     if tables := OURS[name][0](records) if name in OURS else _paper_tables(name, records):
         return tables
-    folder = Path(cfg.runs_dir).absolute()
+    folder = path_setting(cfg, "runs_dir").absolute()
     if name in OURS:
         raise ValueError(
             f"table={name} needs {OURS[name][1]}, got none among {len(records)} in {folder}. Run "
@@ -154,14 +170,18 @@ def _file_name(name: str) -> str:
     return name if name.startswith("figure") else f"table{name}"
 
 
-def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord]) -> list[Picture]:
-    """Draws one figure, or for `all` every figure that has runs."""
-    folder, runs = Path(cfg.figures_dir), list(records.values())
-    histories = {
-        run.identity: json.loads((path.parent / HISTORY_FILE).read_text())
-        for path, run in records.items()
-        if (path.parent / HISTORY_FILE).is_file()
-    }
+def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord], problems: list[str]) -> list[Picture]:
+    """Draws one figure, or for `all` every figure that has runs; adds histories that cannot be read to the problems."""
+    folder, runs = path_setting(cfg, "figures_dir"), runs_of(records.values())
+    check_writable(figures_dir=folder)
+    histories = {}
+    for path, run in records.items():
+        file = path.parent / HISTORY_FILE
+        try:
+            if file.is_file():
+                histories[run.identity] = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            problems.append(f"Not drawn: {file}: {error}. Run it again.")
     if figure != ALL:
         return draw(figure, runs, folder, histories)
     pictures = []
@@ -175,15 +195,31 @@ def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord]) -> l
     return pictures
 
 
+def runs_of(records: Iterable[RunRecord]) -> list[RunRecord]:
+    """Returns the records of runs, without those that hold timings alone.
+
+    Raises:
+        ValueError: if there is no other.
+    """
+    runs = [record for record in records if record.finetune]
+    if not runs:
+        raise ValueError(
+            "The tables and figures of results need runs, got records of timings alone (`make test-gpu`). Set table=2, "
+            "which shows timings, or runs_dir."
+        )
+    return runs
+
+
 def _counts(cfg: DictConfig) -> Table:
     """Makes Table 11 for any model: dense, and pruned by a plan or at each sparsity of `cfg.sparsity`."""
-    spec = offline_configs.for_dry_run(schema.build(cfg.model, "model"), Path(cfg.cache_dir) / "assets")
-    config = spec.load_config(Path(cfg.cache_dir) / "assets")
+    assets = path_setting(cfg, "cache_dir") / "assets"
+    spec = offline_configs.for_dry_run(schema.build(cfg.model, "model"), assets)
+    config = spec.load_config(assets)
     dense = config_shape(config)
     shapes = {"original": dense}
     paper = load_published(PAPER, "table11").select(model=spec.path, length=cfg.length) if cfg.plan is None else []
     if cfg.plan is not None:
-        plan = PruningPlan.load(Path(cfg.plan))
+        plan = _load_plan(path_setting(cfg, "plan"))
         shapes[f"{plan.method}, {cfg.plan}"] = planned_shape(dense, plan)
     else:
         for sparsity in cfg.sparsity:
@@ -194,6 +230,13 @@ def _counts(cfg: DictConfig) -> Table:
     return counts_table(
         f"{spec.name}: work and size (Table 11)", config, shapes, spec.torch_dtype, cfg.length, published
     )
+
+
+def _load_plan(file: Path) -> PruningPlan:
+    try:
+        return PruningPlan.load(file)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"plan must be the plan.json of a run, got {file.absolute()}: {error}. Set plan.") from error
 
 
 def read_records(folder: Path) -> tuple[dict[Path, RunRecord], list[str]]:
@@ -207,17 +250,24 @@ def read_records(folder: Path) -> tuple[dict[Path, RunRecord], list[str]]:
     """
     records: dict[Path, RunRecord] = {}
     problems = []
+    seen: dict[str, Path] = {}  # a copy of a run would count as another seed
     for path in sorted(folder.rglob("*.json")):
         try:
-            data = json.loads(path.read_text())
+            if path.is_dir() or path.name == HISTORY_FILE:
+                continue
+            data = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(data, dict) or "schema_version" not in data:
                 continue  # another JSON file, such as a plan
             record = RunRecord.from_dict(data, path)
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"Not shown: {path}: {error}")
             continue
         if record.status == "finished":
-            records[path] = record
+            first = seen.setdefault(content_hash(data), path)
+            if first == path:
+                records[path] = record
+            else:
+                problems.append(f"Not shown: {path} is a copy of {first}. Delete one of them.")
         else:
             problems.append(f"Not shown: {path} has status {record.status} ({record.error}). Run it again.")
     if not records:

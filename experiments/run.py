@@ -8,20 +8,24 @@ Builds what the config names, runs it with `gradpruner.pipeline`, and writes the
 
 import dataclasses
 import logging
-import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import schema
-from experiments.config import CONF, build_pipeline, check_options, identity, reference_config, resolve, run_directory
+from experiments.arguments import check_texts
+from experiments.command_line import run_command
+from experiments.config import CONF, build_pipeline, identity, reference_config, resolve, run_directory
 from experiments.devices import taken_gpu
 from experiments.dry_run import show_dry_run
+from experiments.paths import check_writable
 from experiments.preview import show_example
 from experiments.recording import (
     CHECKPOINT,
@@ -34,7 +38,7 @@ from experiments.recording import (
     remove_results,
 )
 from experiments.summary import show_summary
-from experiments.sweep import is_left_out, note_failure
+from experiments.sweep import arguments_of, is_left_out, note_failure, note_finished
 from experiments.tracker import Tracker
 from gradpruner.checkpoints.checkpoint import save_checkpoint
 from gradpruner.cost import process_memory_bytes
@@ -52,27 +56,62 @@ from gradpruner.runtime import quiet_libraries
 logger = logging.getLogger(__name__)
 
 
+def main() -> None:
+    """Runs the command."""
+    run_command(hydra_job, "config", "experiments.run")
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> None:
+def hydra_job(cfg: DictConfig) -> None:
     """Runs one job of hydra's."""
-    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    job = HydraConfig.get()
+    is_sweep = job.mode == RunMode.MULTIRUN
     if (gpu := taken_gpu()) is not None:
-        logger.info("Job %s runs on GPU %s", HydraConfig.get().job.num, gpu)
+        logger.info("Job %s runs on GPU %s", job.job.num, gpu)
     try:
         if is_sweep and is_left_out(cfg):
-            logger.info("Left out of the sweep: %s", " ".join(HydraConfig.get().overrides.task))
+            logger.info("Left out of the sweep: %s", " ".join(arguments_of(job.overrides)))
         else:
+            _check_launch(cfg)
             run_job(cfg)
     except Exception as error:
-        is_expected = isinstance(error, (ValueError, DivergedError, OSError))
+        reason = _explain_memory(error)
+        is_expected = reason is not error or isinstance(error, (ValueError, DivergedError, OSError))
         if is_sweep:
-            note_failure(error, is_expected)
+            note_failure(reason, is_expected)
         elif is_expected:
             logger.debug("", exc_info=True)
-            print(f"\nError: {error}", file=sys.stderr)
+            print(f"\nError: {reason}", file=sys.stderr)
             raise SystemExit(1) from error
         else:
-            raise
+            traceback.print_exception(error)  # here, because `run_command` takes some classes for mistakes of the user
+            raise SystemExit(1) from error
+    else:
+        if is_sweep:
+            note_finished()
+        return
+    clear_device_cache(garbage_collection=True)  # what the failed job held, so that the next one has the memory
+
+
+def _check_launch(cfg: DictConfig) -> None:
+    """Raises ConfigError for arguments that hydra reads as something else, and for settings that move the job."""
+    job = HydraConfig.get()
+    check_texts(cfg, arguments_of(job.overrides))
+    if job.job.chdir:
+        raise schema.ConfigError(
+            "Paths start at the folder in which the command was started, got hydra.job.chdir=true. Leave that out, and "
+            "set results_dir or output_dir instead."
+        )
+
+
+def _explain_memory(error: Exception) -> Exception:
+    """Returns an error that says what to lower if memory ran out, else `error` itself."""
+    if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+        return error
+    return MemoryError(
+        f"Memory ran out, got {type(error).__name__}: {error}. Lower finetune.micro_batch_size (or set it to auto) or "
+        "dataset.max_length, or set finetune.gradient_checkpointing=true."
+    )
 
 
 def run_job(cfg: DictConfig) -> RunRecord | None:
@@ -85,9 +124,12 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
         ValueError: if anything is wrong with config or data; raised before any weight is loaded.
     """
     quiet_libraries()
+    schema.check_root(cfg)
+    resolve(cfg)
     pipeline, tracker = build_pipeline(cfg), schema.build(cfg.tracker, "tracker")
     run_dir = run_directory(cfg, pipeline)
-    _check_writable(run_dir, pipeline.cache_dir)
+    folder = "results_dir" if cfg.output_dir is None else "output_dir"
+    check_writable(**{folder: run_dir, "cache_dir": pipeline.cache_dir})
     if cfg.dry_run:
         model = offline_configs.for_dry_run(pipeline.model, pipeline.cache_dir / "assets")
         pipeline = dataclasses.replace(pipeline, model=model)
@@ -104,17 +146,6 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     records.append(_run_arm(cfg, pipeline, tracker))
     show_summary(records, run_dir, f"{pipeline.model.name} on {pipeline.dataset_name}")
     return records[-1]
-
-
-def _check_writable(*folders: Path) -> None:
-    """Raises ValueError if a folder cannot be made or written to."""
-    for folder in folders:
-        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(
-                f"Cannot write to {folder.absolute()}: {existing} is not a folder that this user may write to. "
-                "Set output_dir, results_dir or cache_dir to another one."
-            )
 
 
 def check_prunes(pipeline: Pipeline) -> None:
@@ -199,5 +230,4 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Track
 
 
 if __name__ == "__main__":
-    check_options(sys.argv[1:])
     main()

@@ -6,13 +6,16 @@ refused before anything is built.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 from uuid import uuid4
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from gradpruner.checks import guess
 
 
 @dataclass
@@ -113,6 +116,36 @@ def build(node: DictConfig, where: str) -> Any:
         ) from error
     assert isinstance(plain, dict)
     return target(**{str(key): tuple(v) if isinstance(v, list) else v for key, v in plain.items()})
+
+
+def check_root(cfg: DictConfig) -> None:
+    """Refuses root keys that no run has, such as `+sede=1`, and missing ones, such as after `~seed`.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    known = [field.name for field in dataclasses.fields(RunConfig)]
+    for key in map(str, cfg):
+        if key not in known:
+            raise ConfigError(f"There is no key {key!r}{guess(key, known)}. Known: {', '.join(known)}.")
+    for key in known:
+        if key not in cfg.keys() or OmegaConf.is_missing(cfg, key):  # noqa: SIM118, where `in` skips missing values
+            raise ConfigError(f"A run needs {key}, got no value. Give it on the command line: {key}=...")
+
+
+def is_text(cfg: DictConfig, key: str) -> bool:
+    """Returns whether the class of a key's node says that the key's value is a text."""
+    parent, _, name = key.rpartition(".")
+    if not parent:
+        owner: type = RunConfig
+    else:
+        node = OmegaConf.select(cfg, parent)
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            return False
+        owner = get_class(str(node._target_))
+    hint = get_type_hints(owner).get(name)
+    allowed = set(get_args(hint) or (hint,))
+    return str in allowed and allowed <= {str, NoneType}
 
 
 def _unfrozen(target: type) -> type:

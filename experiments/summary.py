@@ -5,11 +5,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from gradpruner.checkpoints.adapter import ADAPTER_FOLDER
 from gradpruner.checkpoints.checkpoint import SHAPE_FILE
 from gradpruner.finetune.result import LEAST_SURVIVAL
 from gradpruner.models.shape import ModelShape, describe_shape
 from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import describe_origins, metric_columns
+from gradpruner.reporting.labels import caveats, describe_origins, metric_columns
 
 
 def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: Console | None = None) -> None:
@@ -45,7 +46,7 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         notes.append(f"guessing: {metrics['chance_accuracy']:.3f}")
     if metrics.get("finished", 1.0) < 1.0:
         notes.append(f"answers that came to an end: {metrics['finished']:.0%}")
-    console.print("; ".join([*notes, *describe_origins(measured)]), soft_wrap=True)
+    console.print("; ".join([*notes, *describe_origins(measured), *caveats(records)]), soft_wrap=True)
     if pruning["pruned_layers"]:
         absorbed = [(layer, absorber) for layer, absorber in pruning["absorbed_by"].items() if absorber is not None]
         merged = ", ".join(f"{layer} into {absorber}" for layer, absorber in absorbed)
@@ -78,6 +79,8 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         )
     if (run_dir / "checkpoint").is_dir():
         loader = "baselines.load" if (run_dir / "checkpoint" / SHAPE_FILE).is_file() else "plain transformers"
+        if (run_dir / "checkpoint" / ADAPTER_FOLDER).is_dir():
+            loader = f"the model before fine-tuning with {loader}, {ADAPTER_FOLDER}/ on it with peft"
         console.print(f"Checkpoint ({loader}): {run_dir / 'checkpoint'}", soft_wrap=True)
     console.print(f"Run folder: {run_dir}", soft_wrap=True)
 

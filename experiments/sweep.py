@@ -1,6 +1,6 @@
-"""What a sweep (-m) adds to hydra's: it skips excluded cells, continues after a failure, and lists failures at the end.
+"""What a sweep (-m) adds to hydra's: it skips excluded cells, continues after a failure, and lists what did not finish.
 
-A job may run in another process (joblib, Slurm), so it writes its failure to a file in its folder of the sweep.
+A job may run in another process (joblib, Slurm), so it writes how it ended to a file in its folder of the sweep.
 """
 
 import json
@@ -10,17 +10,26 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.devices import offer_gpus, withdraw_gpus
+from experiments.paths import check_writable
 from experiments.schema import ConfigError
 from gradpruner.files import write_json
 
 logger = logging.getLogger(__name__)
 
 FAILURE_FILE = "failed.json"  # error, traceback and overrides of a failed job
+FINISHED_FILE = "finished.json"  # overrides of a job that finished or was left out
+NUM_LISTED = 20
+_running: list[tuple[DictConfig, ConfigLoader]] = []  # the sweep that this process has started
 
 
 class SweepReport(Callback):
@@ -35,15 +44,25 @@ class SweepReport(Callback):
         self.exclude = exclude
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Deletes the failure files of an earlier sweep in the same folder, and offers GPUs to joblib's workers."""
-        for file in _failure_files(config):
+        """Deletes what jobs of an earlier sweep left in the same folder, and offers GPUs to joblib's workers.
+
+        Raises:
+            SystemExit: if the folder cannot be written to; hydra turns other exceptions of callbacks into warnings.
+        """
+        try:
+            check_writable(**{"hydra.sweep.dir": Path(config.hydra.sweep.dir)})
+        except ConfigError as error:
+            print(f"\nError: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+        for file in [*_files(config, FAILURE_FILE), *_files(config, FINISHED_FILE)]:
             file.unlink()
+        _running.append((config, GlobalHydra.instance().config_loader()))
         offer_gpus(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Raises SystemExit if a job failed."""
-        withdraw_gpus()
-        failures = [json.loads(file.read_text(encoding="utf-8")) for file in _failure_files(config)]
+        forget_sweep()
+        failures = [json.loads(file.read_text(encoding="utf-8")) for file in _files(config, FAILURE_FILE)]
         if not failures:
             return
         print(f"\nError: {len(failures)} runs of this sweep failed, the others are done:", file=sys.stderr)
@@ -77,6 +96,55 @@ def _value(cfg: DictConfig, key: str) -> Any:
     return value
 
 
+def arguments_of(overrides: DictConfig) -> list[str]:
+    """Returns the arguments of a job or sweep as they were given, without resolving interpolations in them."""
+    found = OmegaConf.to_container(overrides.task, resolve=False)
+    assert isinstance(found, list)
+    return list(map(str, found))
+
+
+def cells(overrides: list[Override]) -> list[list[str]]:
+    """Returns the arguments of every job of hydra's basic sweeper, in order."""
+    jobs: list[list[str]]
+    [jobs] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    return jobs
+
+
+def describe_broken_off() -> str:
+    """Returns how many jobs of the running sweep have finished, and a list of the others; empty without a sweep."""
+    if not _running:
+        return ""
+    config, loader = _running[-1]
+    finished, failed = (
+        {int(file.parent.name) for file in _files(config, name)} for name in (FINISHED_FILE, FAILURE_FILE)
+    )
+    params = config.hydra.sweeper.get("params") or {}
+    arguments = [*(f"{key}={value}" for key, value in params.items()), *arguments_of(config.hydra.overrides)]
+    jobs = cells(OverridesParser.create(config_loader=loader).parse_overrides(arguments))
+    left = [number for number in range(len(jobs)) if number not in finished]
+    shared = set.intersection(*map(set, jobs))  # which the command that continues the sweep shows
+    lines = []
+    for number in left[:NUM_LISTED]:
+        own = " ".join(argument for argument in jobs[number] if argument not in shared)
+        lines.append(f"  #{number}: {own}{' (failed)' * (number in failed)}")
+    if len(left) > NUM_LISTED:
+        lines.append(f"  and {len(left) - NUM_LISTED} more")
+    listed = "".join(f"\n{line}" for line in lines)
+    return f"\n{len(finished)} of {len(jobs)} runs of this sweep have finished and are kept. Not finished:{listed}"
+
+
+def forget_sweep() -> None:
+    """Ends what this process holds for a sweep that it has started, if there is one."""
+    _running.clear()
+    withdraw_gpus()
+
+
+def note_finished() -> None:
+    """Records that this job needs no more work."""
+    job = HydraConfig.get()
+    write_json(Path(job.runtime.output_dir) / FINISHED_FILE, {"overrides": arguments_of(job.overrides)})
+
+
 def note_failure(error: Exception, is_expected: bool) -> None:
     """Logs and records that this job failed, so that the sweep can continue; logs a traceback for unexpected errors."""
     job = HydraConfig.get()
@@ -85,12 +153,12 @@ def note_failure(error: Exception, is_expected: bool) -> None:
         Path(job.runtime.output_dir) / FAILURE_FILE,
         {
             "job": job.job.num,
-            "overrides": list(job.overrides.task),
+            "overrides": arguments_of(job.overrides),
             "error": str(error) if is_expected else f"{type(error).__name__}: {error}",
             "traceback": traceback.format_exception(error),
         },
     )
 
 
-def _failure_files(config: DictConfig) -> list[Path]:
-    return list(Path(config.hydra.sweep.dir).glob(f"*/{FAILURE_FILE}"))
+def _files(config: DictConfig, name: str) -> list[Path]:
+    return list(Path(config.hydra.sweep.dir).glob(f"*/{name}"))

@@ -14,7 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from gradpruner.evaluate.base import PREDICTIONS_FILE
+from gradpruner.files import user_path
 from gradpruner.record import RunRecord
+from gradpruner.waiting import say_if_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +68,17 @@ class WandbTracker:
         with _never_fatal():
             import wandb
 
-            run = wandb.init(
-                project=self.project,
-                entity=self.entity,
-                mode=self.mode,  # type: ignore[arg-type]
-                group=self.group or _sweep_name(),
-                dir=self.directory,
-                name="/".join(run_dir.parts[-5:]),
-                config=record.config,
-                reinit="finish_previous",  # wandb merges runs that are not finished
-            )
+            with say_if_waiting("an answer of Weights & Biases", wandb.Settings().init_timeout):
+                run = wandb.init(
+                    project=self.project,
+                    entity=self.entity,
+                    mode=self.mode,  # type: ignore[arg-type]
+                    group=self.group or _sweep_name(),
+                    dir=user_path(self.directory),
+                    name="/".join(run_dir.parts[-5:]),
+                    config=record.config,
+                    reinit="finish_previous",  # wandb merges runs that are not finished
+                )
             try:
                 for entry in history:
                     values = {f"finetune/{key}": value for key, value in entry.items() if key not in ("step", "epoch")}

@@ -73,6 +73,9 @@ class Cost(PeakMemory):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if torch.cuda.is_available():
+            for device in _cuda_devices():
+                torch.cuda.synchronize(device)  # kernels may still run
         self.seconds = time.perf_counter() - self._start
         super().__exit__(kind, error, trace)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gradpruner.models.chat_template import render_prompt
-from gradpruner.tasks import DataError, Example
+from gradpruner.models.chat_template import render_exchanges, render_prompt
+from gradpruner.tasks import ChatExample, DataError, Example
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,12 @@ class TrainingRow:
     Attributes:
         input_ids: prompt, answer and end-of-sequence.
         num_answer_tokens: number of tokens at the end that carry loss.
+        gaps: (start, end), in tokens of the row, of what carries none among these: the user's turns between answers.
     """
 
     input_ids: tuple[int, ...]
     num_answer_tokens: int
+    gaps: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Encoder:
         tokenizer: any Hugging Face tokenizer; its own special tokens (such as a BOS) are added.
         max_length: tokens of prompt and completion together.
         chat_template: put prompts into the tokenizer's chat template, as a user message; completions then lose their
-            delimiter. A template that prints today's date prints `models.chat_template.CHAT_TEMPLATE_DATE` instead.
+            delimiter. Conversations (`ChatExample`) need it. A template that prints today's date prints
+            `models.chat_template.CHAT_TEMPLATE_DATE` instead.
 
     Raises:
         ValueError: if a chat template is asked for and the tokenizer has none.
@@ -72,8 +75,9 @@ class Encoder:
         """Checks that there is a chat template if one is asked for."""
         if self.chat_template and not self.tokenizer.chat_template:
             raise ValueError(
-                "model.chat_template=true needs a tokenizer with a chat template, which this model's has not. "
-                "Use the instruct version of the model, or set model.chat_template=false."
+                "model.chat_template=true needs a tokenizer with a chat template, as do rows that are conversations; "
+                "this model's has none. Use the instruct version of the model, or put a chat_template.jinja into its "
+                "folder. Without one, set model.chat_template=false, or dataset.prompt and dataset.answer_field."
             )
 
     def encode(
@@ -125,6 +129,8 @@ class Encoder:
         """Returns the prompt as the model reads it, and where its context is."""
         if not self.chat_template:
             return example.prompt, example.context
+        if isinstance(example, ChatExample):
+            return render_exchanges(self.tokenizer, example.turns, example.id)[-1].prompt, None
         text = render_prompt(self.tokenizer, example.prompt)
         core = example.prompt.strip()  # templates may strip a message
         start = text.rfind(core)
@@ -289,6 +295,8 @@ def collate(rows: Sequence[TrainingRow], pad_token_id: int) -> Batch:
         input_ids[index, -len(ids) :] = ids
         attention_mask[index, -len(ids) :] = 1
         labels[index, -row.num_answer_tokens :] = ids[-row.num_answer_tokens :]
+        for start, end in row.gaps:
+            labels[index, length - len(ids) + start : length - len(ids) + end] = IGNORED
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

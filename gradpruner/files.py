@@ -11,6 +11,11 @@ from typing import Any
 MAX_HASHED_BYTES = 4 * 2**30  # above this, hashing weights would take longer than a small run
 
 
+def user_path(text: str | Path) -> Path:
+    """Returns a path with `~` and `~user` expanded, which a shell does not do in `KEY=~/...`."""
+    return Path(os.path.expanduser(text))  # Path.expanduser raises where there is no such user
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` through a temporary file in the same folder, creating the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

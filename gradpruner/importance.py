@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from gradpruner.cost import PeakMemory
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.files import write_json
-from gradpruner.finetune.trainer import CompletionTrainer
+from gradpruner.finetune.trainer import CHECKPOINTING, CompletionTrainer
 from gradpruner.gradients import RESULT_FILE, EarlyGradients, factor_names, step_file
 from gradpruner.igia import Factors, simulated_gradient, squared_frobenius
 from gradpruner.importance_spec import LORA_INITS, PLAIN_INITS, ImportanceSpec
@@ -169,7 +169,7 @@ def _adapters(model: PreTrainedModel, spec: ImportanceSpec) -> Iterator[PreTrain
     """Yields `model` with LoRA adapters on all linear sublayers; undoes everything on exit."""
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training, use_cache = model.training, model.config.use_cache
-    was_checkpointing = model.is_activation_checkpointing
+    was_checkpointing = getattr(model, f"is_{CHECKPOINTING}")
     embedding_hooks = model.get_input_embeddings()._forward_hooks  # peft and Trainer add a hook for checkpointing
     hooks_before = set(embedding_hooks)
     config = LoraConfig(
@@ -191,7 +191,7 @@ def _adapters(model: PreTrainedModel, spec: ImportanceSpec) -> Iterator[PreTrain
             for hook in set(embedding_hooks) - hooks_before:
                 del embedding_hooks[hook]
             if spec.gradient_checkpointing and not was_checkpointing:
-                model.activation_checkpointing_disable()
+                getattr(model, f"{CHECKPOINTING}_disable")()
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(required_grad[name])
                 parameter.grad = None
@@ -271,7 +271,6 @@ def _training_arguments(spec: ImportanceSpec, scratch: Path) -> TrainingArgument
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=spec.max_grad_norm,
-        activation_checkpointing=spec.gradient_checkpointing,
         train_sampling_strategy="sequential",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -282,4 +281,5 @@ def _training_arguments(spec: ImportanceSpec, scratch: Path) -> TrainingArgument
         dataloader_pin_memory=False,
         use_cpu=default_device().type == "cpu",
         seed=spec.seed,
+        **{CHECKPOINTING: spec.gradient_checkpointing},
     )

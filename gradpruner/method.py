@@ -93,9 +93,15 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods. Creating one is cheap and checks its values; work starts in the hooks."""
+    """Base of all methods. Creating one is cheap and checks its values; work starts in the hooks.
+
+    Attributes:
+        name: name of the method, as in `conf/method/`.
+        caveat: sentence that stands beside every number of the method; empty if nothing must be said.
+    """
 
     name: ClassVar[str]
+    caveat: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Does nothing; subclasses check their values and call this one."""

@@ -32,6 +32,14 @@ NOT_IDENTITY = (
     *("sparsity", "merge_count", "tracker", "reference", "dry_run", "save_checkpoint", "measure_speed"),
     *("results_dir", "output_dir", "cache_dir"),
 )
+SECTIONS: dict[str, Any] = {  # those that every finished run has
+    "model": ModelSection,
+    "pruning": PruningSection,
+    "finetune": TrainingSection,
+    "efficiency": EfficiencySection,
+    "environment": EnvironmentSection,
+}
+OF_TRAINING = ("finetune", "efficiency")
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class RunRecord:
     """One run.
 
     All sections of a failed run are `{}`, so check `status` before reading one. In a finished run, `metrics_before`,
-    `pruning["recovery"]` and `efficiency["speed"]` are `{}` where the run did not have that stage.
+    `pruning["recovery"]` and `efficiency["speed"]` are `{}` where the run did not have that stage. `make test-gpu`
+    writes timings alone: `finetune` and `metrics` are `{}` and `efficiency` has only ratios and `speed`.
 
     Attributes:
         status: `finished` or `failed`.
@@ -105,8 +114,8 @@ class RunRecord:
         if not path.is_file():
             return None
         try:
-            data = json.loads(path.read_text())
-        except ValueError as error:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"Cannot read {path}: {error}. Delete it to run again.") from error
         return cls.from_dict(data, path)
 
@@ -115,11 +124,41 @@ class RunRecord:
         """Reads what `save` wrote to `path`.
 
         Raises:
-            ValueError: if it was written by another version.
+            ValueError: if it was written by another version, or is not a whole record.
         """
-        if data.get("schema_version") != SCHEMA_VERSION:
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
             raise ValueError(
-                f"Cannot read {path}: schema version {data.get('schema_version')!r}, this release reads "
-                f"{SCHEMA_VERSION}. Delete it to run again."
+                f"Cannot read {path}: schema version {version!r}, this release reads {SCHEMA_VERSION}. Delete it to "
+                "run again."
+            )
+        known = {each.name for each in dataclasses.fields(cls)}
+        wrong = sorted(data.keys() - known) + [
+            name for name in _needed_keys(data) if not _has_key(data, name.split("."))
+        ]
+        if wrong:
+            raise ValueError(
+                f"Cannot read {path}: it must be a record as a run wrote it, got one with missing or unknown keys "
+                f"({', '.join(wrong)}). Delete it to run again."
             )
         return cls(**data)
+
+
+def _needed_keys(data: dict[str, Any]) -> list[str]:
+    """Returns the keys that a record must have, those of a finished run's sections with dots."""
+    needed = ["status", "config", "identity", "seed"]
+    if data.get("status") == "finished":
+        needed += ["metrics", "config.model", "config.dataset", "config.method", "config.finetune"]
+        # Timings alone (`make test-gpu`) come without a fine-tune, hence without its metrics and cost.
+        is_timing = data.get("finetune") == {} == data.get("metrics") and _has_key(data, ["efficiency", "speed"])
+        sections = {name: section for name, section in SECTIONS.items() if not is_timing or name not in OF_TRAINING}
+        needed += [f"{name}.{key}" for name, section in sections.items() for key in sorted(section.__required_keys__)]
+    return needed
+
+
+def _has_key(data: Any, parts: list[str]) -> bool:
+    for part in parts:
+        if not isinstance(data, dict) or part not in data:
+            return False
+        data = data[part]
+    return True

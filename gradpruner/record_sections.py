@@ -22,6 +22,9 @@ class ModelSection(TypedDict):
         name: short name, such as `smollm2_135m`.
         num_hidden_layers: decoder layers.
         num_parameters: all parameters.
+        num_parameters_without_embedding: all but the input embedding, as in Table 11; older records lack it.
+        num_macs: multiply-accumulates of a forward pass over one row of `counting.ROW_LENGTH` tokens, attention and
+            output head included; older records lack it.
         shape: its sizes.
         commit: of a model from the Hub; older records lack it.
         chat_template_date: the date that its chat template prints, if one is used.
@@ -30,6 +33,8 @@ class ModelSection(TypedDict):
     name: str
     num_hidden_layers: int
     num_parameters: int
+    num_parameters_without_embedding: NotRequired[int]
+    num_macs: NotRequired[int]
     shape: ShapeSection
     commit: NotRequired[str]
     chat_template_date: NotRequired[str]
@@ -94,6 +99,7 @@ class MethodReport(TypedDict, total=False):
         search: how `sparsity=auto` found the number of layers.
         kept_part: APT: fraction of `groups`, `channels` and `hidden` kept.
         cuts: APT: one dict per pruning step.
+        evaluations: APT: `step`, `answer_nll` and `is_teacher` for every state of the model that could be the teacher.
     """
 
     losses: list[float]
@@ -110,6 +116,7 @@ class MethodReport(TypedDict, total=False):
     search: SearchReport
     kept_part: dict[str, float]
     cuts: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
 
 
 class PruningSection(TypedDict):
@@ -122,6 +129,8 @@ class PruningSection(TypedDict):
         layer_importance: one score per dense layer; empty for methods without scores.
         num_hidden_layers: decoder layers kept.
         num_parameters: parameters after pruning.
+        num_parameters_without_embedding: as in `ModelSection`; older records lack it.
+        num_macs: as in `ModelSection`; older records lack it.
         shape: sizes after pruning.
         report: what the method reported.
         recovery: training on other data between pruning and the fine-tune; `{}` if there was none.
@@ -133,6 +142,8 @@ class PruningSection(TypedDict):
     layer_importance: list[float]
     num_hidden_layers: int
     num_parameters: int
+    num_parameters_without_embedding: NotRequired[int]
+    num_macs: NotRequired[int]
     shape: ShapeSection
     report: MethodReport
     recovery: TrainingSection
@@ -146,11 +157,16 @@ class Metrics(TypedDict):
         answer_nll: negative log-likelihood of the reference answers, in nats per token.
         accuracy: fraction of right answers.
         accuracy_mode: how accuracy was measured: `likelihood` or `generate`.
+        accuracy_match: which of the next two `accuracy` is, `raw` or `lenient`, where answers are generated. Older
+            records lack it and the two: their accuracy ignored case, and signs and symbols at both ends.
+        accuracy_raw: fraction of generated answers that equal the reference exactly.
+        accuracy_lenient: fraction that equals it once both are normalised (`evaluate.accuracy`).
         accuracy_norm: accuracy by log-likelihood per character of the option.
         majority_accuracy: accuracy of always giving the most frequent label.
         chance_accuracy: accuracy of guessing.
         rouge_l: mean ROUGE-L of generated answers.
         rouge_tokenizer: name of the rules that split the text into words (`evaluate.rouge_l`); older records lack it.
+        rouge_stemming: whether stems were compared; older records lack it, theirs were not.
         bertscore_f1: mean BERTScore F1 of generated answers.
         bertscore_encoder: name of the encoder of BERTScore.
         bertscore_layer: layer of that encoder.
@@ -164,6 +180,11 @@ class Metrics(TypedDict):
     accuracy: NotRequired[float]
     accuracy_stderr: NotRequired[float]
     accuracy_mode: NotRequired[str]
+    accuracy_match: NotRequired[str]
+    accuracy_raw: NotRequired[float]
+    accuracy_raw_stderr: NotRequired[float]
+    accuracy_lenient: NotRequired[float]
+    accuracy_lenient_stderr: NotRequired[float]
     accuracy_norm: NotRequired[float]
     accuracy_norm_stderr: NotRequired[float]
     majority_accuracy: NotRequired[float]
@@ -171,6 +192,7 @@ class Metrics(TypedDict):
     rouge_l: NotRequired[float]
     rouge_l_stderr: NotRequired[float]
     rouge_tokenizer: NotRequired[str]
+    rouge_stemming: NotRequired[bool]
     bertscore_f1: NotRequired[float]
     bertscore_f1_stderr: NotRequired[float]
     bertscore_encoder: NotRequired[str]

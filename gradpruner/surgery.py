@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from gradpruner.merge import merge_layers
 from gradpruner.models.architectures import (
+    LAYER_COUNTS,
     PER_LAYER_CONFIG_LISTS,
     check_model,
     decoder_layers,
@@ -93,7 +94,7 @@ def only_layers(model: PreTrainedModel, kept_layers: tuple[int, ...]) -> Iterato
     decoder, layers = model.get_decoder(), decoder_layers(model)
     entries = {
         key: copy.copy(getattr(model.config, key))
-        for key in ("num_hidden_layers", *PER_LAYER_CONFIG_LISTS)
+        for key in (*LAYER_COUNTS, *PER_LAYER_CONFIG_LISTS)
         if hasattr(model.config, key)
     }
     try:

@@ -33,6 +33,7 @@ OPTIONS_OWN = {
     "dataset": {"prompt_with_options", "show_options", "max_train_samples", "max_length", "max_new_tokens", "metrics"},
     "method": {"recover_on", "recover_training"},  # off by default in the library, the authors' in experiments
     "finetune": {"mode"},
+    "evaluation": {"accuracy", "rouge_stemming", "max_new_tokens", "bertscore_model"},  # the paper's
 }
 OWN_DATA = [
     "dataset.train_file=train.jsonl",

@@ -199,6 +199,32 @@ def test_exact_parts_of_the_memory_estimate(lora_rank):
     assert estimate.total == sum(vars(estimate).values())
 
 
+def test_a_step_that_recomputes_peaks_in_the_first_layer():
+    """All gradients but that layer's and the embedding's are there, beside the layer's activations."""
+    config = shipped_config(LLAMA_8B)
+    counts, (first, *_) = count_model(config), count_model(config).layers
+    options = {"precision": "float32", "recompute": True}
+    found = estimate_training_memory(config, 8, 2048, 5, torch.float32, **options)
+    assert found.gradients == 4 * (counts.num_parameters - counts.num_embedding_parameters - first.num_parameters)
+    assert found.transient == 3 * 8 * 2048 * first.widest * 4
+    accumulated = estimate_training_memory(config, 8, 2048, 5, torch.float32, accumulate=True, **options)
+    assert accumulated.gradients == 4 * counts.num_parameters and accumulated.total > found.total
+    short = estimate_training_memory(config, 1, 8, 5, torch.float32, **options)
+    assert (short.gradients, short.activations, short.transient) == (4 * counts.num_parameters, 0, 0)
+
+
+def test_mixed_precision_that_recomputes_holds_a_copy_of_every_weight():
+    config = shipped_config(LLAMA_1B)
+    copies = 2 * sum(layer.num_linear_parameters for layer in count_model(config).layers)
+    exact, mixed = (
+        estimate_training_memory(
+            config, 1, 16, 4, torch.bfloat16, precision=precision, recompute=True, accumulate=True
+        ).activations
+        for precision in ("float32", "bf16_mixed")
+    )
+    assert exact < copies < mixed
+
+
 def test_memory_estimate_of_the_options():
     config = shipped_config(LLAMA_1B)
 
@@ -308,11 +334,11 @@ def test_measured_matmul_rate_is_a_rate():
 
 
 def test_a_hub_model_without_the_hub(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr("gradpruner.models.offline_configs._hub_answers", lambda: False)
+    monkeypatch.setattr("gradpruner.models.offline_configs.unreachable_reason", lambda: "no route")
     model = for_dry_run(ModelSpec(LLAMA_8B, dtype="bfloat16"), tmp_path)
     assert isinstance(model, OfflineModelSpec) and model.dtype == "bfloat16" and model.name == "Llama-3.1-8B"
     assert model.load_config(tmp_path).num_hidden_layers == 32
-    assert "cannot be read (the Hub does not answer): using the config that ships here" in caplog.text
+    assert "cannot be read (no route): using the config that ships here" in caplog.text
     with pytest.raises(ValueError, match=r"was made for a dry run and has no weights"):
         model.load(tmp_path)
 
@@ -321,7 +347,7 @@ def test_a_readable_model_is_left_alone(monkeypatch, tmp_path, tiny_spec):
     assert for_dry_run(tiny_spec, tmp_path) is tiny_spec
     unknown = ModelSpec("org/Unknown")
     assert for_dry_run(unknown, tmp_path) is unknown  # the error of the model itself says more
-    monkeypatch.setattr("gradpruner.models.offline_configs._hub_answers", lambda: True)
+    monkeypatch.setattr("gradpruner.models.offline_configs.unreachable_reason", lambda: None)
     monkeypatch.setattr(ModelSpec, "load_config", lambda self, folder: None)
     monkeypatch.setattr(ModelSpec, "load_tokenizer", lambda self, folder: None)
     readable = ModelSpec(LLAMA_8B)
@@ -332,7 +358,7 @@ def test_a_gated_model_has_a_stand_in(monkeypatch, tmp_path, caplog):
     def gated(self, folder):
         raise OSError("You are trying to access a gated repo.\nLog in.")
 
-    monkeypatch.setattr("gradpruner.models.offline_configs._hub_answers", lambda: True)
+    monkeypatch.setattr("gradpruner.models.offline_configs.unreachable_reason", lambda: None)
     monkeypatch.setattr(ModelSpec, "load_config", gated)
     assert isinstance(for_dry_run(ModelSpec(LLAMA_8B), tmp_path), OfflineModelSpec)
     assert "(You are trying to access a gated repo.)" in caplog.text

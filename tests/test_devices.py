@@ -181,6 +181,24 @@ def test_peak_memory_is_summed_over_all_devices(monkeypatch):
     assert process_memory_bytes() == 8
 
 
+def test_time_is_taken_when_the_kernels_have_finished(monkeypatch):
+    events = []
+    for name, value in {
+        "is_available": lambda: True,
+        "init": lambda: None,
+        "device_count": lambda: 2,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "max_memory_allocated": lambda device: 0,
+        "synchronize": lambda device: events.append(device),
+    }.items():
+        monkeypatch.setattr(cost.torch.cuda, name, value)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: events.append("time") or 0.0)
+    with cost.Cost():
+        pass
+    assert events == ["time", 0, 1, "time"]
+
+
 @pytest.mark.gpu
 def test_peak_memory_counts_every_gpu():
     with PeakMemory() as memory:

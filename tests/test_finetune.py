@@ -143,7 +143,7 @@ def test_account_is_json(load, tmp_path):
     run(load, tmp_path)
     result = json.loads((tmp_path / "training.json").read_text())
     measured = {"steps", "tokens", "train_seconds", "peak_memory_bytes", "loss", "history"}
-    assert measured | {"precision", "update_survival"} == set(result)
+    assert measured | {"precision", "micro_batch_size", "update_survival"} == set(result)
     assert result["peak_memory_bytes"] > 0 and result["train_seconds"] > 0
 
 

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from gradpruner.models import hub
 from gradpruner.models.assets import AssetError
 from gradpruner.models.hub import resolve_commit
 from gradpruner.models.spec import ModelSpec
@@ -22,9 +23,11 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    resolve_commit.cache_clear()
+    for function in (resolve_commit, hub.use_cache_without_hub):
+        function.cache_clear()
     yield folder
-    resolve_commit.cache_clear()
+    for function in (resolve_commit, hub.use_cache_without_hub):
+        function.cache_clear()
 
 
 @pytest.fixture
@@ -57,6 +60,7 @@ def online(monkeypatch, answer):
         return SimpleNamespace(sha=answer)
 
     monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(hub, "unreachable_reason", lambda: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return asked
 
@@ -127,17 +131,20 @@ UNKNOWN = (
 )
 
 
+@pytest.mark.bad_input("Checkpoints", "a Hub id without network and cache", "error: Cannot find the commit of model")
 @pytest.mark.parametrize("use", ["commit", "fingerprint", "load_config", "load_tokenizer", "load"])
 def test_without_network_and_cache(assets_dir, use):
     with pytest.raises(OSError, match=UNKNOWN.format("main")):
         getattr(ModelSpec("a/b"), use)(assets_dir)
 
 
+@pytest.mark.bad_input("Checkpoints", "model.revision that does not exist", "error: Cannot find the commit of model")
 def test_a_revision_that_the_cache_does_not_know(repository, assets_dir):
     with pytest.raises(OSError, match=UNKNOWN.format("v2")):
         ModelSpec("a/b", revision="v2").commit(assets_dir)
 
 
+@pytest.mark.bad_input("Checkpoints", "a Hub id that does not exist", "error: Cannot find the commit of model")
 def test_a_model_that_the_hub_does_not_know(repository, assets_dir, monkeypatch):
     response = SimpleNamespace(status_code=404, headers={}, request=None)
     online(monkeypatch, RepositoryNotFoundError("404 Client Error\n\nRepository Not Found.", response=response))
@@ -158,6 +165,67 @@ def test_an_error_is_not_remembered(cache, assets_dir, request):
     assert ModelSpec("a/b").commit(assets_dir) == NEW
 
 
+@pytest.mark.bad_input("Checkpoints", "a Hub id with a typo", "error: Cannot find the commit (did you mean …?)")
+def test_the_nearest_model_of_the_cache_is_named(repository, assets_dir):
+    with pytest.raises(
+        OSError, match=r"the commit of model 'a/bb' \(did you mean 'a/b'\?\), revision 'main': .*\. Check"
+    ):
+        ModelSpec("a/bb").load_config(assets_dir)
+
+
+@pytest.mark.parametrize(
+    ("path", "match"),
+    [
+        (
+            "https://huggingface.co/a/b",
+            r"'https://huggingface\.co/a/b' \(an address; its id is the part behind the host",
+        ),
+        ("tests/no-such-model", r"'tests/no-such-model' \(no folder of that name in .*tests either\), revision"),
+    ],
+)
+@pytest.mark.bad_input("Checkpoints", "model.path={path}")
+def test_what_is_no_hub_id_is_explained(assets_dir, path, match):
+    with pytest.raises(OSError, match=match):
+        ModelSpec(path).load_config(assets_dir)
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (["README.md", "model.Q4_K_M.gguf"], r"GGUF weights, .*\(model\.Q4_K_M\.gguf\)\. Use the safetensors"),
+        (["config.json", "pytorch_model.bin"], r"only pickle files \(pytorch_model\.bin\)\. Pickle files"),
+        (["adapter_config.json", "adapter_model.safetensors"], r"an adapter alone .*\. Merge the adapter"),
+        (["config.json", "original/config.json", "README.md"], r"models in folders of its own \(original\)\. Use one"),
+    ],
+)
+@pytest.mark.bad_input("Checkpoints", "a Hub repository with {names}")
+def test_a_repository_without_a_whole_model(cache, assets_dir, monkeypatch, names, match):
+    online(monkeypatch, f"{len(match):040x}")
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, path, revision: names)
+    with pytest.raises(AssetError, match=rf"No model in a/b: it holds {match}"):
+        ModelSpec("a/b").load_config(assets_dir)
+
+
+def test_without_the_list_of_files_the_cache_is_judged(repository, assets_dir, monkeypatch):
+    online(monkeypatch, OLD)
+    (repository / "snapshots" / OLD / "model.safetensors").unlink()
+
+    def fail(self, path, revision):
+        raise HTTPError("no route")
+
+    monkeypatch.setattr(HfApi, "list_repo_files", fail)
+    assert ModelSpec("a/b").load_config(assets_dir).num_hidden_layers == 2
+
+
+def test_a_cached_model_is_judged_without_the_hub(repository, assets_dir, monkeypatch):
+    online(monkeypatch, OLD)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *args, **kwargs: pytest.fail("the Hub was asked"))
+    config = repository / "snapshots" / OLD / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    assert ModelSpec("a/b").load_config(assets_dir).tie_word_embeddings is False
+
+
+@pytest.mark.bad_input("Checkpoints", "an adapter on the Hub", "error: No model in a/b: it holds an adapter alone")
 def test_an_adapter_without_its_base_model_is_refused(repository, assets_dir):
     snapshot = repository / "snapshots" / OLD
     for file in ("config.json", "model.safetensors"):
@@ -173,6 +241,15 @@ def test_an_adapter_beside_whole_weights_is_ignored_with_a_warning(repository, a
     (repository / "snapshots" / OLD / "adapter_config.json").write_text("{}")
     assert torch.equal(weight(ModelSpec("a/b").load(assets_dir)), weight(tiny_llama(num_hidden_layers=2)))
     assert "a/b holds the weights of a whole model and an adapter beside them" in caplog.text
+
+
+def test_the_tied_flag_is_corrected_on_a_first_download(repository, assets_dir, monkeypatch, tiny_llama):
+    config = repository / "snapshots" / OLD / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    monkeypatch.setattr("gradpruner.models.spec.local_snapshot", lambda path, commit: None)
+    model = ModelSpec("a/b").load(assets_dir)
+    assert model.config.tie_word_embeddings is False
+    assert torch.equal(weight(model), weight(tiny_llama(num_hidden_layers=2)))
 
 
 def test_weights_that_do_not_fit_are_refused(repository, assets_dir):

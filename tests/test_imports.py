@@ -26,9 +26,12 @@ LAYERS = {
     "surgery": ("gradpruner.surgery", "gradpruner.width_surgery", "gradpruner.hidden_states"),
     "parts": (
         *("gradpruner.models*", "gradpruner.tasks*", "gradpruner.encoding"),
+        *("gradpruner.conversation_rows", "gradpruner.data_warnings"),
         *(f"gradpruner.{name}" for name in ("plan", "igia", "merge", "gradients")),
     ),
-    "ground": tuple(f"gradpruner.{name}" for name in ("checks", "files", "runtime", "cost", "record_sections")),
+    "ground": tuple(
+        f"gradpruner.{name}" for name in ("checks", "files", "runtime", "cost", "record_sections", "waiting")
+    ),
 }
 LIBRARIES_OF_EXPERIMENTS = ("hydra", "omegaconf", "wandb")
 

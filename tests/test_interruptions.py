@@ -94,6 +94,7 @@ def check(context, tmp_path, kills, seed):
     assert finish(context, tmp_path / "killed") == expected
 
 
+@pytest.mark.bad_input("Sweeps and records", "kill -9 at any moment", "the same command gives the same record")
 def test_four_kills(context, tmp_path):
     check(context, tmp_path, kills=4, seed=0)
 
@@ -116,10 +117,12 @@ def small_disk(tmp_path):
     libc.umount2(bytes(folder), 2)
 
 
+@pytest.mark.bad_input("Sweeps and records", "a disk that fills up", "error: The disk … is full; nothing is damaged")
 def test_a_full_disk_is_said_and_damages_nothing(small_disk, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "gradpruner.pipeline.run.Pipeline.check", lambda self, **kwargs: None
     )  # which would refuse to start
+    monkeypatch.setattr("experiments.run.check_writable", lambda **folders: None)  # likewise
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * (31 * 2**19))
     with pytest.raises(OSError, match=r"The disk of .*cache/stages is full .*Free some space, or set cache_dir"):

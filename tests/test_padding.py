@@ -47,7 +47,9 @@ def token_settings(folder):
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).is_file():
             values = json.loads((folder / file).read_text())
-            found |= {(file, key): value for key, value in values.items() if "token" in key and value is not None}
+            found |= {
+                (file, key): value for key, value in values.items() if key.endswith("_token") and value is not None
+            }
     return found
 
 

@@ -4,6 +4,7 @@ A cell passes all checks that a run makes before it loads weights. Data and Hub 
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,9 +18,11 @@ from omegaconf import open_dict
 from transformers import LlamaConfig
 
 from experiments.config import CONF, build_pipeline, run_directory
+from experiments.paper_scale import DATA
 from experiments.run import check_prunes
 from experiments.schema import ConfigError
 from experiments.sweep import is_left_out
+from gradpruner.encoding import TrainingRow
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.offline_configs import shipped_config, shipped_ids
 from gradpruner.models.spec import ModelSpec
@@ -34,6 +37,12 @@ SMOLLM2 = LlamaConfig(num_hidden_layers=30, hidden_size=576, intermediate_size=1
                       num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192)  # fmt: skip
 
 
+def number_of_rows(task):
+    """Returns the training rows that a task has at its scale, less those held out."""
+    rows = DATA[task.name].num_rows if task.source == "hub" and task.name in DATA else 320
+    return round(rows * (1 - (task.validation_fraction or 0)))
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     def load_config(self, folder):
@@ -42,7 +51,12 @@ def no_network(monkeypatch):
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     monkeypatch.setattr(ModelSpec, "load_config", load_config)
     monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
-    for name, value in {"rows": [None] * 500, "recovery_rows": [], "questions": [], "num_dense_parameters": 1}.items():
+    monkeypatch.setattr(ModelSpec, "check_weights", lambda *args: None)
+    row = TrainingRow((0, 1), 1)
+    monkeypatch.setattr(Pipeline, "rows", property(lambda setup: [row] * number_of_rows(setup.task)))
+    empty = {name: [] for name in ("recovery_rows", "questions", "train_examples", "test_examples")}
+    encoder = SimpleNamespace(tokenizer=SimpleNamespace(bos_token=None, bos_token_id=None))
+    for name, value in {**empty, "num_dense_parameters": 1, "encoder": lambda *args: encoder}.items():
         monkeypatch.setattr(Pipeline, name, value)
 
 
@@ -199,12 +213,41 @@ def test_cells_that_make_no_sense_are_left_out(name, cell, left_out, tmp_path):
     assert (check_cell(name, "paper", cell, tmp_path) is None) == left_out
 
 
+@pytest.mark.parametrize("name", [*sorted(TABLES), "paper"])
+def test_the_papers_scale_measures_as_the_papers_evaluation(name, tmp_path):
+    cell = some_cells(name, "paper")[0] if axes(name, "paper") else []
+    evaluation = build_pipeline(config(f"experiment={name}", "scale=paper", f"cache_dir={tmp_path}", *cell)).evaluation
+    assert (evaluation.name, evaluation.accuracy, evaluation.rouge_stemming) == ("generate", "raw", True)
+    assert (evaluation.max_new_tokens, evaluation.bertscore_model) == (512, "roberta-large")
+
+
+def test_table_12_asks_for_letters_as_the_papers_file_does(tmp_path):
+    for scale, target in (("small", "text"), ("paper", "letter")):
+        pipeline = check_cell("table12", scale, some_cells("table12", scale)[0], tmp_path)
+        assert pipeline.test_task.target == target and getattr(pipeline.task, "target", target) == target
+
+
 def test_an_unknown_key_to_exclude_is_refused():
     HydraConfig.instance().cfg = config("hydra.callbacks.sweep.exclude=[{methd: apt}]")
     with pytest.raises(
         ConfigError, match=r"exclude may name config groups and keys, got 'methd'\. Correct it in the YAML"
     ):
         is_left_out(config())
+
+
+def test_apt_has_room_for_its_cuts_on_every_dataset(tmp_path):
+    found = {}
+    for dataset in DATA:  # this preset has the fewest rows: some are held out
+        pipeline = check_cell("learning_rate", "paper", [f"dataset={dataset}", "method=apt", "finetune=lora"], tmp_path)
+        found[dataset] = pipeline.resolved_method.num_cuts, pipeline.resolved_method.min_interval
+    small = dict.fromkeys(("pubmedqa", "arc_easy", "winogrande"), (1, 1))
+    large = dict.fromkeys(("medmcqa", "fingpt", "hellaswag"), (2, 200))
+    assert found == {**small, **large, "billsum": (1, 200), "piqa": (1, 200)}  # 200: the authors' least interval
+
+
+def test_table_1_has_both_schedules_of_sat():
+    for scale in SCALES:
+        assert {"sat", "sat_constant"} <= set(axes("table1", scale)["method"])
 
 
 def test_learning_rates_are_chosen_on_validation_rows(tmp_path):

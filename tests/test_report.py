@@ -1,12 +1,9 @@
 """Tests of the report over run folders."""
 
 import io
-import logging
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+from commands import call
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
@@ -25,23 +22,7 @@ def run(tmp_path, *overrides):
 
 
 def report(*arguments):
-    """Runs the entry point in this process, because importing everything anew takes ten times as long as a report."""
-    output, errors, code = io.StringIO(), io.StringIO(), 0
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
-        patch.setattr(sys, "argv", ["report", *arguments])
-        # Hydra's logging setup closes all handlers known to `logging`; absl's, which rouge-score brings, then closes
-        # the stderr of whoever imported it first: here pytest's own, and no later test could run.
-        patch.setattr(logging, "_handlerList", [])
-        patch.chdir(CONF.parent)
-        try:
-            main()
-        except SystemExit as error:
-            code = error.code or 0
-        finally:
-            root.handlers, root.level = handlers, level  # hydra sets its own
-    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+    return call(main, *arguments)
 
 
 def test_finished_runs_are_compared_and_others_named(tmp_path):
@@ -57,6 +38,7 @@ def test_finished_runs_are_compared_and_others_named(tmp_path):
     assert text.startswith("## random-llama on arc_easy, lora") and "| Random | 4 |" in text
 
 
+@pytest.mark.bad_input("Sweeps and records", "a runs_dir without runs", "error: There is no finished run to report")
 def test_nothing_to_report(tmp_path):
     with pytest.raises(ValueError, match=rf"no finished run to report, searched {tmp_path} .*experiment=quickstart"):
         read_records(tmp_path)

@@ -7,19 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from commands import call
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.config import CONF, build_pipeline, check_options, load_option, run_directory
-from experiments.run import run_job
+from experiments.config import CONF, build_pipeline, load_option, run_directory
+from experiments.run import main, run_job
+from gradpruner.pipeline.run import Pipeline
 from gradpruner.record import RunRecord
 
 ROOT = CONF.parent
+COUNTS = ("num_parameters", "num_parameters_without_embedding", "num_macs")
 KEYS = {
-    "model": {"name", "num_hidden_layers", "num_parameters"},
-    "pruning": {"pruned_layers", "absorbed_by", "layer_importance", "num_hidden_layers", "num_parameters"},
+    "model": {"name", "num_hidden_layers", *COUNTS},
+    "pruning": {"pruned_layers", "absorbed_by", "layer_importance", "num_hidden_layers", *COUNTS},
     "finetune": {"steps", "tokens", "train_seconds", "peak_memory_bytes", "loss"},
     "metrics": {"accuracy", "accuracy_norm", "accuracy_mode", "answer_nll"},
 }
@@ -56,6 +61,8 @@ def test_a_run_writes_its_folder(folders, tmp_path, capsys):
         assert keys <= set(data[part]), part
     assert {"config", "efficiency", "environment"} <= set(data)
     assert data["pruning"]["num_hidden_layers"] == 4 and data["model"]["num_hidden_layers"] == 6
+    embedding = {part: data[part]["num_parameters"] - data[part][COUNTS[1]] for part in ("model", "pruning")}
+    assert embedding["model"] == embedding["pruning"] > 0 and data["pruning"]["num_macs"] < data["model"]["num_macs"]
     assert len((run_dir / "predictions.jsonl").read_text().splitlines()) == 8
     assert RunRecord.load(run_dir) == record
 
@@ -89,6 +96,7 @@ def test_a_reference_whose_yaml_inherits(folders, tmp_path):
     assert record.pruning["method"] == "igia_only" and record.config["method"]["merge_count"] == 0
 
 
+@pytest.mark.bad_input("Paths and overrides", "a misspelt reference", "error: reference must name a method")
 def test_unknown_reference(folders):
     with pytest.raises(
         ValueError, match=r"reference must name a method, got 'dens'\. Known: angular, apt, apt_fast, dense, gradpruner"
@@ -110,6 +118,9 @@ def test_a_checkpoint_can_be_asked_for_later(folders, tmp_path):
     assert (run_dir / "checkpoint" / "model.safetensors").is_file()
 
 
+@pytest.mark.bad_input(
+    "Sweeps and records", "the folder of a run with another config", "error: … holds a run with another config"
+)
 def test_another_config_in_the_same_folder_is_refused(folders, tmp_path):
     folder = f"output_dir={tmp_path}/mine"
     run(folder, "reference=null", *folders)
@@ -117,9 +128,8 @@ def test_another_config_in_the_same_folder_is_refused(folders, tmp_path):
         run(folder, "reference=null", "method.density=0.9", *folders)
 
 
+@pytest.mark.bad_input("Sweeps and records", "a run that fails", "is recorded with its error, and can be repeated")
 def test_a_failed_run_is_recorded_and_can_be_repeated(folders, tmp_path, monkeypatch):
-    from gradpruner.pipeline.run import Pipeline
-
     def fail(self):
         raise RuntimeError("power cut")
 
@@ -143,13 +153,24 @@ def test_dry_run_loads_no_weights(folders, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_unmerged_adapter_is_saved_beside_the_model(folders, tmp_path):
-    from peft import PeftModel
-
+def test_unmerged_adapter_is_saved_beside_the_model(folders, tmp_path, capsys):
     folder = tmp_path / "mine"
-    run(f"output_dir={folder}", "reference=null", "save_checkpoint=true", "finetune.merge_adapter=false", *folders)
+    settings = ["reference=null", "save_checkpoint=true", "finetune.merge_adapter=false", *folders]
+    run(f"output_dir={folder}", *settings)
+    assert (
+        "Checkpoint (the model before fine-tuning with plain transformers, adapter/ on it with"
+        in capsys.readouterr().out
+    )
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        pipeline = build_pipeline(compose("config", overrides=["debug=smoke", *settings]))
+    assert all(pipeline.stages().values())
+    tokens = torch.arange(5, 25)[None]
     base = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
-    assert PeftModel.from_pretrained(base, folder / "checkpoint" / "adapter") is not None
+    tuned = AutoPeftModelForCausalLM.from_pretrained(folder / "checkpoint" / "adapter")
+    with torch.no_grad():
+        evaluated = pipeline.load_result()(tokens).logits
+        assert torch.equal(tuned.eval()(input_ids=tokens).logits, evaluated)
+        assert not torch.equal(base.eval()(tokens).logits, evaluated)
 
 
 def test_full_fine_tuning(folders):
@@ -277,6 +298,7 @@ def test_no_key_in_the_log(folders, monkeypatch, caplog):
     assert "bad key ***" in caplog.text and "topsecret" not in caplog.text
 
 
+@pytest.mark.bad_input("Sweeps and records", "a tracker without connection", "a warning; the run is recorded")
 def test_a_failing_tracker_fails_no_run(folders, monkeypatch, caplog):
     import wandb
 
@@ -304,6 +326,9 @@ def test_sweep_with_joblib_measures_once(tmp_path):
     assert len(measured) == 2  # GradPruner's importance and the dense model's empty measurement
 
 
+@pytest.mark.bad_input(
+    "Sweeps and records", "a sweep with impossible runs", "the others go on; exit code 1; the failures are listed"
+)
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
 def test_a_sweep_goes_on_after_a_failure(tmp_path, launcher):
     arguments = (
@@ -329,36 +354,37 @@ def test_a_sweep_goes_on_after_a_failure(tmp_path, launcher):
     assert "Already finished" in again.stderr and "Left out of the sweep" in again.stderr
 
 
-@pytest.mark.parametrize(("error", "goes_on"), [("TypeError('a bug')", True), ("KeyboardInterrupt()", False)])
-def test_a_bug_in_a_sweep_is_listed_and_an_interruption_stops_it(tmp_path, error, goes_on):
-    script = f"""
-import sys
-from experiments import run
-from gradpruner.pipeline.run import Pipeline
-original = Pipeline.run
-def broken(self):
-    if self.seed == 0:
-        raise {error}
-    return original(self)
-Pipeline.run = broken
-sys.argv = ["run", *sys.argv[1:]]
-run.main()
-"""
+@pytest.mark.bad_input(
+    "Sweeps and records", "a bug in one run of a sweep", "a traceback; the others go on; exit code 1"
+)
+def test_a_bug_in_a_sweep_is_listed(tmp_path, monkeypatch):
+    original = Pipeline.run
+
+    def broken(self):
+        if self.seed == 0:
+            raise TypeError("a bug")
+        return original(self)
+
+    monkeypatch.setattr(Pipeline, "run", broken)
     arguments = (
         *("-m", f"hydra.sweep.dir={tmp_path}/sweep", "debug=smoke", "reference=null", "method=dense", "seed=0,1"),
         *(f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"),
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode != 0 and "Traceback" in done.stderr
-    finished = list((tmp_path / "runs").rglob("*seed1/record.json"))
-    assert bool(finished) == goes_on
-    if goes_on:
-        assert done.returncode == 1
-        assert "1 runs of this sweep failed" in done.stderr and "\n    TypeError: a bug\n" in done.stderr
-        failed = json.loads((tmp_path / "sweep/0/failed.json").read_text())
-        assert "in broken" in "".join(failed["traceback"])
+    done = call(main, *arguments)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert list((tmp_path / "runs").rglob("*seed1/record.json"))
+    assert "1 runs of this sweep failed" in done.stderr and "\n    TypeError: a bug\n" in done.stderr
+    failed = json.loads((tmp_path / "sweep/0/failed.json").read_text())
+    assert "in broken" in "".join(failed["traceback"])
+
+
+def test_a_bug_in_a_run_ends_with_its_traceback(monkeypatch):
+    def broken(cfg):
+        return cfg.no_such_key
+
+    monkeypatch.setattr("experiments.run.run_job", broken)
+    done = call(main)
+    assert done.returncode == 1 and "in broken" in done.stderr and "ConfigAttributeError" in done.stderr
 
 
 def test_runs_of_a_sweep_share_a_group(tmp_path, monkeypatch):
@@ -403,27 +429,7 @@ def test_an_option_by_itself_is_that_of_the_config(group, name):
         assert not OmegaConf.is_struct(node)
 
 
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        (
-            "method=gradprunr",
-            r"there is no method 'gradprunr'\. Did you mean gradpruner\? Options of method: angular, ",
-        ),
-        ("dataset=arc_eazy", r"Did you mean arc_easy\?"),
-        ("model=llama3_1_8B", r"Did you mean llama3_1_8b\?"),
-        ("finetune=xyz", r"there is no finetune 'xyz'\. Options of finetune: full, lora"),
-    ],
-)
-def test_an_unknown_option_gets_a_suggestion(argument, message):
-    with pytest.raises(SystemExit, match=message):
-        check_options(["seed=1", argument])
-
-
-def test_known_options_and_other_arguments_pass():
-    check_options(["-m", "method=gradpruner", "model.path=org/x", "debug=null", "seed=0,1", "hydra/launcher=joblib"])
-
-
+@pytest.mark.bad_input("Paths and overrides", "a sparsity that prunes nothing", "error: … would prune nothing")
 def test_pruning_none_is_refused(folders):
     with pytest.raises(ValueError, match=r"gradpruner would prune nothing of the 6 decoder layers\. Raise sparsity"):
         run("sparsity=0.05", "merge_count=0", *folders)
@@ -431,10 +437,11 @@ def test_pruning_none_is_refused(folders):
 
 def test_unwritable_output_is_refused(folders, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"Cannot write to .*file/run: .*file is not a folder.*Set output_dir"):
+    with pytest.raises(ValueError, match=r"output_dir must be a folder .*file is a file\). Set output_dir to another"):
         run(f"output_dir={tmp_path}/file/run", *folders)
 
 
+@pytest.mark.bad_input("Paths and overrides", "model.path=../../escape", "a run folder inside results_dir")
 def test_a_model_path_cannot_lead_out_of_the_results(folders, tmp_path, monkeypatch):
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         for path in ("../../escape", "/etc/..", "..", "a/../.."):

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from transformers import Trainer
 
 from gradpruner.models.shape import LayerShape, ModelShape, config_shape, model_shape
-from gradpruner.pipeline import speed
+from gradpruner.pipeline import speed, speed_process
 from gradpruner.pipeline.speed import Phase, measure, ratios
 from gradpruner.pipeline.speed_process import Workload, random_model
 
@@ -68,6 +69,24 @@ def test_random_models_have_the_shape_and_finite_weights(layers, tiny_llama):
     assert model_shape(model).layers == layers and not model.training
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_random_weights_are_drawn_on_the_device(tiny_llama, monkeypatch):
+    """The meta device stands in for a GPU."""
+    monkeypatch.setattr(speed_process, "default_device", lambda: torch.device("meta"))
+    config, drawn = tiny_llama().config, []
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, *args, **kwargs: drawn.append(tensor) or tensor)
+    model = random_model(config, config_shape(config), SMALL)
+    assert {value.device.type for value in (*model.parameters(), *drawn)} == {"meta"}
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_timed_fine_tune_writes_no_checkpoint(mode, tiny_llama, monkeypatch):
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *args, **kwargs: pytest.fail("wrote a checkpoint"))
+    config = tiny_llama().config
+    workload = dataclasses.replace(SMALL, mode=mode)
+    timed = speed_process._train(random_model(config, config_shape(config), workload), workload)
+    assert len(timed["train"]["seconds"]) == SMALL.repeats
 
 
 def test_a_process_that_fails_says_why(tiny_llama, monkeypatch):

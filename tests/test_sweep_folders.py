@@ -44,6 +44,7 @@ def start_sweep(folder, *overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.bad_input("Sweeps and records", "two sweeps that start in the same second", "a folder each")
 def test_two_sweeps_of_one_second_have_two_folders(tmp_path):
     joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     for sweep in [start_sweep(tmp_path), start_sweep(tmp_path, *joblib)]:

@@ -216,10 +216,11 @@ def test_counts_are_those_of_a_sliced_model(model_type):
 
 def test_targets():
     llama, mistral = shipped_config(LLAMA_8B), shipped_config(MISTRAL)
-    assert target_parameters(llama, 0.4, "layers") == 5_194_805_248
-    assert target_parameters(mistral, 0.4, "layers") == 4_412_567_552
+    # Table 11: 7.5 and 4.67 billion parameters, which is the total less the 128,256 x 4,096 of the input embedding.
+    assert target_parameters(llama, 0.4, "layers") == 5_194_805_248 - 128_256 * 4096 == 4_669_468_672
+    assert target_parameters(mistral, 0.4, "layers") == 4_412_567_552 - 32_768 * 4096
     assert target_parameters(llama, 0.4, "total") == round(0.6 * 8_030_261_248)
-    assert target_parameters(llama, 0.0, "layers") == 8_030_261_248
+    assert target_parameters(llama, 0.0, "layers") == 7_504_924_672
 
 
 def test_sizes_come_nearest_and_out_of_reach_is_said():
@@ -229,10 +230,11 @@ def test_sizes_come_nearest_and_out_of_reach_is_said():
         return ModelShape(4096, (LayerShape(32, 8, size),) * 32)
 
     exact = count_model(config, ffn(7000)).num_parameters
-    assert solve_size("MLP width", ffn, config, exact, 14336) == 7000
-    assert solve_size("MLP width", ffn, config, exact, 14336, step=64) == 6976
+    assert solve_size("MLP width", ffn, config, exact, "total", 14336) == 7000
+    assert solve_size("MLP width", ffn, config, exact, "total", 14336, step=64) == 6976
+    assert solve_size("MLP width", ffn, config, exact - 128_256 * 4096, "layers", 14336) == 7000
     with pytest.raises(ValueError, match=r"No MLP width leaves 1,000 parameters: 1 to 14336 leave .*Change sparsity"):
-        solve_size("MLP width", ffn, config, 1000, 14336)
+        solve_size("MLP width", ffn, config, 1000, "total", 14336)
 
 
 def test_configs_of_uniform_shapes_are_stock():

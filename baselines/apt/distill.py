@@ -1,23 +1,21 @@
-"""APT's self-distillation: the model before pruning teaches the model that is being pruned.
+"""APT's self-distillation: an earlier state of the model teaches the model that is being pruned.
 
-    L = mu L_distill + (1 - mu) L_answers,   L_distill = w_layer L_layer + w_logit T^2 KL(teacher || student)
+    L = mu L_distill + (1 - mu) L_answers,   L_distill = 0.9 L_layer + 0.1 T^2 KL(teacher || student)
 
 mu goes from 0 to 1 while the model is pruned. L_layer compares one of the teacher's layers in each quarter of the
-depth, drawn anew every step, with the same layer of the student after a map Tr. States are first divided by their root
-mean square, as in the code for sequence-to-sequence models; otherwise LLaMA's few huge channels would dominate. KL is
-summed over answer tokens and divided by the rows of the batch ("batchmean"). All of this is computed in float32:
-bfloat16 gives NaN.
+depth, drawn anew every step, with the same layer of the student after a map Tr, and is the sum of the four mean squared
+differences. States are first divided by their root mean square; otherwise LLaMA's few huge channels would dominate. KL
+is the mean over tokens, prompts included: the code, whose LLaMA runs go to its sequence-to-sequence trainer, divides
+its sum by rows and sequence length. That trainer lacks the factor 10 that the one for RoBERTa has. All of this is
+computed in float32: bfloat16 gives NaN.
 
-The teacher's frozen weights are the dense model's own tensors; only its adapters are copies. Pruning gives the student
-sliced copies of frozen weights, so memory holds both from the first cut until the teacher is discarded.
+Deviation: padding counts neither in L_layer nor in KL.
 """
 
 import itertools
 import random
-from collections.abc import Mapping
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -51,21 +49,6 @@ class StateMap(nn.Module):
         return mapped
 
 
-def make_teacher(dense: PreTrainedModel, config: LoraConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Returns the dense model with frozen adapters.
-
-    Args:
-        dense: the dense model; adapters are added in place.
-        config: config of the adapters before any rank grew.
-        state: weights of the adapters, as peft's `get_peft_model_state_dict` returns them.
-    """
-    with torch.random.fork_rng():  # peft draws the initial weights of adapters
-        teacher = get_peft_model(dense, config)
-    set_peft_model_state_dict(teacher, dict(state))
-    base: PreTrainedModel = teacher.get_base_model()
-    return base.requires_grad_(False).eval()
-
-
 def drawn_layers(num_layers: int, seed: int, step: int) -> list[int]:
     """Draws one layer in each quarter of the depth, seeded by the step so that a resumed run draws the same layers."""
     draw = random.Random(content_hash([seed, step]))
@@ -95,11 +78,11 @@ def distillation_loss(
 
     Args:
         student: the model in training.
-        teacher: see `make_teacher`.
+        teacher: see `teacher.Teacher`.
         batch: `input_ids`, `attention_mask`, `labels`, each (B, T).
         mu: weight of the distillation, in [0, 1].
         layers: layers whose states are compared.
-        hidden: channels of the teacher's residual stream that the student has, (d',) int64.
+        hidden: channels of the teacher's residual stream that the student has, (d',) int64 positions.
         state_map: Tr, of width d'.
         layer_weight: weight of L_layer.
         logit_weight: weight of the divergence.
@@ -108,9 +91,9 @@ def distillation_loss(
     Returns:
         The loss times the number of answer tokens, and this number.
     """
-    labels, real = batch["labels"][:, 1:], batch["attention_mask"].bool()
-    chosen = labels != IGNORED  # (B, T - 1): the next token is an answer token
-    num_tokens = int(chosen.sum())
+    real = batch["attention_mask"].bool()  # (B, T)
+    following = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (B, T): the next token, if it counts
+    num_tokens, num_real = int((following != IGNORED).sum()), int(real.sum())
     states: dict[str, list[Tensor]] = {"teacher": [], "student": []}
 
     def last_states(model: PreTrainedModel, whose: str) -> Tensor:
@@ -119,23 +102,24 @@ def distillation_loss(
                 states[whose].append(after[real])
 
         with watch_layers(model, note):
-            last = decode(model, batch)[:, :-1]
-            return last[chosen.to(last.device)]  # (tokens, d)
+            last = decode(model, batch)
+            return last[real.to(last.device)]  # (tokens, d)
 
     def of_chunk(own: Tensor, other: Tensor, targets: Tensor) -> Tensor:
         logits = head_logits(student, own)
         with torch.no_grad():
             teacher_logits = head_logits(teacher, other)
-        answers = functional.cross_entropy(logits.float(), targets, reduction="sum")
-        divergence = kl_divergence(teacher_logits, logits, temperature) / len(labels) * num_tokens
+        answers = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        divergence = kl_divergence(teacher_logits, logits, temperature) / num_real * num_tokens
         return (1 - mu) * answers + mu * logit_weight * divergence
 
     with torch.no_grad():
         teacher_last = last_states(teacher, "teacher")
     student_last = last_states(student, "student")
-    total = sum_over_tokens(of_chunk, student.config.vocab_size, student_last, teacher_last, labels[chosen])
+    targets = following[real].to(student_last.device)
+    total = sum_over_tokens(of_chunk, student.config.vocab_size, student_last, teacher_last, targets)
     pairs = zip(states["student"], states["teacher"], strict=True)
-    compared = torch.stack([layer_loss(own, other[:, hidden], state_map) for own, other in pairs]).mean()
+    compared = torch.stack([layer_loss(own, other[:, hidden], state_map) for own, other in pairs]).sum()
     return total + mu * layer_weight * compared * num_tokens, num_tokens
 
 

@@ -10,9 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from baselines.apt.adapters import ADAPTER
 from baselines.apt.scores import Units, group_scores, outlier_term, salience
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_loss
@@ -99,7 +101,7 @@ class UnitHooks:
             for site in (attention, mlp):
                 into, out = self._into[site], self._out[site]
                 # The sum serves as well as the mean of the activations: kurtosis does not depend on scale.
-                contribution = _weight(layer, site[1]).float() * into.value
+                contribution = _tuned_weight(layer, site[1]) * into.value
                 per_channel = salience(into.absolute, into.gradient)
                 if site == attention:
                     kept = self._kept.groups[index]
@@ -180,6 +182,13 @@ def static_scores(model: PreTrainedModel, batches: Iterable[Batch]) -> Units:
         hooks.remove()
         handle.remove()
     return total
+
+
+def _tuned_weight(layer: nn.Module, name: str) -> Tensor:
+    """Returns the weight of a sublayer with its adapter, W + s B A, float32."""
+    module: Any = layer.get_submodule(name)
+    weight = _weight(layer, name).float()
+    return weight + module.get_delta_weight(ADAPTER).float() if isinstance(module, lora.Linear) else weight
 
 
 def _weight(layer: nn.Module, name: str) -> Tensor:

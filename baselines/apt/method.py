@@ -1,16 +1,10 @@
 """APT, adaptive pruning and tuning: prune while LoRA trains, and grow the adapters that matter (Zhao et al., 2024).
 
 The fine-tune starts from the dense model. After a warm-up, KV groups, MLP channels and channels of the residual stream
-are pruned in several cuts on a cubic schedule, by running scores of the training's own passes (`scores`). Between two
-cuts, the masks of the units to prune next move to 0 step by step (`hooks`). At a cut the masks are set to 0, weights
-and adapters are sliced, and the more salient half of the adapters gets higher ranks (`adapters`). The model before the
-first cut teaches the pruned model for a while (`distill`). arXiv:2401.12200.
-
-Deviations from the code (ROIM1998/APT), besides those of `scores` and `distill`: schedules are fractions of the
-training steps, in the proportions of the code's LLaMA script; adapters are on all linear sublayers, as for every method
-here, where the script has them on q and v; weights are sliced at every cut, where the code slices after distillation;
-masks move in every step after the warm-up, where the code moves them in the last 200 steps before a cut; RMSNorm under
-masks is that of the sliced model; the final model is that of the last step, not of the best evaluation.
+are pruned in several cuts on a cubic schedule, by running scores of the training's own passes (`scores`). In a window
+before each cut, the masks of the units to prune next move to 0 step by step (`hooks`, `schedule`). At a cut the masks
+are set to 0, weights and adapters are sliced, and the more salient half of the adapters that can still grow gets higher
+ranks (`adapters`, `growth`). States of the model in between teach it for a while (`distill`). arXiv:2401.12200.
 
 In a short run, 1 % of the steps hardly tunes the model, which is then a poor teacher: raise `prune_start`.
 """
@@ -26,7 +20,27 @@ from baselines.apt.training import AptTraining
 
 @dataclass(frozen=True)
 class Apt(AptSettings):
-    """APT, which prunes only while `finetune` (or the runner) trains; `compress` alone changes nothing."""
+    """APT as its authors run it for LLaMA; prunes only while `finetune` (or the runner) trains.
+
+    `compress` alone changes nothing. What differs from the code (ROIM1998/APT, its script
+    `adaptpruning/llama_2_7b_alpaca_gpt4.sh`), besides what `scores` and `distill` say:
+
+    - Schedules are fractions of the training steps, in the proportions of the script (15 epochs, 24,375 steps).
+      Epochs, batch, learning rate and length are those of all methods here (3 epochs at 1e-5 at the paper's scale,
+      where the script has 15 at 1e-4). That leaves few steps for many cuts: `min_interval=200` insists on 200 steps per
+      cut, as the code does; with less, masks move faster.
+    - Adapters are on all linear sublayers, as for every method here; the script has them on q and v.
+    - Evaluation, which decides whether a state becomes the teacher, is the likelihood of answers on a sample of the
+      training rows: no run here looks at test rows while it trains.
+    - Weights are sliced at every cut, where the code slices when it takes a new teacher; the teacher keeps the weights
+      of its time either way.
+    - The optimizer keeps its moments at cuts, except of adapters that grow. The code makes a new optimizer at each cut,
+      whose learning rate its scheduler no longer changes until distillation begins or ends.
+    - Tr keeps its rank; in the code it grows with the adapters. A student layer is compared with the teacher's layer of
+      the same index: no layer is ever pruned completely here.
+    - RMSNorm under masks is that of the sliced model.
+    - The final model is that of the last step. The code goes back to the best evaluation when distillation ends.
+    """
 
     name: ClassVar[str] = "apt"
 

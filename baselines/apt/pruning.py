@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from baselines.apt.scores import Costs
 from baselines.width_pruning import WidthPruning
 from gradpruner.budget import target_parameters
+from gradpruner.checks import check_positive
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.models.shape import LayerShape, ModelShape, config_shape
 
@@ -17,13 +18,18 @@ class AptPruning(WidthPruning):
 
     Attributes:
         gamma: fraction of the parameters outside the embedding and output head to keep, for `match=native`.
+        growth: adapter parameters after the last growth, as a multiple of those at the start.
+        max_rank: rank beyond which no adapter grows.
     """
 
     gamma: float = 0.6
+    growth: float = 4.0
+    max_rank: int = 64
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work."""
         super().__post_init__()
+        check_positive(self, "growth", "max_rank")
         if not 0.0 < self.gamma <= 1.0:
             raise ValueError(
                 f"gamma is the part of the parameters that stays, in (0, 1], got {self.gamma}. For 60 % set "
@@ -51,7 +57,7 @@ class AptPruning(WidthPruning):
         Raises:
             ValueError: if not even one KV group and one MLP channel per layer fit.
         """
-        costs = Costs.of(config, embeddings=self.match != "native")
+        costs = Costs.of(config, self.match)
         dense, step = config_shape(config), hidden_step(config)
         if self.match == "native":
             target = round(self.gamma * costs.of_shape(dense))

@@ -1,4 +1,4 @@
-"""APT's arithmetic: scores and costs of units, the choice of units under a budget, and schedules of budgets and ranks.
+"""APT's arithmetic: scores and costs of units, and the choice of units under a budget.
 
 APT (Zhao et al., arXiv:2401.12200). With H the input (heads, MLP channels) or the output (hidden channels) of an output
 projection W, L the loss, and sums over batch and tokens, a channel j scores
@@ -6,8 +6,8 @@ projection W, L the loss, and sums over batch and tokens, a channel j scores
     S_j = (sum |H_j|) (sum |dL/dH_j|) + sqrt(max(0, kurtosis of its column of mean(H) * W))
 
 A head scores the sum of the first term over its channels, plus the second term with the kurtosis of all its columns. A
-hidden channel scores both terms summed over all 2 L output projections, with its rows of the same matrices. Units of
-all kinds are then ranked by score / cost.
+hidden channel scores both terms summed over all 2 L output projections, with its rows of the same matrices. W includes
+the adapter: it is W + s B A. Units of all kinds are then ranked by score / cost.
 
 Deviations from the code (ROIM1998/APT): a KV group scores the sum of its query heads, while the code has no KV groups;
 the kurtosis of a head is of its own columns, where a reshape in the code mixes all heads; padding is excluded from sums
@@ -128,16 +128,6 @@ def running(score: Units, new: Units) -> Units:
     return score.combine(lambda old, own: DECAY * old + (1 - DECAY) * own, new)
 
 
-def rank_salience(factor: Tensor, gradient: Tensor) -> float:
-    """Returns |sum_j A_rj dL/dA_rj|, averaged over the ranks r of an adapter.
-
-    Args:
-        factor: A, (rank, inputs).
-        gradient: gradient of the loss, (rank, inputs).
-    """
-    return float((factor * gradient).sum(1).abs().mean())
-
-
 # ---- costs ----
 
 
@@ -162,12 +152,13 @@ class Costs:
     fixed: int = 0
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, embeddings: bool) -> Self:
+    def of(cls, config: PreTrainedConfig, match: str) -> Self:
         """Returns the costs of a model.
 
         Args:
             config: config of the dense model, one of `shape.WIDTH_MODEL_TYPES`.
-            embeddings: also count the input embedding and output head; APT itself does not.
+            match: what counts besides the layers and the final norm: with `total` input embedding and output head,
+                with `layers` an output head with weights of its own, with `native` neither, as in APT.
         """
         model, sizes = empty_model(config), config_shape(config).layers[0]
         layers = decoder_layers(model)
@@ -186,12 +177,11 @@ class Costs:
             else:
                 fixed += parameter.numel() * len(layers)  # head norms, which all heads share
         outside += 1  # the final norm
-        if embeddings:
-            both = {
-                id(table.weight): table.weight
-                for table in (model.get_input_embeddings(), model.get_output_embeddings())
-            }
-            outside += sum(weight.shape[0] for weight in both.values())
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        if match == "total":
+            outside += embedding.shape[0]
+        if match != "native" and head is not embedding:
+            outside += head.shape[0]
         return cls(head_dim(config) * (2 * rep + 2), 3, group_bias, channel_bias, outside, fixed)
 
     def count(self, hidden: Count, groups: Count, channels: Count) -> Count:
@@ -291,69 +281,3 @@ def width_plan(kept: Units, rep: int, among: Units) -> WidthPlan | None:
 
 def _positions(kept: Tensor) -> tuple[int, ...]:
     return tuple(kept.nonzero().flatten().tolist())
-
-
-# ---- schedules ----
-
-
-def kept_fraction(step: float, start: float, end: float, last: float) -> float:
-    """Returns the value of the cubic schedule: 1 until `start`, `last` from `end` on."""
-    if step >= end:
-        return last
-    return min(1.0, last + (1.0 - last) * ((end - step) / (end - start)) ** 3)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Times of APT's events, in completed optimizer steps.
-
-    Attributes:
-        start: end of the warm-up: masks start to move, and the teacher is made from the model at this step.
-        cuts: when units are pruned, ascending.
-        distil_end: when distillation ends.
-    """
-
-    start: int
-    cuts: tuple[int, ...]
-    distil_end: int
-
-    @classmethod
-    def of(cls, num_steps: int, prune_start: float, prune_end: float, distil_end: float, num_cuts: int) -> Self:
-        """Makes the schedule from fractions of all steps; there are fewer than `num_cuts` cuts if steps are too few."""
-        start = max(1, round(prune_start * num_steps))  # nothing has a score before the first step
-        length = max(0, round(prune_end * num_steps) - start)
-        cuts = sorted({start + math.ceil(length * cut / num_cuts) for cut in range(1, num_cuts + 1)})
-        return cls(start, tuple(cuts), round(distil_end * num_steps))
-
-    def progress(self, step: int) -> float:
-        """Returns the progress of pruning, from 0 at `start` to 1 at the last cut and after."""
-        length = self.cuts[-1] - self.start
-        return 1.0 if step >= self.cuts[-1] else max(0.0, (step - self.start) / length)
-
-    def next_cut(self, step: int) -> int:
-        """Returns the first cut at this step or after it."""
-        return next(cut for cut in self.cuts if cut >= step)
-
-
-def grown_ranks(
-    ranks: Sequence[int], widths: Sequence[int], saliences: Sequence[float], target: float, max_rank: int
-) -> list[int]:
-    """Returns the ranks of adapters after the more salient half has grown to use up the target.
-
-    r' = floor(r ((target - current) / parameters of that half + 1)), as in the code; the paper has r target / current.
-
-    Args:
-        ranks: r of each adapter.
-        widths: parameters per rank: inputs + outputs.
-        saliences: see `rank_salience`, averaged over steps.
-        target: parameters of all adapters.
-        max_rank: rank beyond which no adapter grows.
-    """
-    growing = highest(saliences, len(ranks) // 2)
-    current = sum(rank * width for rank, width in zip(ranks, widths, strict=True))
-    of_growing = sum(ranks[index] * widths[index] for index in growing)
-    grown = list(ranks)
-    for index in growing:
-        larger = math.floor(ranks[index] * ((target - current) / of_growing + 1))
-        grown[index] = max(ranks[index], min(larger, max_rank))
-    return grown

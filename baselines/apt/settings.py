@@ -1,9 +1,10 @@
 """Settings of APT."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from baselines.apt.pruning import AptPruning
-from baselines.apt.scores import Schedule
+from baselines.apt.schedule import Schedule
 from gradpruner.checks import check_positive
 from gradpruner.finetune.spec import TrainingSpec
 
@@ -15,12 +16,15 @@ class AptSettings(AptPruning):
     Attributes:
         prune_start: fraction of the training steps before masks move.
         prune_end: fraction of the training steps by which the last cut is made.
+        sparsity_warmup: fraction of the training steps after `prune_start` in which cuts prune nothing yet.
         num_cuts: cuts from `prune_start` to `prune_end`.
-        mask_step: how far a mask moves per training step.
-        growth: adapter parameters at the last cut, as a multiple of those at the start.
-        max_rank: rank beyond which no adapter grows.
-        distil: learn from the model before the first cut.
+        min_interval: fewest steps from one cut to the next; a training with less room is refused, as in the code, whose
+            value is 200.
+        mask_step: how far a mask moves per training step of a window of 200 steps; in a shorter window further, in
+            proportion, so that masks get as far by the cut.
+        distil: learn from earlier states of the model.
         distil_end: fraction of the training steps after which distillation ends.
+        evaluation_rows: training rows on which a state of the model is evaluated before it becomes the teacher.
         layer_weight: weight of the loss that compares states.
         logit_weight: weight of the loss that compares predictions.
         temperature: divides the logits of teacher and student.
@@ -29,29 +33,50 @@ class AptSettings(AptPruning):
 
     prune_start: float = 0.01
     prune_end: float = 0.333
+    sparsity_warmup: float = 0.067
     num_cuts: int = 16
+    min_interval: int = 1
     mask_step: float = 0.01
-    growth: float = 4.0
-    max_rank: int = 64
     distil: bool = True
-    distil_end: float = 0.667
+    distil_end: float = 0.777
+    evaluation_rows: int = 256
     layer_weight: float = 0.9
-    logit_weight: float = 1.0
+    logit_weight: float = 0.1
     temperature: float = 0.667
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work."""
         super().__post_init__()
-        check_positive(self, "num_cuts", "max_rank", "growth")
+        check_positive(self, "num_cuts", "min_interval", "evaluation_rows")
         if not 0.0 <= self.prune_start <= self.prune_end <= self.distil_end <= 1.0:
             raise ValueError(
                 "prune_start, prune_end and distil_end are parts of the training steps, in [0, 1] and in this order, "
-                f"got {self.prune_start}, {self.prune_end} and {self.distil_end}. APT's are 0.01, 0.333 and 0.667."
+                f"got {self.prune_start}, {self.prune_end} and {self.distil_end}. APT's are 0.01, 0.333 and 0.777."
+            )
+        if not 0.0 <= self.sparsity_warmup <= 1.0:
+            raise ValueError(
+                f"sparsity_warmup is a fraction of the training steps, in [0, 1], got {self.sparsity_warmup}. APT's is "
+                "0.067."
             )
         for name in ("mask_step", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
+
+    def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
+        """Checks that the training has room for the cuts; see `Method.resolve`."""
+        if training_steps is not None and self.min_interval > 1:
+            schedule = self.schedule(training_steps)
+            room = schedule.cuts[-1] - schedule.start
+            if len(schedule.cuts) < self.num_cuts or room < self.num_cuts * self.min_interval:
+                fitting = room // self.min_interval
+                lower = f"lower method.num_cuts to {fitting}, or " if fitting else ""
+                raise ValueError(
+                    f"APT's cuts must be min_interval={self.min_interval} steps apart, got {room} steps for "
+                    f"{self.num_cuts} cuts in a training of {training_steps} steps. Train longer (finetune.epochs), "
+                    f"{lower}lower method.min_interval: masks then move faster."
+                )
+        return super().resolve(num_hidden_layers, training_steps)
 
     def check_training(self, training: TrainingSpec) -> None:
         """Raises ValueError unless `training` uses LoRA without gradient checkpointing."""
@@ -68,4 +93,6 @@ class AptSettings(AptPruning):
 
     def schedule(self, num_steps: int) -> Schedule:
         """Returns the schedule of a run of `num_steps` optimizer steps."""
-        return Schedule.of(num_steps, self.prune_start, self.prune_end, self.distil_end, self.num_cuts)
+        return Schedule.of(
+            num_steps, self.prune_start, self.prune_end, self.distil_end, self.num_cuts, self.sparsity_warmup
+        )

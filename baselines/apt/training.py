@@ -1,50 +1,46 @@
 """APT's work in the steps of a fine-tune, as a Trainer callback."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from baselines.apt.adapters import (
     ADAPTER,
     adapters,
     change_parameters,
-    factors,
-    grow,
     narrow_with_adapters,
     num_adapter_parameters,
     take,
 )
-from baselines.apt.distill import StateMap, distillation_loss, drawn_layers, make_teacher
+from baselines.apt.distill import StateMap, distillation_loss, drawn_layers
+from baselines.apt.growth import Saliences
 from baselines.apt.hooks import UnitHooks
 from baselines.apt.pruning import hidden_step
+from baselines.apt.schedule import WINDOW, Schedule, learning_rate_factors
 from baselines.apt.scores import (
-    DECAY,
     Costs,
-    Schedule,
     Units,
     densest_units,
-    grown_ranks,
     keep_one,
-    kept_fraction,
-    rank_salience,
     running,
     unit_costs,
     width_plan,
 )
 from baselines.apt.settings import AptSettings
+from baselines.apt.teacher import SAVED_KEPT, Teacher, evaluation_batches
 from gradpruner.encoding import Batch
-from gradpruner.files import content_hash
 from gradpruner.finetune.result import REPORT_FILE
 from gradpruner.finetune.run import PruningCallback
-from gradpruner.hidden_states import answer_loss
+from gradpruner.hidden_states import answer_loss, answer_nll
 from gradpruner.models.counting import count_model
 from gradpruner.models.shape import LayerShape, ModelShape, config_shape, head_dim
 from gradpruner.plan import PruningPlan
@@ -60,8 +56,7 @@ class AptTraining(PruningCallback):
     def __init__(self, apt: AptSettings) -> None:
         self._apt = apt
         self._hooks: UnitHooks | None = None  # until the last cut
-        self._teacher: PreTrainedModel | None = None
-        self._teacher_state: dict[str, Tensor] = {}
+        self._teacher: Teacher | None = None
         self._step = 0
         if apt.distil:
             self.loss = self._loss
@@ -79,12 +74,12 @@ class AptTraining(PruningCallback):
         self._rep = self._dense.layers[0].num_attention_heads // self._dense.layers[0].num_key_value_heads
         self._unit_costs = unit_costs(self._dense, head_dim(config))
         self._costs, self._target = self._apt.budget(config)
-        self._all_costs, self._counts = Costs.of(config, embeddings=True), count_model(config)
-        self._untaught = sharing_copy(model) if self._apt.distil else None
+        self._all_costs, self._counts = Costs.of(config, "total"), count_model(config)
         self._scores, self._masks = Units.full(self._dense, 0.0), Units.full(self._dense, 1.0)
         self._kept = Units.full(self._dense, True)
         self._saved: dict[str, Tensor] = {}
         self._cuts: list[dict[str, int]] = []
+        self._evaluations: list[dict[str, Any]] = []
         if checkpoint is not None:
             if not (checkpoint / STATE_FILE).is_file():
                 raise ValueError(
@@ -95,7 +90,10 @@ class AptTraining(PruningCallback):
             self._scores, self._masks, self._kept = (
                 Units.from_tensors(self._saved, f"{name}.") for name in ("scores", "masks", "kept")
             )
-            self._cuts = json.loads((checkpoint / REPORT_FILE).read_text())["cuts"]
+            report = json.loads((checkpoint / REPORT_FILE).read_text())
+            self._cuts, self._evaluations = report["cuts"], report["evaluations"]
+            if self._part(SAVED_KEPT):
+                self._untaught = sharing_copy(model)
         self._describe()
 
     def on_init_end(
@@ -108,7 +106,7 @@ class AptTraining(PruningCallback):
     ) -> None:
         """Adds the state map before the optimizer is made."""
         assert model is not None
-        if self._apt.distil:
+        if self._distils:
             lora = model.peft_config[ADAPTER]
             with torch.random.fork_rng():
                 torch.manual_seed(self._apt.seed)
@@ -122,17 +120,25 @@ class AptTraining(PruningCallback):
         state: TrainerState,
         control: TrainerControl,
         model: PeftModel | None = None,
+        lr_scheduler: LambdaLR | None = None,
+        train_dataloader: DataLoader[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Restores the teacher and starts to watch units."""
-        assert model is not None
+        """Restores the teacher, sets the restarts of the learning rate, and starts to watch units."""
+        assert model is not None and lr_scheduler is not None and train_dataloader is not None
         self._model = model
         self._schedule: Schedule = self._apt.schedule(state.max_steps)
-        saliences = self._saved.get("saliences", torch.zeros(len(adapters(model)), dtype=torch.float64))
-        self._saliences: list[float] = saliences.tolist()
-        if self._part("teacher."):
-            self._teach(self._part("teacher."))
+        self._saliences = Saliences(model, self._saved.get("saliences"))
+        if self._part(SAVED_KEPT):
+            self._teacher = Teacher.restored(self._saved, self._untaught, self._rep, model.peft_config[ADAPTER])
+            del self._untaught
         self._saved = {}
+        if self._distils:
+            restarts = (self._schedule.distil_start, self._schedule.distil_end)
+            factor = learning_rate_factors(args, restarts, state.max_steps)
+            lr_scheduler.lr_lambdas = [factor] * len(lr_scheduler.lr_lambdas)
+            apt, batch_size = self._apt, args.per_device_train_batch_size
+            self._evaluated = evaluation_batches(train_dataloader, apt.evaluation_rows, batch_size, apt.seed)
         if state.global_step < self._schedule.cuts[-1]:
             self._watch()
 
@@ -146,13 +152,8 @@ class AptTraining(PruningCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Scores the adapters, whose gradients are complete now."""
-        if self._hooks is None:
-            return
-        for index, layer in enumerate(adapters(self._model).values()):
-            weight = factors(layer)[0].weight
-            assert weight.grad is not None
-            salience = rank_salience(weight.detach(), weight.grad)
-            self._saliences[index] = DECAY * self._saliences[index] + (1 - DECAY) * salience
+        if self._hooks is not None:
+            self._saliences.update()
 
     def on_step_end(
         self,
@@ -162,35 +163,34 @@ class AptTraining(PruningCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Scores the units, then moves masks or makes a cut."""
-        step = state.global_step
-        if step >= self._schedule.distil_end:
-            self._teacher, self._untaught, self._teacher_state = None, None, {}  # also frees the dense weights
-        if self._hooks is None:
-            return
-        self._scores = running(self._scores, self._hooks.scores())
-        if step == self._schedule.start and self._untaught is not None:
-            state_dict = get_peft_model_state_dict(self._model)
-            self._teach({name: value.detach().clone() for name, value in state_dict.items()})
-        if step < self._schedule.start:
-            return
-        cut = self._schedule.next_cut(step)
-        kept = self._chosen(cut)
-        if step == cut:
-            assert optimizer is not None
-            self._cut(kept, step, optimizer)
-        else:
-            self._masks = self._masks.combine(self._moved, kept)
-            self._hooks.mask(self._masks)
+        """Scores the units, then makes a cut or moves masks, and evaluates the model where a window begins."""
+        step, schedule = state.global_step, self._schedule
+        assert optimizer is not None
+        if self._hooks is not None:
+            self._scores = running(self._scores, self._hooks.scores())
+            if step in schedule.cuts:
+                self._cut(self._chosen(step), step, optimizer)
+        if self._hooks is not None and step >= schedule.start:
+            cut = schedule.next_cut(step)
+            begin = schedule.window_start(cut)
+            if step == begin and self._distils and schedule.kept_part(cut, self._last_part) < 1.0:
+                self._evaluate(step)
+            if begin <= step and step not in schedule.cuts:
+                self._move(self._chosen(cut), cut - begin)
+        if self._distils and step in (schedule.distil_start, schedule.distil_end):
+            optimizer.state.clear()  # the objective changes, and the learning rate restarts
+        if step >= schedule.distil_end:
+            self._teacher = None  # also frees weights of its time
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Saves everything that a resumed run needs besides weights."""
         super().on_save(args, state, control, **kwargs)
         units = {"scores": self._scores, "masks": self._masks, "kept": self._kept}
         tensors = {name: value for kind, own in units.items() for name, value in own.tensors(f"{kind}.").items()}
-        tensors["saliences"] = torch.tensor(self._saliences, dtype=torch.float64)
-        tensors |= {f"teacher.{name}": value for name, value in self._teacher_state.items()}
-        if self._apt.distil:
+        tensors["saliences"] = self._saliences.tensor()
+        if self._teacher is not None:
+            tensors |= self._teacher.tensors()
+        if self._distils:
             tensors |= {f"map.{name}": value for name, value in self._state_map.state_dict().items()}
         save_file(tensors, Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE)
 
@@ -200,22 +200,39 @@ class AptTraining(PruningCallback):
         """Removes hooks and state map from the model."""
         if self._hooks is not None:
             self._hooks.remove()
-        if self._apt.distil:
+        if self._distils:
             delattr(self._model, STATE_MAP)
 
     # ---- pruning ----
 
+    @property
+    def _last_part(self) -> float:
+        """Fraction of the parameters to keep at the last cut."""
+        return self._target / self._costs.of_shape(self._dense)
+
+    @property
+    def _distils(self) -> bool:
+        """Whether there is a teacher at any time: not if nothing is pruned."""
+        return self._apt.distil and self._last_part < 1.0
+
     def _chosen(self, cut: int) -> Units:
         """Returns the units to keep at that cut, by the scores so far."""
-        whole, schedule = self._costs.of_shape(self._dense), self._schedule
-        part = kept_fraction(cut, schedule.start, schedule.cuts[-1], self._target / whole)
+        part = self._schedule.kept_part(cut, self._last_part)
+        budget = round(part * self._costs.of_shape(self._dense))
         scores = keep_one(self._scores, self._hidden_step)
-        kept, _ = densest_units(scores, self._unit_costs, self._costs, round(part * whole), self._hidden_step)
+        kept, _ = densest_units(scores, self._unit_costs, self._costs, budget, self._hidden_step)
         return kept
 
-    def _moved(self, mask: Tensor, kept: Tensor) -> Tensor:
-        step = self._apt.mask_step
-        return (mask + torch.where(kept, step, -step)).clamp(0.0, 1.0)
+    def _move(self, kept: Units, window: int) -> None:
+        """Moves masks towards the units to keep, by a step in proportion to the window."""
+        assert self._hooks is not None
+        step = self._apt.mask_step * WINDOW / window
+
+        def moved(mask: Tensor, stays: Tensor) -> Tensor:
+            return (mask + torch.where(stays, step, -step)).clamp(0.0, 1.0)
+
+        self._masks = self._masks.combine(moved, kept)
+        self._hooks.mask(self._masks)
 
     def _cut(self, kept: Units, step: int, optimizer: Optimizer) -> None:
         """Slices the model and grows adapters."""
@@ -224,7 +241,7 @@ class AptTraining(PruningCallback):
         width = width_plan(kept, self._rep, self._kept)
         if width is not None:
             narrow_with_adapters(self._model, width, optimizer)
-            if width.hidden is not None and self._apt.distil:
+            if width.hidden is not None and self._distils:
                 hidden = torch.tensor(width.hidden)
                 changes = take(self._state_map.a, hidden, 1), take(self._state_map.b, hidden, 0)
                 change_parameters(optimizer, [change for change in changes if change is not None])
@@ -240,15 +257,9 @@ class AptTraining(PruningCallback):
             self._watch()
 
     def _grow(self, step: int, optimizer: Optimizer) -> None:
-        own = adapters(self._model)
         first = self._counts.num_lora_parameters(self._model.peft_config[ADAPTER].r)
         target = first * (1 + (self._apt.growth - 1) * self._schedule.progress(step))
-        ranks = [layer.r[ADAPTER] for layer in own.values()]
-        widths = [num_adapter_parameters(layer) // rank for layer, rank in zip(own.values(), ranks, strict=True)]
-        grown = grown_ranks(ranks, widths, self._saliences, target, self._apt.max_rank)
-        # Seeded by the step, a draw needs no generator state in the checkpoint. torch takes only 32 bits.
-        generator = torch.Generator().manual_seed(int(content_hash([self._apt.seed, step])[:8], 16))
-        grow(self._model, dict(zip(own, grown, strict=True)), optimizer, generator)
+        self._saliences.grow(target, self._apt.max_rank, optimizer, self._apt.seed, step)
 
     def _watch(self) -> None:
         self._hooks = UnitHooks(self._model.get_base_model(), self._kept)
@@ -267,6 +278,7 @@ class AptTraining(PruningCallback):
         self.report = {
             "kept_part": self._kept.parts(),
             "cuts": self._cuts,
+            "evaluations": self._evaluations,
             "num_parameters": self._all_costs.of_shape(shape),
             "shape": shape.to_dict(),
         }
@@ -283,25 +295,33 @@ class AptTraining(PruningCallback):
         """Returns the checkpoint's tensors under a prefix."""
         return {name.removeprefix(prefix): value for name, value in self._saved.items() if name.startswith(prefix)}
 
-    def _teach(self, adapter_state: dict[str, Tensor]) -> None:
-        """Makes the teacher from the adapters of the model before the first cut."""
-        assert self._untaught is not None
-        config = copy.deepcopy(self._model.peft_config[ADAPTER])
-        config.rank_pattern, config.alpha_pattern = {}, {}
-        self._teacher, self._teacher_state = make_teacher(self._untaught, config, adapter_state), adapter_state
+    def _evaluate(self, step: int) -> None:
+        """Evaluates the model, which becomes the teacher if it is better than all teachers before it."""
+        assert self._hooks is not None
+        self._model.eval()
+        nll = answer_nll(self._model.get_base_model(), self._evaluated)
+        self._model.train()
+        best = min((entry["answer_nll"] for entry in self._evaluations), default=float("inf"))
+        self._evaluations.append({"step": step, "answer_nll": nll, "is_teacher": nll < best})
+        self._describe()
+        if nll < best:
+            self._hooks.remove()
+            self._teacher = Teacher.of(self._model, self._kept)
+            self._watch()
 
     def _loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         assert isinstance(model, PeftModel)
         student, apt = model.get_base_model(), self._apt
-        if self._teacher is None:
+        if self._teacher is None or self._step < self._schedule.distil_start:
             return answer_loss(student, batch)
+        hidden = self._kept.hidden[self._teacher.kept.hidden].nonzero().flatten()
         return distillation_loss(
             student,
-            self._teacher,
+            self._teacher.model,
             batch,
             mu=self._schedule.progress(self._step),
             layers=drawn_layers(len(self._dense.layers), apt.seed, self._step),
-            hidden=self._kept.hidden.nonzero().flatten().to(student.device),
+            hidden=hidden.to(student.device),
             state_map=self._state_map,
             layer_weight=apt.layer_weight,
             logit_weight=apt.logit_weight,

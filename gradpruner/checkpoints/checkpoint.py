@@ -16,15 +16,16 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from gradpruner.checkpoints.model_card import model_card
+from gradpruner.checkpoints.adapter import ADAPTER_FOLDER, save_adapter
+from gradpruner.checkpoints.model_card import adapter_card, model_card
+from gradpruner.checkpoints.older_readers import add_older_keys
 from gradpruner.checkpoints.probe import PROBE_FILE, make_probe
-from gradpruner.checkpoints.tensor_files import find_tensors, locate_tensors
 from gradpruner.files import write_json, write_text
 from gradpruner.models.padding import without_added_padding
 from gradpruner.models.shape import ModelShape, config_shape, model_shape, resize_layers
+from gradpruner.models.tensor_files import read_tensors
 from gradpruner.plan import PruningPlan
 
-ADAPTER_FOLDER = "adapter"
 SHAPE_FILE = "shape.json"
 SHAPE_VERSION = 1
 MAX_SHARD_SIZE = "5GB"  # transformers' default of 50 GB is too much for most file systems and hubs
@@ -54,19 +55,23 @@ def save_checkpoint(
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if isinstance(model, PeftModel):
-        model.save_pretrained(partial / ADAPTER_FOLDER)
+    has_adapter = isinstance(model, PeftModel)
+    if has_adapter:
+        save_adapter(model, tokenizer, partial / ADAPTER_FOLDER, folder)
         model = model.unload()
     probe = make_probe(model, tokenizer)
     model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
     without_added_padding(tokenizer).save_pretrained(partial)
+    add_older_keys(partial)
     plan.save(partial / "plan.json")
     write_json(partial / PROBE_FILE, probe)
     shape = model_shape(model)
     is_stock = shape == config_shape(model.config)
     if not is_stock:
         write_json(partial / SHAPE_FILE, {"version": SHAPE_VERSION, **shape.to_dict()})
-    write_text(partial / "README.md", model_card(plan, base_name, settings, True, shape, is_stock))
+    write_text(partial / "README.md", model_card(plan, base_name, settings, True, shape, is_stock, has_adapter))
+    if has_adapter:  # in place of peft's own, an empty form that names the dense model
+        write_text(partial / ADAPTER_FOLDER / "README.md", adapter_card(is_stock))
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
@@ -119,8 +124,7 @@ def _read_shape(folder: Path, num_layers: int) -> ModelShape:
 @torch.no_grad()
 def _read_weights(model: PreTrainedModel, folder: Path) -> None:
     """Fills all parameters from the files; tied parameters have one name there."""
-    file_names = locate_tensors(folder)
-    stored = find_tensors(folder, file_names, file_names)
+    stored = read_tensors(folder)
     wanted = {name: tensor for name, tensor in model.named_parameters() if name in stored}
     missing = sorted({name for name, _ in model.named_parameters()} - set(wanted))
     unknown = sorted(set(stored) - set(wanted))

@@ -15,6 +15,7 @@ def model_card(
     has_probe: bool = False,
     shape: ModelShape | None = None,
     is_stock: bool = True,
+    has_adapter: bool = False,
 ) -> str:
     """Returns the text of the card.
 
@@ -25,6 +26,7 @@ def model_card(
         has_probe: whether `probe.json` is beside the card.
         shape: shape of the model, printed for plans that make layers narrower.
         is_stock: whether plain transformers loads the checkpoint; if not, `shape.json` is beside the card.
+        has_adapter: whether the fine-tuned adapter is kept apart, in `adapter/`.
     """
     merged = ", ".join(f"{layer} into {absorber}" for absorber, layers in plan.merges.items() for layer in layers)
     rule = f" ({plan.merge_rule}, density {plan.density})" if merged else ""
@@ -43,6 +45,10 @@ def model_card(
             "Its layers differ in width, as `shape.json` says, so plain transformers cannot build it. Load it with\n"
             "`baselines.load(FOLDER)` of the project."
         )
+    if has_adapter:
+        loading += (
+            " Its weights are those of before fine-tuning;\nthe adapter in `adapter/` belongs to them, see its card."
+        )
     return f"""# {base_name} with {len(plan.kept_layers)} of {plan.num_hidden_layers} layers
 
 Made with `{plan.method}` of the gradpruner project. {loading}
@@ -55,3 +61,30 @@ Made with `{plan.method}` of the gradpruner project. {loading}
 {widths}
 {files}
 {config}"""
+
+
+def adapter_card(is_stock: bool) -> str:
+    """Returns the card of the adapter in `adapter/`.
+
+    Args:
+        is_stock: whether plain transformers loads the pruned model that it belongs to.
+    """
+    base, loader = 'AutoModelForCausalLM.from_pretrained("FOLDER")', "from transformers import AutoModelForCausalLM"
+    if not is_stock:
+        base, loader = 'baselines.load("FOLDER")', "import baselines"
+    by_name = """
+`AutoPeftModelForCausalLM.from_pretrained("FOLDER/adapter")` gives the same. It takes the base that
+`adapter_config.json` names, the absolute path that this folder had when it was saved: after moving or uploading the
+folder, write the new path or Hub id there.
+"""
+    return f"""# LoRA adapter of the pruned model in the folder above
+
+Its layers are those of the pruned model, so it fits no other: not the dense model either. Load the two together:
+
+```python
+{loader}
+from peft import PeftModel
+
+model = PeftModel.from_pretrained({base}, "FOLDER/adapter")
+```
+{by_name if is_stock else ""}"""

@@ -12,19 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from gradpruner.checkpoints.tensor_files import StoredTensor, check_float, find_tensors, locate_tensors
 from gradpruner.checks import check_choice
 from gradpruner.igia import STEP_WEIGHTINGS, Factors, igia_matrix, step_weights
 from gradpruner.merge import merge_layers, top_fraction_mask
-from gradpruner.models.architectures import (
-    check_supported,
-    decoder_layers,
-    empty_model,
-    linear_sublayers,
-    shrink_config,
-)
+from gradpruner.models.architectures import decoder_layers, empty_model, linear_sublayers, shrink_config
+from gradpruner.models.contents import check_folder
+from gradpruner.models.loading import check_checkpoint, warn_of_adapter
+from gradpruner.models.read_config import read_config
+from gradpruner.models.tensor_files import FLOAT_DTYPES, StoredTensor, read_tensors
 from gradpruner.plan import PruningPlan
 
 if TYPE_CHECKING:  # it pulls in the Trainer, whose libraries take more memory than the work done here
@@ -73,11 +70,19 @@ class PrunedCheckpoint:
         return sum(tensor.kept.num_bytes for tensor in self.tensors.values())
 
     def parts(self, tensor: PrunedTensor, buffer: memoryview) -> Iterator[memoryview]:
-        """Yields the bytes of one of `tensors`, through `buffer` if the tensor is only copied."""
+        """Yields the bytes of one of `tensors`, through `buffer` if the tensor is only copied.
+
+        Raises:
+            ValueError: if there is NaN or infinity among them.
+        """
         if not tensor.merged:
-            yield from tensor.kept.parts(buffer)
+            for part in tensor.kept.parts(buffer):
+                if tensor.kept.dtype in FLOAT_DTYPES:
+                    _check_finite(torch.frombuffer(part, dtype=FLOAT_DTYPES[tensor.kept.dtype]), tensor)
+                yield part
         else:
             for block in self._merged_blocks(tensor):
+                _check_finite(block, tensor)
                 yield block.flatten().view(torch.uint8).numpy().data
 
     def _merged_blocks(self, tensor: PrunedTensor) -> Iterator[Tensor]:
@@ -134,7 +139,7 @@ def prepare(
         step_weighting: one of `igia.STEP_WEIGHTINGS`.
 
     Raises:
-        ValueError: if they do not belong together, or `source` is damaged or holds no safetensors.
+        ValueError: if they do not belong together, or `source` is no whole, undamaged safetensors checkpoint.
     """
     check_choice("step_weighting", step_weighting, STEP_WEIGHTINGS)
     beyond = "makes layers narrower" if plan.width is not None else "repairs" if plan.details.get("repair") else None
@@ -143,19 +148,17 @@ def prepare(
             f"Only plans that drop and merge layers are applied file to file, got one of method={plan.method} that "
             f"{beyond}. Run the method with save_checkpoint=true."
         )
-    file_names = locate_tensors(source)  # first: it says best what is wrong with a folder that is no checkpoint
-    config = _load_config(source)
+    check_folder(source)
+    config = read_config(str(source), source)
+    check_checkpoint(source, config)
+    warn_of_adapter(source, str(source))
     if config.num_hidden_layers != plan.num_hidden_layers:
         raise ValueError(
             f"The plan is for {plan.num_hidden_layers} decoder layers, the model in {source} has "
             f"{config.num_hidden_layers}. Apply it to the dense model that it was made for."
         )
-    prefix = _layer_prefix(file_names, plan.num_hidden_layers, source)
-    kept_layers, merged_layers = plan.kept_layers, {layer for merged in plan.merges.values() for layer in merged}
-    unread = set(plan.pruned_layers) - merged_layers
-    used = [name for name in file_names if _layer_of(name, prefix) not in unread]
-    stored = find_tensors(source, file_names, used)
-
+    stored, kept_layers = read_tensors(source), plan.kept_layers
+    prefix = _layer_prefix(stored, plan.num_hidden_layers)
     tensors = {}
     for name, tensor in stored.items():
         layer = _layer_of(name, prefix)
@@ -169,18 +172,8 @@ def prepare(
     shapes = _sublayer_shapes(config)
     gradients = _check_gradients(gradients, plan, shapes)
     for absorber, merged in plan.merges.items():
-        for sublayer, shape in shapes.items():
-            weights = {}
-            for layer in (absorber, *merged):
-                name = f"{prefix}{layer}.{sublayer}.weight"
-                found = stored[name].shape if name in stored else None
-                if found != shape:
-                    raise ValueError(
-                        f"The config calls for a weight {name} of shape {shape}, got {found or 'none'} in {source}. "
-                        "Save the model with save_pretrained and use that folder."
-                    )
-                check_float(stored[name])
-                weights[layer] = stored[name]
+        for sublayer in shapes:
+            weights = {layer: stored[f"{prefix}{layer}.{sublayer}.weight"] for layer in (absorber, *merged)}
             name = f"{prefix}{kept_layers.index(absorber)}.{sublayer}.weight"
             tensors[name] = PrunedTensor(weights.pop(absorber), sublayer, absorber, weights)
     weights_of_steps = step_weights(gradients.energies, step_weighting).tolist()
@@ -191,43 +184,27 @@ def prepare(
     return PrunedCheckpoint(plan, shrink_config(config, kept_layers), tensors, igia)
 
 
+def _check_finite(values: Tensor, tensor: PrunedTensor) -> None:
+    if not bool(values.isfinite().all()):
+        layers = f" or of layers {sorted(tensor.merged)}, which merge into it" if tensor.merged else ""
+        raise ValueError(
+            f"All weights must be finite, got NaN or infinity in {tensor.kept.name} of {tensor.kept.file}{layers}. "
+            "Use an undamaged checkpoint."
+        )
+
+
 def _no_igia(layer: int, sublayer: str) -> Tensor:
     raise AssertionError(f"nothing merges, but the IGIA-Matrix of layer {layer}, {sublayer}, was asked for")
 
 
-def _load_config(source: Path) -> PreTrainedConfig:
-    if not (source / "config.json").is_file():
-        raise ValueError(f"A checkpoint needs a config.json, got none in {source}. Copy it there from the dense model.")
-    config = AutoConfig.from_pretrained(source)
-    check_supported(config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"Cannot prune quantized weights on disk, got {config.quantization_config} in {source}/config.json. "
-            "Use the checkpoint that it was quantized from."
-        )
-    return config
-
-
-def _layer_prefix(names: Iterable[str], num_layers: int, source: Path) -> str:
+def _layer_prefix(names: Iterable[str], num_layers: int) -> str:
     """Returns what precedes the layer number in the names of decoder layers, such as `model.layers.`."""
     numbers: dict[str, set[int]] = {}
     for name in names:
         match = _NUMBERED.match(name)
         if match:
             numbers.setdefault(match["prefix"], set()).add(int(match["layer"]))
-    prefixes = [prefix for prefix, found in numbers.items() if found == set(range(num_layers))]
-    if len(prefixes) == 1:
-        return prefixes[0]
-    if prefixes:
-        raise ValueError(
-            f"Decoder layers must be the only tensors numbered 0 to {num_layers - 1}, got {sorted(prefixes)} in "
-            f"{source}. Save the language model alone with save_pretrained and use that folder."
-        )
-    found = ", ".join(f"{len(found)} of {prefix}<i>" for prefix, found in sorted(numbers.items()))
-    raise ValueError(
-        f"The checkpoint must hold tensors numbered 0 to {num_layers - 1}, one number a decoder layer, got "
-        f"{found or 'no numbers'} in {source}. It is incomplete or its config is another model's: get it again."
-    )
+    return next(prefix for prefix, found in numbers.items() if found == set(range(num_layers)))
 
 
 def _layer_of(name: str, prefix: str) -> int | None:

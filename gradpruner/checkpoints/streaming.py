@@ -17,9 +17,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm.auto import tqdm
 
 from gradpruner.checkpoints.model_card import model_card
+from gradpruner.checkpoints.older_readers import add_older_keys, read_tokenizer_config
 from gradpruner.checkpoints.pruned_tensors import PrunedCheckpoint, prepare
-from gradpruner.checkpoints.tensor_files import INDEX_FILE
 from gradpruner.files import write_json, write_text
+from gradpruner.models.contents import ADAPTER_CONFIG_FILE, INDEX_FILE
 from gradpruner.plan import PruningPlan
 
 if TYPE_CHECKING:  # it pulls in the Trainer, whose libraries take more memory than the work done here
@@ -27,12 +28,13 @@ if TYPE_CHECKING:  # it pulls in the Trainer, whose libraries take more memory t
 
 SHARD_PATTERN = "model{suffix}.safetensors"
 COPY_BYTES = 2**18  # bytes copied at once; fits the processor's cache, megabytes would take four times as long
-# Weights in any format and their indices. Other files beside the weights are copied, except REWRITTEN_FILES.
+# Weights in any format and their indices. Other files beside the weights are copied, except LEFT_OUT_FILES.
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".npz"),
     *(".safetensors.index.json", ".bin.index.json"),
 )
-REWRITTEN_FILES = ("config.json", "plan.json", "README.md", "probe.json")  # written anew, or true of the source alone
+# Written anew, or true of the source alone; an adapter's config would have transformers look for the adapter.
+LEFT_OUT_FILES = ("config.json", "plan.json", "README.md", "probe.json", ADAPTER_CONFIG_FILE, "trainer_state.json")
 SIDE_FOLDERS = ("additional_chat_templates",)
 
 
@@ -49,7 +51,8 @@ def prune_checkpoint(
 
     The merge is computed in the dtype of the checkpoint, so it equals the in-memory path on a model loaded with
     `dtype="auto"`. Beside the weights, `target` gets the config of the kept layers, the other small files of `source`
-    (tokenizer, chat template, generation config, ...), `plan.json` and a model card.
+    (tokenizer, chat template, generation config, ...), `plan.json` and a model card. Its config and that of the
+    tokenizer also suit readers of before transformers 5.
 
     Args:
         plan: which layers are pruned and merged.
@@ -71,6 +74,7 @@ def prune_checkpoint(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be above 0, got {max_shard_bytes}. Leave it out for 5 GB.")
     pruned = prepare(plan, gradients, source, step_weighting)
+    read_tokenizer_config(source)  # refuses a damaged one before the weights are read
     side_files = _side_files(source)
     _check_space(target, pruned.num_bytes + sum(file.stat().st_size for file in side_files))
 
@@ -84,6 +88,7 @@ def prune_checkpoint(
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
         pruned.config.save_pretrained(partial)
+        add_older_keys(partial)
         plan.save(partial / "plan.json")
         settings = {"step_weighting": step_weighting, "max_shard_bytes": max_shard_bytes}
         write_text(partial / "README.md", model_card(plan, source.resolve().name, settings))
@@ -98,7 +103,7 @@ def _side_files(source: Path) -> list[Path]:
     return [
         file
         for file in files
-        if not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in REWRITTEN_FILES and file.name[0] != "."
+        if not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in LEFT_OUT_FILES and file.name[0] != "."
     ]
 
 

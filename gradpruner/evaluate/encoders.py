@@ -10,10 +10,12 @@ from pathlib import Path
 
 import huggingface_hub
 from bert_score.utils import model2layers
+from huggingface_hub import constants
 
-from gradpruner.files import hash_files
+from gradpruner.files import hash_files, user_path
 from gradpruner.models.assets import find_wheel
 from gradpruner.models.hub import resolve_commit
+from gradpruner.waiting import say_if_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +47,12 @@ class TextEncoder:
         """
         if self.name == PACKAGED:
             return str(find_wheel(*PACKAGED_WHEEL) / "model")
-        folder = Path(self.name).expanduser()
+        folder = user_path(self.name)
         if not folder.is_dir():
             commit = self._commit()
             try:
-                folder = Path(huggingface_hub.snapshot_download(self.name, revision=commit, allow_patterns=FILES))
+                with say_if_waiting(f"the download of {self.name} from {constants.ENDPOINT}"):
+                    folder = Path(huggingface_hub.snapshot_download(self.name, revision=commit, allow_patterns=FILES))
             except Exception as error:  # the classes differ with the versions of huggingface_hub and httpx
                 raise self._cannot_be_had(error) from error
         if not any(folder.glob("*.safetensors")):
@@ -67,7 +70,7 @@ class TextEncoder:
         """
         if self.name == PACKAGED:
             return PACKAGED_WHEEL[1]
-        folder = Path(self.name).expanduser()
+        folder = user_path(self.name)
         return _folder_hash(folder) if folder.is_dir() else self._commit()
 
     def _commit(self) -> str:
@@ -119,7 +122,8 @@ def _is_reachable(name: str) -> bool:
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "model.safetensors"), str):
         return True
     try:
-        huggingface_hub.model_info(name, timeout=REACH_SECONDS)
+        with say_if_waiting(f"an answer of {constants.ENDPOINT} about {name}", REACH_SECONDS):
+            huggingface_hub.model_info(name, timeout=REACH_SECONDS)
     except Exception as error:  # the classes differ, as in `folder`
         logger.info("The Hub cannot be reached (%s)", type(error).__name__)
         return False

@@ -1,8 +1,9 @@
 """Generate answers greedily and measure the text: the paper's setting (Section 4.1).
 
 Prompts are padded on the left and masked, so that an answer does not depend on the rest of the batch. Generation stops
-at the end of sequence or after the dataset's maximum number of tokens. The likelihood of the reference answer is scored
-as well, because it shows differences before the text does.
+at the end of sequence or after a maximum number of tokens. The likelihood of the reference answer is scored as well,
+because it shows differences before the text does. `conf/evaluation/paper.yaml` measures as the paper's public
+evaluation does.
 """
 
 import dataclasses
@@ -14,7 +15,9 @@ from typing import Any, ClassVar, Self
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
+from gradpruner.checks import guess
 from gradpruner.encoding import Encoder
+from gradpruner.evaluate.accuracy import LENIENT, MATCHES
 from gradpruner.evaluate.base import Evaluation, Question, encode_questions, pad
 from gradpruner.evaluate.encoders import TextEncoder, choose_encoder
 from gradpruner.evaluate.likelihood import score_completions
@@ -28,22 +31,47 @@ class Generation(Evaluation):
     """Evaluation that generates an answer to every example.
 
     A prediction has `id`, `label`, `generated` and `reference` (text), `generated_tokens`, `is_finished` (the model
-    ended its answer by itself), `answer_nll` (summed over the reference answer, or its first `max_new_tokens` tokens)
-    and `answer_tokens`; `measure` adds its scores.
+    ended its answer by itself), `answer_nll` (summed over the reference answer, or its first `answer_room` tokens) and
+    `answer_tokens`; `measure` adds its scores.
 
     Attributes:
         bertscore_model: the encoder, see `encoders.choose_encoder`.
         bertscore_layer: layer of the encoder, see there.
-        max_new_tokens: maximum number of tokens of an answer; set by `resolve` from the task.
+        accuracy: which accuracy is called `accuracy`: `raw`, the answer equals the reference exactly, or `lenient`,
+            once both are normalised (`accuracy.normalise`). Both are measured.
+        rouge_stemming: whether ROUGE-L compares stems of words.
+        max_new_tokens: maximum number of tokens of an answer; None: the task's.
+        answer_room: tokens that prompts leave free for an answer; set by `resolve` from the task. It does not grow with
+            `max_new_tokens`, so that the latter changes no prompt.
         metrics: names of the metrics; set by `resolve` from the task.
+
+    Raises:
+        ValueError: on values that cannot work.
     """
 
     name: ClassVar[str] = "generate"
 
     bertscore_model: str = "auto"
     bertscore_layer: int | None = None
+    accuracy: str = LENIENT
+    rouge_stemming: bool = False
     max_new_tokens: int | None = None
+    answer_room: int | None = None
     metrics: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        super().__post_init__()
+        if self.accuracy not in MATCHES:
+            raise ValueError(
+                f"accuracy must be {' or '.join(MATCHES)}, got {self.accuracy!r}{guess(self.accuracy, MATCHES)}. "
+                "Change evaluation.accuracy."
+            )
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens must be 1 or more, got {self.max_new_tokens}. Raise evaluation.max_new_tokens, or set "
+                "it to null for the dataset's."
+            )
 
     def resolve(self, task: Task, examples: Sequence[Example]) -> Self:
         """Returns a copy with the task's answer length and metrics, and with an encoder chosen if one is needed.
@@ -53,7 +81,12 @@ class Generation(Evaluation):
         """
         has_choices = all(example.choices for example in examples)
         metrics = task.metrics or (("accuracy",) if has_choices else ("rouge_l", "bertscore_f1"))
-        resolved = dataclasses.replace(self, max_new_tokens=task.max_new_tokens, metrics=metrics)
+        resolved = dataclasses.replace(
+            self,
+            max_new_tokens=self.max_new_tokens or task.max_new_tokens,
+            answer_room=task.max_new_tokens,
+            metrics=metrics,
+        )
         if "bertscore_f1" not in metrics:
             return resolved
         encoder = choose_encoder(self.bertscore_model, self.bertscore_layer)
@@ -61,15 +94,15 @@ class Generation(Evaluation):
 
     def questions(self, examples: Sequence[Example], encoder: Encoder) -> list[Question]:
         """Returns prompts, with room for an answer, and reference answers."""
-        assert self.max_new_tokens is not None
+        assert self.answer_room is not None
         answers = [(example.answer,) for example in examples]
         # The room must not depend on the reference answer, whose length the model cannot know.
-        return encode_questions(examples, answers, encoder, reserve=self.max_new_tokens)
+        return encode_questions(examples, answers, encoder, reserve=self.answer_room)
 
     def predict(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[dict[str, Any]]:
         """Generates answers to a batch, and scores the reference answers."""
         references = [
-            dataclasses.replace(question, completions=[question.completions[0][: self.max_new_tokens]])
+            dataclasses.replace(question, completions=[question.completions[0][: self.answer_room]])
             for question in batch
         ]
         scores = score_completions(model, references)
@@ -111,11 +144,13 @@ class Generation(Evaluation):
 
     def prediction_settings(self) -> dict[str, Any]:
         """Returns all settings except those of `measure`."""
-        return {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+        lengths = {"max_new_tokens": self.max_new_tokens, "answer_room": self.answer_room}
+        return {"batch_size": self.batch_size, **lengths}
 
     def measurement_settings(self) -> dict[str, Any]:
-        """Returns metrics and encoder, down to its weights."""
+        """Returns metrics, their variants, and the encoder, down to its weights."""
         settings = {"metrics": self.metrics, "encoder": self.bertscore_model, "layer": self.bertscore_layer}
+        settings |= {"accuracy": self.accuracy, "rouge_stemming": self.rouge_stemming}
         return {**settings, "weights": None if self._encoder is None else self._encoder.fingerprint()}
 
     def prepare(self) -> None:
@@ -128,11 +163,16 @@ class Generation(Evaluation):
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Computes `metrics.text_metrics`, and `finished`: the fraction of answers that the model ended by itself."""
         assert self.metrics is not None
-        arguments: dict[str, Any] = {}
+        choices = [[choice.removeprefix(each.delimiter).strip() for choice in each.choices] for each in examples]
+        arguments: dict[str, dict[str, Any]] = {
+            "accuracy": {"match": self.accuracy, "choices": choices},
+            "rouge_l": {"stemming": self.rouge_stemming},
+        }
         if (encoder := self._encoder) is not None:
-            arguments = {"encoder": encoder.folder(), "num_layers": encoder.layer, "device": str(default_device())}
+            device = str(default_device())
+            arguments["bertscore_f1"] = {"encoder": encoder.folder(), "num_layers": encoder.layer, "device": device}
         generated = [row["generated"] for row in predictions]
-        measured, scores = text_metrics(self.metrics, generated, [row["reference"] for row in predictions], **arguments)
+        measured, scores = text_metrics(self.metrics, generated, [row["reference"] for row in predictions], arguments)
         metrics: dict[str, Any] = {"num_examples": len(predictions), **measured, **answer_nll(predictions)}
         metrics["finished"] = sum(row["is_finished"] for row in predictions) / len(predictions)
         if encoder is not None:

@@ -6,7 +6,8 @@ in this file.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import evaluate
@@ -14,6 +15,7 @@ import numpy as np
 
 NUM_RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
+ACCURACIES = ("accuracy", "accuracy_raw", "accuracy_lenient")  # fractions of right answers
 
 
 def likelihood_metrics(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -47,38 +49,45 @@ def likelihood_metrics(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def text_metrics(
-    names: Sequence[str], predictions: Sequence[str], references: Sequence[str], **encoder: Any
+    names: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[str],
+    arguments: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Computes the metrics of generated answers.
 
-    - `accuracy`: fraction that equals the reference once both are normalised; `accuracy_mode` is `generate`.
-    - `rouge_l`, `bertscore_f1`: means over the answers; `rouge_tokenizer` says what the words of `rouge_l` are.
+    - `accuracy_raw`, `accuracy_lenient`: fraction that equals the reference exactly, and once both are normalised.
+    - `accuracy`: the one that `accuracy_match` names; `accuracy_mode` is `generate`.
+    - `rouge_l`, `bertscore_f1`: means over the answers; `rouge_tokenizer` and `rouge_stemming` say what the words of
+      `rouge_l` are.
     - `similarity`: mean of `rouge_l` and `bertscore_f1`, if both are computed (the paper's Section 4.1).
 
     Args:
         names: which of `accuracy`, `rouge_l`, `bertscore_f1`.
         predictions: generated answers.
         references: reference answers.
-        encoder: arguments of `bertscore_f1`.
+        arguments: arguments of the metrics' modules, by metric; `bertscore_f1` needs an encoder.
 
     Returns:
         The metrics, with standard errors that end in `_stderr` (binomial for accuracy, bootstrap over the answers for
         the other metrics); and the score of each answer, by metric.
     """
-    modules = [load_metric(name, **(encoder if name == "bertscore_f1" else {})) for name in names]
+    modules = [load_metric(name, **arguments.get(name, {})) for name in names]
     computed = evaluate.combine(modules).compute(predictions=list(predictions), references=list(references))
-    rows: dict[str, list[float]] = {name: computed[f"{name}_rows"] for name in names}
+    rows: dict[str, list[float]] = {
+        key.removesuffix("_rows"): values for key, values in computed.items() if key.endswith("_rows")
+    }
     if "rouge_l" in rows and "bertscore_f1" in rows:
         rows["similarity"] = [(a + b) / 2 for a, b in zip(rows["rouge_l"], rows["bertscore_f1"], strict=True)]
     metrics: dict[str, Any] = {}
     for name, values in rows.items():
         mean = sum(values) / len(values)
-        stderr = _binomial_stderr(mean, len(values)) if name == "accuracy" else _bootstrap_stderr(values)
+        stderr = _binomial_stderr(mean, len(values)) if name in ACCURACIES else _bootstrap_stderr(values)
         metrics |= {name: mean, f"{name}_stderr": stderr}
     if "accuracy" in rows:
-        metrics["accuracy_mode"] = "generate"
+        metrics |= {"accuracy_mode": "generate", "accuracy_match": computed["accuracy_match"]}
     if "rouge_l" in rows:
-        metrics["rouge_tokenizer"] = computed["rouge_tokenizer"]
+        metrics |= {name: computed[name] for name in ("rouge_tokenizer", "rouge_stemming")}
     return metrics, rows
 
 

@@ -37,7 +37,7 @@ from gradpruner.finetune.result import (
     update_survival,
 )
 from gradpruner.finetune.spec import TrainingSpec
-from gradpruner.finetune.trainer import CompletionTrainer, DivergedError, Loss
+from gradpruner.finetune.trainer import CHECKPOINTING, CompletionTrainer, DivergedError, Loss
 from gradpruner.models.architectures import lora_targets
 from gradpruner.plan import PruningPlan
 from gradpruner.runtime import default_device, set_seed
@@ -275,13 +275,15 @@ def _dataset(rows: Sequence[TrainingRow]) -> Dataset:
         {
             "input_ids": [row.input_ids for row in rows],
             "num_answer_tokens": [row.num_answer_tokens for row in rows],
+            "gaps": [[list(gap) for gap in row.gaps] for row in rows],
             "length": [len(row.input_ids) for row in rows],
         }
     )
 
 
 def _row(item: dict[str, Any]) -> TrainingRow:
-    return TrainingRow(tuple(item["input_ids"]), item["num_answer_tokens"])
+    gaps = tuple((start, end) for start, end in item["gaps"])
+    return TrainingRow(tuple(item["input_ids"]), item["num_answer_tokens"], gaps)
 
 
 def _training_arguments(
@@ -299,7 +301,6 @@ def _training_arguments(
         warmup_steps=spec.warmup_fraction,  # a float below 1 is a fraction of the steps
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
-        activation_checkpointing=spec.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if spec.group_by_length else "random",
         include_num_input_tokens_seen="non_padding",
         logging_steps=1,
@@ -313,5 +314,6 @@ def _training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=default_device().type == "cpu",
         seed=seed,
+        **{CHECKPOINTING: spec.gradient_checkpointing},
         **training_arguments(precision),
     )

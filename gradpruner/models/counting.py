@@ -32,6 +32,7 @@ from gradpruner.runtime import default_device
 COMPLETE, TABLE_11 = "complete", "table_11"
 COUNTINGS = (COMPLETE, TABLE_11)
 FLOPS_PER_MAC = 2
+ROW_LENGTH = 128  # tokens of the row whose forward pass Table 11 and our records count
 
 
 @dataclass(frozen=True)

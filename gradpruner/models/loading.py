@@ -1,4 +1,4 @@
-"""Checks of a checkpoint: it is not quantized, holds every tensor of its model, and brings no adapter along.
+"""Checks of a checkpoint's weights: they are those of the model that the config describes, all of them, unquantized.
 
 transformers only warns of tensors that are missing or have unknown names, and initializes what is missing at random.
 """
@@ -7,83 +7,80 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.utils import cached_file
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gradpruner.models.architectures import empty_model
-from gradpruner.models.assets import ADAPTER_CONFIG_FILE, adapter_alone, find_weight_files
+from gradpruner.models.contents import ADAPTER_CONFIG_FILE
+from gradpruner.models.read_config import tied_names
+from gradpruner.models.tensor_files import FLOAT_DTYPES, StoredTensor, read_tensors
 
 logger = logging.getLogger(__name__)
 
 # For `from_pretrained`, which applies an adapter that lies beside the weights. This makes it look for one in a folder
 # that no checkpoint has.
 NO_ADAPTER = {"subfolder": "no-adapter"}
-WRAPPERS = {  # part of a prefix -> what puts it before the names of tensors, and how to save without it
-    "base_model.": "Such names come from peft: save the result of merge_and_unload().",
-    "_orig_mod.": "Such names come from torch.compile: save model._orig_mod.",
-    "module.": "Such names come from DistributedDataParallel: save model.module.",
+# Part of a name, between dots -> where such names come from, and what to do. The first that occurs counts.
+WRAPPERS = {
+    ("base_model", "lora_A", "lora_B", "base_layer", "modules_to_save"): (
+        "Such names come from peft: save the result of merge_and_unload()."
+    ),
+    ("_orig_mod",): "Such names come from torch.compile: save model._orig_mod.",
+    ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_flat_param"): (
+        "Such names come from FSDP, activation checkpointing or Lightning: save the unwrapped model, as "
+        "accelerator.save_model() does."
+    ),
+    ("module",): "Such names come from DistributedDataParallel: save model.module.",
+    ("qweight", "qzeros", "weight_scale", "weight_scale_inv", "weight_packed", "absmax", "quant_map", "SCB"): (
+        "Such names come from quantized weights: use the checkpoint that it was quantized from."
+    ),
+    ("score", "classifier", "v_head", "reward_head", "value_head"): (
+        "Such names come from a classifier or reward model: use the language model that it was made from."
+    ),
 }
 NUM_NAMED = 3  # tensors that a message names
 
 
-def check_not_quantized(config: PreTrainedConfig, source: str) -> None:
-    """Raises ValueError if the checkpoint's weights are quantized."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return
-    values: Mapping[str, Any] = settings if isinstance(settings, Mapping) else settings.to_dict()
-    bits = next((n for n in (4, 8) if values.get(f"load_in_{n}bit")), values.get("bits", values.get("w_bit")))
-    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method", "unknown")))
-    width = f", {bits} bits" if bits else ""
-    raise ValueError(
-        f"Cannot prune a quantized checkpoint, got {source} with a quantization_config (method {method}{width}): "
-        "quantized weights can be neither merged nor fully fine-tuned. Give model.path the checkpoint that it was "
-        "quantized from."
-    )
-
-
-def check_checkpoint(source: str | Path, config: PreTrainedConfig) -> None:
-    """Compares names and shapes of a folder's tensors with what the model needs; reads the headers of its files only.
+def check_checkpoint(folder: Path, config: PreTrainedConfig, source: str | None = None) -> None:
+    """Compares a folder's tensors with those that the model needs; reads the headers of its files only.
 
     transformers itself makes the comparison, on the meta device: it knows which tensors are tied, renamed or ignored.
 
     Args:
-        source: folder with safetensors; anything else passes.
+        folder: folder with safetensors.
         config: the checkpoint's config.
+        source: what messages call the folder, if not by its path.
 
     Raises:
-        ValueError: naming missing, unexpected or wrongly shaped tensors, or a file that is missing or damaged.
+        ValueError: naming missing, unexpected, wrongly shaped or quantized tensors, or a file that is missing or
+            damaged.
     """
-    folder = Path(source)
-    files = find_weight_files(folder) if folder.is_dir() else []
-    if not files:
-        return
-    stored = {name: tensor for file in files for name, tensor in _read_header(file).items()}
+    stored = read_tensors(folder)
     with _quiet():
-        _, report = type(empty_model(config)).from_pretrained(
+        model, report = type(empty_model(config)).from_pretrained(
             None,
             config=config,
-            state_dict=stored,
+            state_dict={name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()},
             device_map={"": "meta"},
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    check_loading_report(report, str(source))
+    check_loading_report(report, source or str(folder), config)
+    _check_floats(stored, model, source or str(folder))
 
 
-def check_loading_report(report: Mapping[str, Any], source: str) -> None:
+def check_loading_report(report: Mapping[str, Any], source: str, config: PreTrainedConfig) -> None:
     """Raises ValueError if a model was loaded with anything but its own tensors.
 
     Args:
         report: what `from_pretrained` returns with `output_loading_info=True`.
         source: where the tensors come from, for the message.
+        config: of the model.
     """
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     shapes = sorted(report["mismatched_keys"])
@@ -93,12 +90,24 @@ def check_loading_report(report: Mapping[str, Any], source: str) -> None:
     problems += [str(message) for message in report.get("error_msgs", ())]
     if not problems:
         return
-    advice = "Give model.path a complete checkpoint, with the config.json that was saved with it."
-    prefix = _common_prefix(missing, unexpected)
-    if prefix:
+    advice = "Use a complete checkpoint, with the config.json that was saved with it."
+    parts = {part for name in unexpected for part in name.split(".")}
+    if any(0 in found for _, found, _ in shapes):
+        advice = (
+            "Empty tensors come from DeepSpeed ZeRO-3: save with stage3_gather_16bit_weights_on_model_save, or put the "
+            "parts together with zero_to_fp32.py."
+        )
+    if prefix := _common_prefix(missing, unexpected):
         problems.append(f"the names seem to have the prefix {prefix!r}")
-        hints = [hint for part, hint in WRAPPERS.items() if part in prefix]
-        advice = " ".join(hints or ["Save the model again without the prefix."])
+        advice = "Save the model again without the prefix."
+        parts = set(prefix.split("."))
+    hints = [hint for words, hint in WRAPPERS.items() if parts & set(words)]
+    advice = " ".join(hints or [advice])
+    if missing and not unexpected and set(missing) <= set(tied_names(config)):
+        advice = (
+            'If the model has no head of its own because it is tied to the embedding, set "tie_word_embeddings": true '
+            f"in config.json. Otherwise: {advice[0].lower()}{advice[1:]}"
+        )
     harm = "What does not come from there would be random numbers. " if missing or different else ""
     raise ValueError(
         f"The weights in {source} do not fit the model that its config.json describes: {'; '.join(problems)}. "
@@ -106,16 +115,10 @@ def check_loading_report(report: Mapping[str, Any], source: str) -> None:
     )
 
 
-def check_not_adapter_alone(source: str, commit: str | None) -> None:
-    """Raises ValueError if a Hub model is an adapter without its base model; `assets.resolve` does so for a folder."""
-    if commit is None or _has_file(source, commit, "config.json") or not _has_file(source, commit, ADAPTER_CONFIG_FILE):
-        return
-    raise adapter_alone(source)
-
-
-def warn_of_adapter(source: str, commit: str | None) -> None:
+@cache  # a run loads its model several times
+def warn_of_adapter(folder: Path, source: str) -> None:
     """Logs that an adapter beside the weights is not applied, if there is one."""
-    if _has_file(source, commit, ADAPTER_CONFIG_FILE):
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
         logger.warning(
             "%s holds the weights of a whole model and an adapter beside them (%s). The weights are used without the "
             "adapter. If it is not merged into them yet, merge it with peft's merge_and_unload() first.",
@@ -124,34 +127,17 @@ def warn_of_adapter(source: str, commit: str | None) -> None:
         )
 
 
-def _has_file(source: str, commit: str | None, name: str) -> bool:
-    """Returns whether a folder or Hub model has a file; what cannot be reached counts as absent."""
-    found = cached_file(
-        source,
-        name,
-        revision=commit,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return found is not None
-
-
-def _read_header(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file without their values (meta device)."""
-    try:
-        with safe_open(file, framework="np") as stream:  # "pt" would reserve memory for the whole file
-            shapes = {name: stream.get_slice(name).get_shape() for name in stream.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
+def _check_floats(stored: Mapping[str, StoredTensor], model: PreTrainedModel, source: str) -> None:
+    """Raises ValueError if a weight of the model is stored in a dtype of quantized weights."""
+    wanted = set(model.state_dict())
+    wanted |= {name.removeprefix(f"{model.base_model_prefix}.") for name in wanted}
+    other = sorted(name for name, tensor in stored.items() if name in wanted and tensor.dtype not in FLOAT_DTYPES)
+    if other:
+        dtypes = ", ".join(sorted({stored[name].dtype for name in other}))
         raise ValueError(
-            f"The checkpoint's index names a file that is missing: {file}. Download or save the checkpoint again."
-        ) from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} must be a safetensors file, got one that is damaged ({error}). "
-            "Download or save the checkpoint again."
-        ) from error
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            f"Weights must be one of {', '.join(FLOAT_DTYPES)}, got {dtypes} in {source} for {_some(other)}. Use a "
+            "checkpoint that is not quantized."
+        )
 
 
 def _common_prefix(missing: Iterable[str], unexpected: Iterable[str]) -> str:

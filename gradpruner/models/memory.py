@@ -110,7 +110,9 @@ def estimate_training_memory(
         own[sizes], outside = two - one, 2 * one - two
     layers, layer = sum(own[sizes] for sizes in shape.layers), max(own.values())
     hidden = batch_size * length * shape.hidden_size * activation_dtype.itemsize
-    activations = outside + (num_layers * hidden + layer if recompute else layers)
+    # Autocast keeps its copies of all weights until the forward pass ends; without recomputation they are activations.
+    copies = 2 * sum(part.num_linear_parameters for part in counts.layers) if autocast and lora_rank is None else 0
+    activations = outside + (num_layers * hidden + max(layer, copies) if recompute else layers)
     logits = _loss_bytes(batch_size * logit_positions * counts.vocab_size, activation_dtype)
     inside = 3 * batch_size * length * max(part.widest for part in counts.layers) * activation_dtype.itemsize
     transient = max(logits, inside)
@@ -118,12 +120,13 @@ def estimate_training_memory(
     allocator = round(overhead * (outside + layers + transient))
     gradients = trained
     if not (accumulate or lora_rank):
-        # Activations are freed while gradients are made: a step peaks either before its backward pass or after it.
-        before, after = activations + transient, max(trained, layer)
-        if before >= after:
-            gradients = 0
-        else:
-            activations, transient = 0, 0
+        # Activations are freed while gradients are made: a step peaks before its backward pass, in the first decoder
+        # layer, which comes last, or after it.
+        missing = counts.layers[0].num_parameters
+        if not config.tie_word_embeddings:
+            missing += counts.num_embedding_parameters
+        in_first = (trained - missing * dtype.itemsize, layer, inside)
+        gradients, activations, transient = max((0, activations, transient), in_first, (trained, 0, 0), key=sum)
     return MemoryEstimate(
         weights=weights + adapters,
         gradients=gradients,

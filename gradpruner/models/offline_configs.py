@@ -6,17 +6,15 @@ is one file per model in `hub_configs/`, named by Hub id with `--` for `/`.
 
 import json
 import logging
-import socket
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
-from huggingface_hub import constants
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gradpruner.files import user_path
 from gradpruner.models.architectures import check_supported
 from gradpruner.models.assets import PACKAGED_MODELS, find_wheel
+from gradpruner.models.hub import unreachable_reason
 from gradpruner.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -46,6 +44,9 @@ class OfflineModelSpec(ModelSpec):
     def commit(self, assets_dir: Path) -> None:
         """Returns None: nothing is read from the Hub."""
 
+    def check_weights(self, assets_dir: Path, config: PreTrainedConfig) -> None:
+        """Checks nothing: there are no weights."""
+
     def load(self, assets_dir: Path) -> PreTrainedModel:
         """Raises ValueError: there are no weights."""
         raise ValueError(f"{self.path} was made for a dry run and has no weights. Build a ModelSpec instead.")
@@ -74,11 +75,11 @@ def shipped_config(hub_id: str) -> PreTrainedConfig:
 
 def for_dry_run(model: ModelSpec, assets_dir: Path) -> ModelSpec:
     """Returns `model` itself if no config of it ships or the Hub can be read, else its offline stand-in."""
-    if model.path not in shipped_ids() or Path(model.path).is_dir():
+    if model.path not in shipped_ids() or user_path(model.path).is_dir():
         return model
     try:
-        if not _hub_answers():
-            raise OSError("the Hub does not answer")
+        if (unreachable := unreachable_reason()) is not None:
+            raise OSError(unreachable)
         model.load_config(assets_dir)
         model.load_tokenizer(assets_dir)
     except OSError as error:
@@ -86,17 +87,3 @@ def for_dry_run(model: ModelSpec, assets_dir: Path) -> ModelSpec:
         logger.warning("%s cannot be read (%s): using the config that ships here", model.path, reason)
         return OfflineModelSpec(**{name: getattr(model, name) for name in ModelSpec.__dataclass_fields__})
     return model
-
-
-def _hub_answers() -> bool:
-    """Returns whether the Hub can be reached; its own client would retry for half a minute."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():
-        return True  # behind a proxy a socket cannot tell
-    address = urlparse(constants.ENDPOINT)
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
-    except OSError:
-        return False
-    return True

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,18 +15,13 @@ from transformers import (
 
 from gradpruner.files import hash_files
 from gradpruner.models import assets
-from gradpruner.models.architectures import check_supported
-from gradpruner.models.hub import resolve_commit
-from gradpruner.models.loading import (
-    NO_ADAPTER,
-    check_checkpoint,
-    check_loading_report,
-    check_not_adapter_alone,
-    check_not_quantized,
-    warn_of_adapter,
-)
-from gradpruner.models.padding import add_padding
+from gradpruner.models.architectures import check_finite_weights
+from gradpruner.models.hub import check_repository, local_snapshot, resolve_commit
+from gradpruner.models.loading import NO_ADAPTER, check_checkpoint, check_loading_report, warn_of_adapter
+from gradpruner.models.read_config import read_config
+from gradpruner.models.read_tokenizer import read_tokenizer
 from gradpruner.runtime import default_device, default_dtype
+from gradpruner.waiting import say_if_waiting
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,6 +51,11 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work."""
+        if not self.path.strip():
+            raise ValueError(
+                f"model.path must name a model, got {self.path!r}. Give it a Hub id such as "
+                "meta-llama/Llama-3.2-1B, or a local folder."
+            )
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"model.dtype must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.config and not self.path.startswith("random:"):
@@ -98,48 +96,80 @@ class ModelSpec:
     def load_config(self, assets_dir: Path) -> PreTrainedConfig:
         """Loads the config, no weights; its `_commit_hash` is the commit of a Hub model.
 
+        `tie_word_embeddings` says what the weights' files hold, if they are on this machine; see `read_config`.
+
         Raises:
             ValueError: if the architecture is not supported, the weights are quantized, or there is only an adapter.
         """
         source, commit = self.source(assets_dir), self.commit(assets_dir)
-        check_not_adapter_alone(source, commit)
-        config = AutoConfig.from_pretrained(source, revision=commit, trust_remote_code=self.trust_remote_code)
+        if commit is not None:
+            check_repository(source, commit)
+        with say_if_waiting(f"the config of {self.path}"):
+            config = read_config(source, self._weights_folder(assets_dir), commit, self.trust_remote_code)
         config._commit_hash = commit  # as transformers itself used to; no saved file holds it
-        check_not_quantized(config, source)
-        check_supported(config)
         return config
 
     def load_tokenizer(self, assets_dir: Path) -> PreTrainedTokenizerBase:
-        """Loads the tokenizer, and sets a padding token if the checkpoint has none."""
-        source, commit = self.source(assets_dir), self.commit(assets_dir)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=commit, trust_remote_code=self.trust_remote_code)
-        add_padding(tokenizer)
-        return tokenizer
+        """Loads the tokenizer, and sets an end-of-text and a padding token if the checkpoint has none.
+
+        Raises:
+            ValueError: if there is no tokenizer, or the model has no embedding for its end-of-text token.
+        """
+        source, config = self.source(assets_dir), self.load_config(assets_dir)
+        with say_if_waiting(f"the tokenizer of {self.path}"):
+            return read_tokenizer(source, config, self.commit(assets_dir), self.trust_remote_code)
+
+    def check_weights(self, assets_dir: Path, config: PreTrainedConfig) -> None:
+        """Checks the names, shapes and dtypes of weights that are on this machine, and warns of an adapter beside them.
+
+        Args:
+            assets_dir: folder of converted and random models.
+            config: what `load_config` returns.
+
+        Raises:
+            ValueError: if the weights do not fit the config, or a file is missing or damaged.
+        """
+        folder = self._weights_folder(assets_dir)
+        if folder is not None:
+            source = self.source(assets_dir)
+            check_checkpoint(folder, config, source)
+            warn_of_adapter(folder, source)
 
     def load(self, assets_dir: Path) -> PreTrainedModel:
         """Loads the model in evaluation mode on the default device; reads safetensors only.
 
         Raises:
-            ValueError: also if the weights do not fit the config, of a folder before any of them is read.
+            ValueError: also if the weights hold NaN or infinity, or do not fit the config; that is known before any of
+                them is read, if they are on this machine.
         """
         config = self.load_config(assets_dir)  # refuses unsupported models before reading gigabytes
+        self.check_weights(assets_dir, config)
         source, commit, device = self.source(assets_dir), self.commit(assets_dir), default_device()
-        check_checkpoint(source, config)
-        warn_of_adapter(source, commit)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=commit,
-            dtype=self.torch_dtype,
-            attn_implementation=None if self.attn_implementation == "auto" else self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-            use_safetensors=True,
-            device_map=None if device.type == "cpu" else {"": device},  # no copy of all weights in host memory
-            adapter_kwargs=NO_ADAPTER,
-            ignore_mismatched_sizes=True,  # they are in the report
-            output_loading_info=True,
-        )
-        check_loading_report(report, source)
+        origin = "" if commit is None else ", downloaded from the Hugging Face Hub unless the local cache has them"
+        with say_if_waiting(f"the weights of {self.path}{origin}"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                revision=commit,
+                dtype=self.torch_dtype,
+                attn_implementation=None if self.attn_implementation == "auto" else self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,
+                device_map=None if device.type == "cpu" else {"": device},  # no copy of all weights in host memory
+                adapter_kwargs=NO_ADAPTER,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+            )
+        check_loading_report(report, source, config)
+        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+            model.config.tie_word_embeddings = False  # as `read_config` does if the files were here before
+        check_finite_weights(model)
         return model.to(device).eval()
+
+    def _weights_folder(self, assets_dir: Path) -> Path | None:
+        """Returns the folder of the weights' files, or None if they are not on this machine yet."""
+        source, commit = self.source(assets_dir), self.commit(assets_dir)
+        return Path(source) if commit is None else local_snapshot(source, commit)
 
     def fingerprint(self, assets_dir: Path) -> str:
         """Returns a text that changes when the weights may have changed; it is part of every cache key.

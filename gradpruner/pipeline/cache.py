@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from gradpruner.files import content_hash, write_json
+from gradpruner.waiting import locked
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class StageCache:
         """
         entry = self.path(stage, key)
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{entry}.lock"):
+        with locked(f"{entry}.lock", f"computes the stage {stage} in this cache"):
             if entry.is_dir():
                 problem = _problem(entry)
                 if problem is None:

@@ -29,6 +29,8 @@ CANNOT_CHANGE_RESULTS = {
     "gradpruner.finetune": "imports for users",
     "gradpruner.models": "imports for users",
     "gradpruner.checks": "refuses settings or lets them pass, unchanged",
+    "gradpruner.conversation_rows": "makes rows, which are in the keys themselves",
+    "gradpruner.data_warnings": "warns",
     "gradpruner.checkpoints*": "writes files from the results of stages",
     "gradpruner.models.memory": "serves dry runs and the refusal of runs that do not fit",
     "gradpruner.models.offline_configs": "serves dry runs alone",
@@ -41,6 +43,7 @@ CANNOT_CHANGE_RESULTS = {
     "gradpruner.pipeline.setup": "what it makes definite (rows, method, evaluation) is in the keys itself",
     "gradpruner.record*": "holds results of finished runs",
     "gradpruner.reporting*": "reads records",
+    "gradpruner.waiting": "logs, and holds locks",
     "gradpruner.tasks*": "makes rows and examples, which are in the keys themselves",
 }
 

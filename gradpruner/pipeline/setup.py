@@ -1,6 +1,7 @@
 """What can be known of a run, and refused, before any weight is loaded."""
 
 import dataclasses
+import itertools
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,16 +9,20 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from gradpruner.encoding import Encoder, TrainingRow, encode_training_rows
+from gradpruner.conversation_rows import encode_rows
+from gradpruner.data_warnings import warn_of_leaked_rows, warn_of_second_bos
+from gradpruner.encoding import Encoder, TrainingRow
 from gradpruner.evaluate.base import Evaluation, Question
 from gradpruner.files import content_hash
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.method import Method, Recovery
 from gradpruner.models.architectures import count_parameters, empty_model
-from gradpruner.models.loading import check_checkpoint
+from gradpruner.models.offline_configs import OfflineModelSpec
 from gradpruner.models.shape import ModelShape
 from gradpruner.models.spec import ModelSpec
 from gradpruner.tasks import Example, Task
+
+NUM_NAMED_TOKENS = 5  # in a message
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Setup:
     @cached_property
     def rows(self) -> list[TrainingRow]:
         """Tokenized training rows."""
-        return encode_training_rows(self.train_examples, self.encoder(self.task))
+        return encode_rows(self.train_examples, self.encoder(self.task))
 
     @cached_property
     def rows_hash(self) -> str:
@@ -78,11 +83,11 @@ class Setup:
         if self.recovery_task is None or self.recovery is None:
             return []
         task, distillation = self.recovery_task, self.recovery.distillation
-        rows = encode_training_rows(task.load("train", self.seed), self.encoder(task))
+        rows = encode_rows(task.load("train", self.seed), self.encoder(task))
         if distillation is None or distillation.tokens == "answer":
             return rows
         # The first token of a row is predicted from nothing.
-        return [dataclasses.replace(row, num_answer_tokens=len(row.input_ids) - 1) for row in rows]
+        return [dataclasses.replace(row, num_answer_tokens=len(row.input_ids) - 1, gaps=()) for row in rows]
 
     @cached_property
     def questions(self) -> list[Question]:
@@ -101,7 +106,7 @@ class Setup:
 
     def encoder(self, task: Task) -> Encoder:
         """How examples of a dataset become tokens."""
-        return Encoder(self.tokenizer, task.max_length, self.model.chat_template)
+        return Encoder(self.tokenizer, task.max_length, self.model.chat_template or task.holds_conversations)
 
     # ---- models ----
 
@@ -173,8 +178,8 @@ class Setup:
         """Reads config and data and resolves the method; raises what `ModelSpec`, `Task` and `Method` raise.
 
         Raises:
-            ValueError: also if started by torchrun, if `max_length` is over the model's positions, or if a folder lacks
-                tensors of the model.
+            ValueError: also if started by torchrun, if `max_length` is over the model's positions, or if the data have
+                tokens that the model has no embedding for.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
@@ -182,10 +187,12 @@ class Setup:
                 "Start it with plain python; spread a sweep over processes with hydra/launcher=joblib."
             )
         self._check_positions()
-        if Path(self.base_model.path).is_dir():
-            check_checkpoint(self.base_model.path, self.config)
+        self.base_model.check_weights(self.assets_dir, self.config)
         self.method.check_training(self.training)
-        _ = self.resolved_method, self.shape, self.questions, self.recovery_rows
+        _ = self.resolved_method, self.shape
+        self._check_vocabulary()
+        warn_of_leaked_rows(self.train_examples, self.test_examples)
+        warn_of_second_bos(self.train_examples, self.rows, self.encoder(self.task))
         self.cache_dir.mkdir(parents=True, exist_ok=True)
 
     def _check_positions(self) -> None:
@@ -198,7 +205,26 @@ class Setup:
                 f"got {longest}. Lower dataset.max_length."
             )
 
+    def _check_vocabulary(self) -> None:
+        """Raises ValueError if rows or questions have token ids beyond the model's vocabulary."""
+        rows = [row.input_ids for row in (*self.rows, *self.recovery_rows)]
+        rows += [(*question.prompt, *itertools.chain(*question.completions)) for question in self.questions]
+        if isinstance(self.base_model, OfflineModelSpec):
+            return  # its tokenizer is another model's
+        size = self.config.vocab_size
+        beyond = [{token for token in row if token >= size} for row in rows]
+        if tokens := sorted(set().union(*beyond)):
+            names = self.tokenizer.convert_ids_to_tokens(tokens[:NUM_NAMED_TOKENS])
+            named = ", ".join(f"{name!r} ({token})" for name, token in zip(names, tokens, strict=False))
+            more = f" and {len(tokens) - len(names)} more" if len(tokens) > len(names) else ""
+            raise ValueError(
+                f"The model must have an embedding for every token of the data, got vocab_size={size} in "
+                f"{self.base_model.path} and tokens {named}{more} in {sum(map(bool, beyond))} of {len(rows)} rows. "
+                "Use the tokenizer that the model was trained with, or resize the embedding (resize_token_embeddings) "
+                "and save the model again."
+            )
+
 
 def hash_rows(rows: list[TrainingRow]) -> str:
     """Identifies tokenized rows in keys of stages."""
-    return content_hash([[row.input_ids, row.num_answer_tokens] for row in rows])
+    return content_hash([[row.input_ids, row.num_answer_tokens, *([row.gaps] if row.gaps else [])] for row in rows])

@@ -107,9 +107,10 @@ def _main() -> None:
 def random_model(config: PreTrainedConfig, shape: ModelShape, workload: Workload) -> PreTrainedModel:
     """Returns a model of that shape with random weights, on the default device."""
     attention = None if workload.attn_implementation == "auto" else workload.attn_implementation
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        shaped_config(config, shape), dtype=DTYPES[workload.dtype], attn_implementation=attention
-    )
+    with default_device():  # a GPU draws the weights of an 8B model in seconds
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            shaped_config(config, shape), dtype=DTYPES[workload.dtype], attn_implementation=attention
+        )
     if config_shape(model.config) != shape:
         resize_layers(model, shape)
         for parameter in model.parameters():
@@ -120,7 +121,7 @@ def random_model(config: PreTrainedConfig, shape: ModelShape, workload: Workload
 
 
 class _StepTimes(TrainerCallback):
-    """Wall time of every optimizer step."""
+    """Wall time of every optimizer step; the Trainer's checkpoint after the last one is left out."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -135,6 +136,7 @@ class _StepTimes(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _synchronize()
         self.seconds.append(time.perf_counter() - self._start)
+        control.should_save = False
 
 
 def _train(model: PreTrainedModel, workload: Workload) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from gradpruner.finetune.precision import resolve_precision
 from gradpruner.finetune.result import PLAN_FILE, REPORT_FILE, load_finetuned, merge_for_checkpoint
 from gradpruner.finetune.run import finetune
 from gradpruner.method import Calibration, Compressed
-from gradpruner.models.architectures import check_finite_weights, count_parameters
+from gradpruner.models.architectures import count_parameters
 from gradpruner.models.shape import ModelShape, config_shape, model_shape
 from gradpruner.pipeline.code_version import code_version
 from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner
@@ -74,7 +74,6 @@ def prune_stage(setup: Setup, runner: StageRunner, measured: Stage) -> ModelStag
         measurements = runner.folder(measured)
         runner.release()
         model = setup.base_model.load(setup.assets_dir)
-        check_finite_weights(model)
         with Cost() as cost:
             return method.prune(model, measurements), cost
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from gradpruner.models.counting import TABLE_11, ModelCounts, count_model
+from gradpruner.models.counting import ROW_LENGTH, TABLE_11, ModelCounts, count_model
 from gradpruner.models.shape import ModelShape
 from gradpruner.record import RunRecord
 from gradpruner.record_sections import PhaseSection
-from gradpruner.reporting.labels import METHOD_LABELS
+from gradpruner.reporting.labels import METHOD_LABELS, caveats
 from gradpruner.reporting.published import Published
 from gradpruner.reporting.tables import Table, row_labels, setting, tell_apart
 
@@ -24,7 +24,7 @@ def counts_table(
     config: PreTrainedConfig,
     shapes: Mapping[str, ModelShape],
     dtype: torch.dtype,
-    length: int = 128,
+    length: int = ROW_LENGTH,
     published: Mapping[str, Sequence[Decimal]] | None = None,
 ) -> Table:
     """Counts parameters, and the work of one forward pass over a row of `length` tokens.
@@ -141,19 +141,24 @@ def _efficiency_table(
         "train memory: the higher of a training step's and of what compression took, the latter in the run's own "
         "process; for methods that act in training, the peak of the run",
     ]
+    if not all(record.finetune for record in records):
+        notes.append("rows without train time: timings of random weights alone (`make test-gpu`), no run")
+    notes += caveats(records)
     if num_elsewhere:
         notes.append(f"left out: {num_elsewhere} runs on another machine or with another number of threads")
     return Table(f"{dense.model['name']}, {mode}: time and memory (Table 2)", headers, rows, notes)
 
 
-def _training(record: RunRecord, dense: RunRecord, fresh: float | None) -> tuple[float, float]:
-    """Returns time and memory of training as percent of dense.
+def _training(record: RunRecord, dense: RunRecord, fresh: float | None) -> tuple[float | None, float | None]:
+    """Returns time and memory of training as percent of dense; without fine-tunes, None and `fresh`.
 
     Args:
         record: the run.
         dense: the dense run of the same setting.
         fresh: memory of a training step in a fresh process as percent of dense, if it was measured.
     """
+    if not (record.finetune and dense.finetune):
+        return None, fresh
     base = _above_start(dense, dense.finetune["peak_memory_bytes"])
     compression = 0 if record.pruning["method"] == "dense" else record.efficiency["compression_peak_memory_bytes"]
     recovery = record.pruning["recovery"].get("peak_memory_bytes", 0)

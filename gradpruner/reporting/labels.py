@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from baselines.sat import Sat
+from baselines.sat_constant import SatConstant
+from gradpruner.record import RunRecord
 from gradpruner.record_sections import Metrics, metric_stderr, metric_value
 
 METRIC_LABELS = {
     "accuracy": "accuracy",
+    "accuracy_raw": "acc. raw",
+    "accuracy_lenient": "acc. lenient",
     "accuracy_norm": "acc. norm",
     "similarity": "similarity",
     "rouge_l": "ROUGE-L",
@@ -20,6 +25,7 @@ METHOD_LABELS = {
     "laco": "LaCo",
     "minitron": "MINITRON",
     "sat": "SAT (ends dense)",
+    "sat_constant": "SAT (no dense tail)",
     "apt": "APT",
     "apt_fast": "APT, fast",
     "small_dense": "FT(smaller model)",
@@ -35,8 +41,17 @@ METHOD_LABELS = {
     "gradpruner": "GradPruner",
     "gradpruner_plus": "GradPruner+",
 }
+# Variants of a method of the paper that are shown beside its published values, as rows of their own.
+VARIANT_OF = {"sat_constant": "sat"}
+CAVEATS = {method.name: method.caveat for method in (Sat, SatConstant)}
 WITH_ENCODER = ("similarity", "bertscore_f1")
-ACCURACY_MODES = {"likelihood": "likeliest option", "generate": "exact match of the generated answer"}
+WITH_ROUGE = ("similarity", "rouge_l")
+ACCURACY_MODES = {
+    "likelihood": "likeliest option",
+    "generate": "exact match of the generated answer",  # of older records, which do not say how
+    "generate, raw": "the generated answer equals the reference exactly",
+    "generate, lenient": "the generated answer equals the reference but for a capital, quotes or a full stop around it",
+}
 
 
 def method_place(name: str) -> tuple[int, str]:
@@ -45,14 +60,19 @@ def method_place(name: str) -> tuple[int, str]:
     return order.index(name) if name in order else len(order), name
 
 
+def caveats(records: Sequence[RunRecord]) -> list[str]:
+    """Returns what must be said beside any number of the methods of these runs (`Method.caveat`), each once."""
+    return list(dict.fromkeys(CAVEATS[name] for record in records if (name := record.pruning["method"]) in CAVEATS))
+
+
 @dataclass(frozen=True)
 class MetricColumn:
     """A table column of comparable metric values.
 
     Attributes:
         metric: key of the value in a record's metrics.
-        origin: how all values of the column were measured: the encoder and layer of BERTScore, or the accuracy mode;
-            None for metrics that can always be compared.
+        origin: how all values of the column were measured: the encoder and layer of BERTScore, stemming of ROUGE-L, or
+            the accuracy mode; None for metrics that can always be compared.
         label: display name; includes the origin if the table has several for this metric.
     """
 
@@ -71,28 +91,40 @@ class MetricColumn:
 def metric_columns(measured: Sequence[Metrics]) -> list[MetricColumn]:
     """Returns the columns of a table over these metrics, in the order of `METRIC_LABELS`.
 
-    Accuracy by likelihood and by generation get separate columns, and so does BERTScore with different encoders.
+    Accuracy by likelihood and by generation get separate columns, and so does BERTScore with different encoders, and
+    ROUGE-L with and without stemming. A kind of accuracy that is `accuracy` in all of them gets no second column.
     """
     columns = []
     for metric, label in METRIC_LABELS.items():
-        origins = list(dict.fromkeys(_origin(metric, metrics) for metrics in measured if metric in metrics))
+        own = [metrics for metrics in measured if metric in metrics]
+        if own and all(metric == f"accuracy_{metrics.get('accuracy_match')}" for metrics in own):
+            continue
+        origins = list(dict.fromkeys(_origin(metric, metrics) for metrics in own))
         for origin in origins:
-            columns.append(MetricColumn(metric, origin, label if len(origins) == 1 else f"{label} ({origin})"))
+            is_plain = len(origins) == 1 or origin is None
+            columns.append(MetricColumn(metric, origin, label if is_plain else f"{label} ({origin})"))
     return columns
 
 
 def describe_origins(measured: Sequence[Metrics]) -> list[str]:
     """Returns one sentence for each way in which the values of a table were measured."""
-    encoders = dict.fromkeys(_origin("similarity", metrics) for metrics in measured if "bertscore_encoder" in metrics)
-    modes = dict.fromkeys(metrics["accuracy_mode"] for metrics in measured if "accuracy_mode" in metrics)
-    sentences = [f"accuracy: {ACCURACY_MODES[mode]}" for mode in modes]
+    encoders = dict.fromkeys(_origin("bertscore_f1", metrics) for metrics in measured if "bertscore_encoder" in metrics)
+    modes = dict.fromkeys(_origin("accuracy", metrics) for metrics in measured if "accuracy_mode" in metrics)
+    sentences = [f"accuracy: {ACCURACY_MODES[mode]}" for mode in modes if mode is not None]
     sentences += [f"BERTScore F1 with {encoder}, not rescaled" for encoder in encoders]
+    if any(metrics.get("rouge_stemming") for metrics in measured):
+        sentences.append("stemmed ROUGE-L: of the stems of words")
     if any("similarity" in metrics for metrics in measured):
         sentences.append("similarity: mean of BERTScore F1 and ROUGE-L")
     return sentences
 
 
 def _origin(metric: str, metrics: Metrics) -> str | None:
+    parts: list[str] = []
     if metric in WITH_ENCODER:
-        return f"{metrics['bertscore_encoder']}, layer {metrics['bertscore_layer']}"
-    return metrics.get("accuracy_mode") if metric == "accuracy" else None
+        parts.append(f"{metrics['bertscore_encoder']}, layer {metrics['bertscore_layer']}")
+    if metric in WITH_ROUGE and metrics.get("rouge_stemming"):
+        parts.append("stemmed")
+    if metric == "accuracy":
+        parts += [metrics[key] for key in ("accuracy_mode", "accuracy_match") if key in metrics]
+    return ", ".join(parts) or None

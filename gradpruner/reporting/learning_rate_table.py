@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import METRIC_LABELS, MetricColumn
+from gradpruner.reporting.labels import METRIC_LABELS, MetricColumn, caveats
 from gradpruner.reporting.tables import (
     Table,
     cells_of_seeds,
@@ -79,6 +79,7 @@ def _table(records: list[RunRecord]) -> Table:
             f"{first.metrics['num_examples']} rows scored, {first.finetune['steps']} steps of fine-tuning; ± is the "
             "standard deviation over the seeds where their number n is given, else the standard error over these rows",
             "bold: the least of a row",
+            *caveats(records),
         ],
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import METHOD_LABELS
+from gradpruner.reporting.labels import METHOD_LABELS, VARIANT_OF
 from gradpruner.reporting.published import Coordinate, Published, PublishedRow
 from gradpruner.reporting.tables import differences, row_labels, setting
 
@@ -102,7 +102,7 @@ def place_runs(published: Published, records: Sequence[RunRecord]) -> tuple[list
     methods = {row.coordinates["method"] for row in block}
     # By `id`: records hold dicts, so they are not hashable.
     fitting = {id(record) for runs in matched for record in runs}
-    num_others = sum(record.pruning["method"] in methods and id(record) not in fitting for record in records)
+    num_others = sum(coordinates(record)["method"] in methods and id(record) not in fitting for record in records)
     return columns, rows, num_others
 
 
@@ -148,7 +148,7 @@ def coordinates(record: RunRecord) -> dict[str, Any]:
         "dataset": config["dataset"]["_target_"].rsplit(".", 2)[-2],
         "test": config["dataset"].get("test"),
         "train_fraction": config["dataset"].get("train_fraction") or 1.0,
-        "method": record.pruning["method"],
+        "method": VARIANT_OF.get(record.pruning["method"], record.pruning["method"]),
         "num_hidden_layers": num_layers,
     }
 

@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import METRIC_LABELS, describe_origins
+from gradpruner.reporting.labels import METRIC_LABELS, caveats, describe_origins
 from gradpruner.reporting.paper_rows import PlacedColumn, PlacedRow, coordinates, place_runs, shared_setting
 from gradpruner.reporting.published import Coordinate, Published, PublishedRow
 from gradpruner.reporting.tables import Table, tell_apart
@@ -145,6 +145,7 @@ def _table(
         notes.append(f"average over {', '.join(columns[at].header for at in common)}")
     if is_score:
         notes += describe_origins([record.metrics for record in runs])
+    notes += caveats(runs)
     if num_others:
         notes.append(f"left out: {num_others} runs of these methods with other settings")
     if is_score:

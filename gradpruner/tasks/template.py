@@ -1,23 +1,21 @@
 r"""Strict text templates for prompts and completions.
 
-`Template("Question: {question}\nAnswer:").render({"question": "Why?"})`. A field is a plain name, or names joined by
-dots, which look up nested dictionaries and nothing else: unlike `str.format` there are no attributes, indices,
-conversions or format specifications. `{{` and `}}` are literal braces. Braces in the values are kept. A `\n` that a
-shell passed on as two characters becomes a line break.
+`Template("Question: {question}\nAnswer:").render({"question": "Why?"})`. A field is the name of a column in any script,
+with dots and indices that lead into nested values (`columns.find`), and nothing else: unlike `str.format` there are no
+attributes, conversions or format specifications. `{{` and `}}` are literal braces. Braces in the values are kept. A
+`\n` that a shell passed on as two characters becomes a line break.
 """
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from gradpruner.checks import guess
-from gradpruner.tasks.columns import DataError, RowError, check_encodable
+from gradpruner.tasks.columns import DataError, as_text, find
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-_FIELD = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Template:
         text: the template as written.
 
     Raises:
-        DataError: if a brace is unbalanced or a field is not a plain or dotted name.
+        DataError: if a brace is unbalanced or a field has no name.
     """
 
     text: str
@@ -77,10 +75,10 @@ class Template:
         """Fills the template in.
 
         Args:
-            values: strings and numbers by name, or nested mappings of these.
+            values: strings, numbers and booleans by name, or nested mappings and lists of these.
 
         Raises:
-            RowError: if a name is missing (the message lists the known ones) or its value is neither text nor number.
+            RowError: if a name is missing (the message lists the known ones) or its value is of another type.
         """
         return self.render_with_spans(values)[0]
 
@@ -103,28 +101,7 @@ class Template:
 
 
 def _look_up(values: Mapping[str, Any], name: str) -> str:
-    value: Any = values
-    for key in name.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            known = list(_names(values))
-            raise RowError(f"template field {{{name}}} is unknown; known: {', '.join(known)}{guess(name, known)}")
-        value = value[key]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        found = "null" if value is None else type(value).__name__
-        raise RowError(f"template field {{{name}}} must be text or a number, got {found}")
-    if isinstance(value, float) and not math.isfinite(value):  # Python's JSON has NaN, for a missing number
-        raise RowError(f"template field {{{name}}} must be text or a number, got {value}")
-    if isinstance(value, str):
-        check_encodable(value, f"template field {{{name}}}")
-    return str(value)
-
-
-def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _names(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+    return as_text(find(values, name, f"template field {{{name}}} is unknown; known"), f"template field {{{name}}}")
 
 
 @lru_cache(maxsize=64)  # one entry per template, which would otherwise be parsed again for every row
@@ -142,10 +119,10 @@ def _split(text: str) -> tuple[tuple[str, bool], ...]:
                 f"A template has a lone {token.group()!r} at character {token.start()}, got {text!r}. "
                 "Write {{ or }} for a literal brace."
             )
-        elif not _FIELD.fullmatch(token.group(1)):
+        elif not token.group(1).strip():
             raise DataError(
-                f"A template field must be a plain name or names joined by dots, got {token.group()!r} in "
-                f"{text!r}. Write {{{{ and }}}} for literal braces."
+                f"A template field must be the name of a column, got {token.group()!r} in {text!r}. "
+                "Write {{ and }} for literal braces."
             )
         else:
             parts.append((token.group(1), True))

@@ -2,8 +2,8 @@
 
 Source: `allenai/winogrande`; data under CC BY. Configuration `winogrande_xl`, 40,398 train and 1,267 validation rows;
 the official test split has no labels, so validation is the test split here. The paper counts 10.2k training rows
-(Appendix C.1), the size of the Hub's `winogrande_l` (10,234), a subset of xl: `max_train_samples=10234` draws as many.
-The paper reports accuracy of generated answers (Section 4.1).
+(Appendix C.1, Tables 5 and 10), the size of the Hub's `winogrande_l` (10,234), a subset of xl. The YAML draws as many;
+`max_train_samples=null` takes all. The paper reports accuracy of generated answers (Section 4.1).
 """
 
 from collections.abc import Mapping

@@ -9,28 +9,27 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from baselines.apt.adapters import adapters, grow, narrow_with_adapters
-from baselines.apt.distill import StateMap, distillation_loss, drawn_layers, layer_loss, make_teacher
+from baselines.apt.distill import StateMap, distillation_loss, drawn_layers, layer_loss
+from baselines.apt.growth import grown_ranks, rank_salience
 from baselines.apt.hooks import UnitHooks, _Sums, static_scores
 from baselines.apt.method import Apt
+from baselines.apt.schedule import Schedule, kept_fraction, learning_rate_factors
 from baselines.apt.scores import (
     Costs,
-    Schedule,
     Units,
     densest_units,
     excess_kurtosis,
     group_scores,
-    grown_ranks,
     keep_one,
-    kept_fraction,
-    rank_salience,
     running,
     salience,
     unit_costs,
     width_plan,
 )
+from baselines.apt.teacher import make_teacher
 from baselines.apt.training import STATE_FILE, AptTraining
 from baselines.apt_fast import AptFast
 from gradpruner.budget import target_parameters
@@ -62,8 +61,11 @@ SPEC = TrainingSpec(
     learning_rate=1e-2, batch_size=4, micro_batch_size=2, max_steps=NUM_STEPS, lora_rank=2, lora_alpha=3
 )
 OFTEN = dataclasses.replace(SPEC, save_steps=1, lora_dropout=0.1)
-# Masks move from step 1 on, cuts are after steps 3, 5 and 7, distillation ends after step 9.
-APT = Apt(sparsity=0.5, num_cuts=3, prune_end=7 / 12, distil_end=9 / 12, max_rank=6, mask_step=0.2)
+# Masks move from step 1 on, cuts are after steps 3, 5 and 7, distillation is from step 5 to step 9. Windows are of two
+# steps, in which a mask moves by 0.002 x 200 / 2 = 0.2 per step.
+APT = Apt(
+    sparsity=0.5, num_cuts=3, prune_end=7 / 12, sparsity_warmup=0.0, distil_end=9 / 12, max_rank=6, mask_step=0.002
+)
 
 
 def make_config(model_type="llama", **changes):
@@ -196,6 +198,51 @@ def test_oracle_ranks():
     assert grown_ranks([8] * 4, [32] * 4, [1.0, 4.0, 2.0, 3.0], 512, 64) == [8] * 4  # none shrinks
 
 
+def test_adapters_at_the_largest_rank_make_room_for_others():
+    # 144 ranks of 1 parameter each, target 200: 8 ((200 - 144) / 16 + 1) = 36.
+    assert grown_ranks([64, 64, 8, 8], [1] * 4, [9.0, 8.0, 1.0, 2.0], 200, 64) == [64, 64, 36, 36]
+    # One left of four: 8 ((240 - 200) / 8 + 1) = 48.
+    assert grown_ranks([64, 64, 64, 8], [1] * 4, [9.0, 8.0, 7.0, 1.0], 240, 64) == [64, 64, 64, 48]
+    assert grown_ranks([64] * 4, [1] * 4, [1.0] * 4, 512, 64) == [64] * 4
+
+
+def test_schedule_of_the_script():
+    # 15 epochs of 1,625 steps: 200 steps before pruning, then 16 cuts up to epoch 5 with an epoch of sparsity warm-up.
+    steps = 24_375
+    schedule = Schedule.of(steps, 200 / steps, 8125 / steps, 1.0, 16, 1625 / steps)
+    # In the code: int(linspace(200, 8125, 17)), which is 695, 1190, 1685, 2181, 2676, ...; here rounded up.
+    assert [cut - 200 for cut in schedule.cuts[:5]] == [math.ceil(7925 * n / 16) for n in range(1, 6)]
+    assert schedule.cuts[-1] == 8125 and len(schedule.cuts) == 16
+    parts = [schedule.kept_part(cut, 0.7) for cut in schedule.cuts]
+    assert parts[:3] == [1.0] * 3 and parts[-1] == 0.7  # up to step 1,825 nothing is pruned
+    assert parts[3] == pytest.approx(0.7 + 0.3 * ((8125 - schedule.cuts[3]) / (8125 - 1825)) ** 3)
+    assert schedule.distil_start == schedule.cuts[4]
+    # Masks move in the last 200 steps before a cut.
+    assert [cut - schedule.window_start(cut) for cut in schedule.cuts] == [200] * 16
+    short = Schedule.of(80, 0.2, 0.5, 0.777, 4)
+    assert short.cuts == (22, 28, 34, 40) and [short.window_start(cut) for cut in short.cuts] == [16, 22, 28, 34]
+
+
+def test_the_learning_rate_restarts_at_its_peak(tmp_path):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), lr_scheduler_type="cosine", warmup_steps=0.1, use_cpu=True, report_to="none"
+    )
+    factor = learning_rate_factors(arguments, (20, 60), 100)
+
+    def cosine(step, length):  # warm-up over a tenth, then half a period
+        warmup = math.ceil(length / 10)
+        if step < warmup:
+            return step / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (length - warmup)))
+
+    for step in range(100):
+        start, length = (0, 100) if step < 20 else (20, 40) if step < 60 else (60, 40)
+        assert factor(step) == pytest.approx(cosine(step - start, length)), step
+    assert factor(19) == pytest.approx(0.9755, abs=1e-4) and factor(24) == factor(64) == 1.0
+    assert factor(59) == factor(99) < 0.01  # before each restart the rate has decayed
+    assert [learning_rate_factors(arguments, (0, 100), 100)(step) for step in (5, 50)] == [0.5, cosine(50, 100)]
+
+
 def test_oracle_rank_salience():
     factor, gradient = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[1.0, -1.0], [1.0, 1.0]])
     assert rank_salience(factor, gradient) == (abs(1 - 2) + abs(3 - 1)) / 2
@@ -208,13 +255,15 @@ def test_oracle_rank_salience():
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES, "qwen3", "smollm3"])
 def test_costs_are_parameter_counts(model_type, tied):
     config = make_config(model_type, tie_word_embeddings=tied)
-    costs = Costs.of(config, embeddings=True)
+    costs = Costs.of(config, "total")
     narrow_shape = ModelShape(16, (LayerShape(2, 1, 5),) * 3 + (LayerShape(6, 3, 7),))
     for shape in (config_shape(config), narrow_shape):
         counts = count_model(config, shape)
         assert costs.of_shape(shape) == counts.num_parameters
         tables = (1 if tied else 2) * config.vocab_size * shape.hidden_size
-        assert Costs.of(config, embeddings=False).of_shape(shape) == counts.num_parameters - tables
+        assert Costs.of(config, "native").of_shape(shape) == counts.num_parameters - tables
+        without = counts.num_parameters - config.vocab_size * shape.hidden_size
+        assert Costs.of(config, "layers").of_shape(shape) == without == counts.num_parameters_without_embedding
 
 
 def test_hidden_channels_that_make_no_multiple_leave_and_free_their_budget():
@@ -239,7 +288,7 @@ def test_every_layer_keeps_something():
     raised = keep_one(scores, 8)
     assert [int(values.isinf().sum()) for values in raised.all()] == [4, 4, 8]
     assert not scores.groups.isinf().any()
-    costs = Costs.of(make_config(), embeddings=True)
+    costs = Costs.of(make_config(), "total")
     smallest = costs.of_shape(ModelShape(8, (LayerShape(2, 1, 1),) * 4))
     kept, _ = densest_units(raised, unit_costs(shape, 4), costs, smallest, 8)
     assert kept.groups.sum(1).tolist() == kept.channels.sum(1).tolist() == [1] * 4 and int(kept.hidden.sum()) == 8
@@ -295,6 +344,39 @@ def test_scores_are_those_of_slow_loops(model_type):
     found = static_scores(make_model(model_type), [inputs])
     for own, other in zip(found.all(), expected.all(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+
+
+def test_scores_of_a_model_with_adapters_are_those_of_the_merged_one():
+    tuned, inputs = with_lora(make_model()), batch(padding=1)
+    whole = Units.full(config_shape(make_config()), True)
+    hooks = UnitHooks(tuned.get_base_model(), whole)
+    tuned(**inputs).loss.backward()
+    own = hooks.scores()
+    hooks.remove()
+    merged = tuned.merge_and_unload()
+    merged.requires_grad_(True)
+    hooks = UnitHooks(merged, whole)
+    merged(**inputs).loss.backward()
+    expected = hooks.scores()
+    for values, others in zip(own.all(), expected.all(), strict=True):
+        torch.testing.assert_close(values, others, rtol=1e-3, atol=1e-4)
+
+
+def test_kurtosis_is_of_the_weight_with_its_adapter():
+    model = with_lora(make_model(hidden_size=32))
+    down = decoder_layers(model)[0].mlp.down_proj
+    with torch.no_grad():
+        down.base_layer.weight.zero_()
+        down.lora_A["default"].weight.copy_(torch.eye(2, 24))  # (rank, inputs): rank r reads channel r
+        down.lora_B["default"].weight.zero_()
+        down.lora_B["default"].weight[3, 0] = 1.0  # channel 0 writes to hidden channel 3 alone
+    hooks = UnitHooks(model.get_base_model(), Units.full(config_shape(model.config), True))
+    model(**batch()).loss.backward()
+    into = hooks._into[0, "mlp.down_proj"]
+    rest = float(hooks.scores().channels[0, 0]) - float(salience(into.absolute, into.gradient)[0])
+    # One of 32 entries is not 0: its deviation from the mean is 31/32, the others' -1/32, the variance 1/32.
+    fourth = ((31 / 32) ** 4 + 31 / 32**4) / (1 / 32) ** 2 / 32
+    assert rest == pytest.approx(math.sqrt(fourth - 3), rel=1e-4)
 
 
 # Masks and slices
@@ -436,7 +518,7 @@ def test_the_budget_is_met(model_type, match):
     size = costs.of_shape(model_shape(model))
     biggest = max(unit_costs(config_shape(config), 4)[0], 8 * (unit_costs(config_shape(config), 4)[2] + 160))
     assert budget - biggest < size <= budget
-    assert count_parameters(model) == Costs.of(config, embeddings=True).of_shape(model_shape(model))
+    assert count_parameters(model) == Costs.of(config, "total").of_shape(model_shape(model))
     assert compressed.plan.method == "apt_fast" and all(
         0 < part <= 1 for part in compressed.report["kept_part"].values()
     )
@@ -474,7 +556,7 @@ def test_dead_units_score_nothing_leave_first_and_are_not_missed(model_type):
     scores = static_scores(model, [batch(), batch(seed=1)])
     assert scores.groups[2, 1] == 0 and scores.channels[2, 5] == 0
     assert int((scores.groups == 0).sum()) == 1 and int((scores.channels == 0).sum()) == 1
-    costs = Costs.of(model.config, embeddings=True)
+    costs = Costs.of(model.config, "total")
     without = costs.count(32, 15, 95)
     kept, _ = densest_units(keep_one(scores, 8), unit_costs(config_shape(model.config), 4), costs, without, 8)
     assert kept.groups.sum() == 15 and kept.channels.sum() == 95 and bool(kept.hidden.all())
@@ -497,8 +579,8 @@ def test_padding_and_repetition_do_not_matter():
 @pytest.mark.parametrize(
     ("num_steps", "start", "cuts", "distil_end"),
     [
-        (24375, 244, tuple(244 + math.ceil(7873 * cut / 16) for cut in range(1, 17)), 16258),
-        (48, 1, tuple(range(2, 17)), 32),
+        (24375, 244, tuple(244 + math.ceil(7873 * cut / 16) for cut in range(1, 17)), 18939),
+        (48, 1, tuple(range(2, 17)), 37),
         (4, 1, (1,), 3),
         (1, 1, (1,), 1),
     ],
@@ -510,9 +592,9 @@ def test_schedule(num_steps, start, cuts, distil_end):
 
 
 def test_progress_and_next_cut():
-    schedule = Schedule(10, (20, 30), 50)
+    schedule = Schedule(10, 10.0, (20, 30), 50)
     assert [schedule.progress(step) for step in (5, 10, 15, 30, 40)] == [0, 0, 0.25, 1, 1]
-    assert [schedule.next_cut(step) for step in (10, 20, 21, 30)] == [20, 20, 30, 30]
+    assert [schedule.next_cut(step) for step in (10, 19, 20, 29)] == [20, 20, 30, 30]
 
 
 @pytest.fixture(scope="module")
@@ -558,7 +640,8 @@ def test_prunes_while_it_trains(load, tmp_path, model_type):
     for masked, pruned in watched.pairs:
         torch.testing.assert_close(pruned, masked, rtol=0, atol=1e-5)
     sizes = [cut["num_parameters"] for cut in report["cuts"]]
-    assert count_parameters(dense) > sizes[0] > sizes[1] > sizes[2] == count_parameters(model) <= budget
+    assert count_parameters(dense) > sizes[0] > sizes[1] > sizes[2] == count_parameters(model)
+    assert count_model(dense.config, model_shape(model)).num_parameters_without_embedding <= budget
     assert report["shape"] == model_shape(model).to_dict() and report["num_parameters"] == sizes[2]
     first = count_model(dense.config).num_lora_parameters(2)
     assert first < report["cuts"][-1]["num_adapter_parameters"] <= 4 * first
@@ -567,6 +650,11 @@ def test_prunes_while_it_trains(load, tmp_path, model_type):
     assert PruningPlan.load(tmp_path / PLAN_FILE) == watched.plan
     assert not model.training and not any(module._forward_hooks for module in model.modules())
     assert watched._teacher is None  # after step 9
+    assert [entry["step"] for entry in report["evaluations"]] == [1, 3, 5]  # at the start of each window
+    nlls = [entry["answer_nll"] for entry in report["evaluations"]]
+    assert [entry["is_teacher"] for entry in report["evaluations"]] == [
+        all(nll < before for before in nlls[:index]) for index, nll in enumerate(nlls)
+    ]
     moving = watched.masks[1].channels  # after step 2: masks have moved since step 1
     assert moving.min() == pytest.approx(0.6) and moving.max() == 1
     assert all(bool(((values == 0) | (values == 1)).all()) for values in watched.masks[2].all())
@@ -578,8 +666,8 @@ def test_what_is_left_can_be_trained_and_a_teacher_helps_it_only_while_asked(loa
         train(load, tmp_path / name, apt.callbacks())
         history = json.loads((tmp_path / name / "training.json").read_text())["history"]
         losses[name] = [entry["loss"] for entry in history]
-    assert losses["taught"][:2] == pytest.approx(losses["alone"][:2], rel=1e-5)  # mu is 0 in the second step
-    assert losses["taught"][4] != pytest.approx(losses["alone"][4], rel=1e-2)
+    assert losses["taught"][:5] == pytest.approx(losses["alone"][:5], rel=1e-5)  # distillation begins after step 5
+    assert losses["taught"][5] != pytest.approx(losses["alone"][5], rel=1e-2)
     assert losses["alone"][-1] < losses["alone"][0]
 
 
@@ -592,6 +680,57 @@ def test_at_target_0_only_adapters_change(load, tmp_path):
         torch.testing.assert_close(pruned, masked, rtol=0, atol=1e-5)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, load().state_dict()[name])}
     assert changed and all(name.endswith("_proj.weight") for name in changed)
+
+
+def test_the_teacher_is_replaced_only_by_a_better_state(load, tmp_path, monkeypatch):
+    found, teachers = iter([3.0, 3.5, 2.5]), []
+
+    class Noted(AptTraining):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            teachers.append(self._teacher)
+
+    monkeypatch.setattr("baselines.apt.training.answer_nll", lambda *args: next(found))
+    train(load, tmp_path, [Noted(APT)])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [entry["is_teacher"] for entry in report["evaluations"]] == [True, False, True]
+    first, second, third, fourth, fifth = (teachers[step - 1] for step in (1, 2, 3, 4, 5))
+    assert first is second is third is fourth is not fifth
+    assert first.kept.parts() == {"groups": 1.0, "channels": 1.0, "hidden": 1.0}  # of before the first cut
+    sizes = [sum(v.numel() for n, v in each.model.named_parameters() if "lora_" not in n) for each in (first, fifth)]
+    assert sizes[1] == report["cuts"][1]["num_parameters"] < sizes[0]
+    ranks = {len(value) for name, value in fifth.adapter_state.items() if ".lora_A." in name}
+    assert max(ranks) > 2  # a later teacher has the ranks of its time
+
+
+def test_the_learning_rate_of_a_run_restarts(load, tmp_path):
+    for name, apt in {"taught": APT, "alone": dataclasses.replace(APT, distil=False)}.items():
+        train(load, tmp_path / name, apt.callbacks())
+    rates = {
+        name: [
+            entry["learning_rate"] for entry in json.loads((tmp_path / name / "training.json").read_text())["history"]
+        ]
+        for name in ("taught", "alone")
+    }
+    # Restarts after steps 5 and 9 of 12, with one step of warm-up each.
+    assert rates["taught"][:5] == rates["alone"][:5] and rates["taught"][1] == 1e-2
+    assert [rates["taught"][step] for step in (5, 6, 9, 10)] == pytest.approx([0.0, 1e-2, 0.0, 1e-2])
+    assert all(rate < 6e-3 for rate in rates["alone"][6:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "match"),
+    [
+        ({}, 1875, r"must be min_interval=200 steps apart, got 605 steps for 16 cuts in a training of 1875 steps\. "
+         r"Train longer .*lower method\.num_cuts to 3, or lower method\.min_interval"),
+        ({"num_cuts": 1}, 105, r"got 34 steps for 1 cuts .* Train longer \(finetune\.epochs\), lower method\.min_inte"),
+    ],
+)  # fmt: skip
+def test_cuts_too_close_are_refused_where_asked(settings, steps, match):
+    with pytest.raises(ValueError, match=match):
+        Apt(min_interval=200, **settings).resolve(30, steps)
+    assert Apt(**settings).resolve(30, steps).min_interval == 1
+    assert Apt(min_interval=200, num_cuts=3).resolve(30, 1875).num_cuts == 3
 
 
 def test_unmerged_adapters_compute_the_same(load, tmp_path):
@@ -660,7 +799,7 @@ def test_distillation_loss_is_that_of_its_parts():
     student, teacher, inputs = make_model(seed=1), make_model(), batch(padding=2)
     state_map = StateMap(32, 2, 2.0)
     settings = {
-        "layers": [1, 3], "hidden": torch.arange(32), "state_map": state_map, "layer_weight": 0.9, "logit_weight": 1.0,
+        "layers": [1, 3], "hidden": torch.arange(32), "state_map": state_map, "layer_weight": 0.9, "logit_weight": 0.1,
         "temperature": 2 / 3,
     }  # fmt: skip
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
@@ -674,23 +813,23 @@ def test_distillation_loss_is_that_of_its_parts():
         for model in (student, teacher)
     ]
     chosen = inputs["labels"][:, 1:] != -100
-    own, other = (output.logits[:, :-1][chosen] for output in outputs)
+    own = outputs[0].logits[:, :-1][chosen]
     answers = functional.cross_entropy(own, inputs["labels"][:, 1:][chosen])
-    # batchmean over 2 rows: summed over tokens, divided by rows
-    soft = [(values * 1.5).softmax(-1) for values in (own, other)]
-    divergence = (2 / 3) ** 2 * (soft[1] * (soft[1].log() - soft[0].log())).sum() / 2
     real = inputs["attention_mask"].bool()
+    # Mean over all 18 real tokens, prompts included: the sum, divided by 2 rows and 9 tokens.
+    soft = [(output.logits[real] * 1.5).softmax(-1) for output in outputs]
+    divergence = (2 / 3) ** 2 * (soft[1] * (soft[1].log() - soft[0].log())).sum() / 2 / 9
 
     def states(output, layer):
         values = output.hidden_states[layer + 1][real]
         return values / values.square().mean(-1, keepdim=True).sqrt()
 
-    # hidden_states[-1] is after the final norm, so only layer 1 can be compared
-    compared = (states(outputs[0], 1) - states(outputs[1], 1)).square().mean()
+    # hidden_states[-1] is after the final norm, so layer 3 cannot be compared
+    compared = sum((states(outputs[0], layer) - states(outputs[1], layer)).square().mean() for layer in (0, 1, 2))
     for mu in (0.0, 0.3, 1.0):
-        total, count = distillation_loss(student, teacher, inputs, mu=mu, **(settings | {"layers": [1]}))
+        total, count = distillation_loss(student, teacher, inputs, mu=mu, **(settings | {"layers": [0, 1, 2]}))
         assert count == 6
-        expected = mu * (0.9 * compared + divergence) + (1 - mu) * answers
+        expected = mu * (0.9 * compared + 0.1 * divergence) + (1 - mu) * answers
         torch.testing.assert_close(total / count, expected, rtol=1e-4, atol=1e-5)
     state_map.b.weight.data.fill_(0.1)
     total, count = distillation_loss(student, teacher, inputs, mu=1.0, **settings)
@@ -713,6 +852,48 @@ def test_drawn_layers_are_one_of_each_quarter():
     assert drawn_layers(2, 0, 5) == [0, 1]
 
 
+# apt_fast in training
+
+FAST = AptFast(sparsity=0.5, growth_start=1 / 12, growth_end=7 / 12, max_rank=6)  # grows after steps 3, 5 and 7
+
+
+class Ranks(TrainerCallback):
+    """Records the number of adapter parameters after each step."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.counts.append(sum(value.numel() for name, value in model.named_parameters() if "lora_" in name))
+
+
+def test_apt_fast_grows_ranks(load, tmp_path):
+    ranks = Ranks()
+    train(load, tmp_path, [*FAST.callbacks(), ranks], OFTEN)
+    first = count_model(make_config()).num_lora_parameters(2)
+    steps = [step for step in range(2, 13) if ranks.counts[step - 1] > ranks.counts[step - 2]]
+    assert ranks.counts[0] == first and steps == [3, 5, 7]
+    for step, target in {3: 2, 5: 3, 7: 4}.items():  # linearly to 4 times as many
+        assert ranks.counts[step - 1] <= target * first
+    own = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["rank_pattern"]
+    assert own and max(own.values()) <= 6
+
+
+def test_apt_fast_resumes_with_its_ranks(load, tmp_path):
+    whole = train(load, tmp_path / "whole", FAST.callbacks(), OFTEN).state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        train(load, tmp_path / "killed", [Kill(6), *FAST.callbacks()], OFTEN)
+    resumed = train(load, tmp_path / "killed", FAST.callbacks(), OFTEN).state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_apt_fast_refuses_a_checkpoint_without_saliences(load, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(load, tmp_path, [Kill(2)], OFTEN)
+    with pytest.raises(ValueError, match=r"method=apt_fast holds the salience of adapters, got none in .*\. Delete"):
+        train(load, tmp_path, FAST.callbacks(), OFTEN)
+
+
 # Settings and the pipeline
 
 
@@ -727,9 +908,13 @@ def test_drawn_layers_are_one_of_each_quarter():
         (lambda: AptFast(sparsity=1.0), r"sparsity is the fraction to prune, in \[0, 1\), got 1\.0"),
         (lambda: AptFast(match="depth"), r"method\.match must be one of layers, total, native, got 'depth'"),
         (lambda: Apt(num_cuts=0), r"num_cuts must be 1 or more, got 0"),
+        (lambda: Apt(sparsity_warmup=2.0), r"sparsity_warmup is a fraction .* got 2\.0\. APT's is 0\.067"),
+        (lambda: Apt(evaluation_rows=0), r"evaluation_rows must be 1 or more, got 0"),
+        (lambda: AptFast(num_growths=0), r"num_growths must be 1 or more, got 0"),
+        (lambda: AptFast(growth_start=0.5), r"in this order, got 0\.5 and 0\.25\. APT's are 0\.062 and 0\.25"),
         (lambda: Apt(growth=0.5), r"growth must be 1 or more, got 0\.5"),
         (lambda: Apt(mask_step=0.0), r"mask_step must be above 0, got 0\.0\. Raise method\.mask_step"),
-        (lambda: Apt(prune_end=0.9), r"in this order, got 0\.01, 0\.9 and 0\.667\. APT's are 0\.01, 0\.333 and 0\.667"),
+        (lambda: Apt(prune_end=0.9), r"in this order, got 0\.01, 0\.9 and 0\.777\. APT's are 0\.01, 0\.333 and 0\.777"),
         (
             lambda: AptFast(match="native", gamma=0.01).shape(make_config()),
             r"method=apt_fast keeps a KV group and an MLP channel in every layer: .*, got a budget of .*\. Lower",

@@ -31,7 +31,7 @@ def test_rules_oracle(rule, expected):
 
 
 def test_loop_oracle_accept_all():
-    method = laco(13, layers_per_merge=4, interval=2, lowest_layer=1, highest_layer=32)
+    method = laco(13, rule="paper", layers_per_merge=4, interval=2, lowest_layer=1)
     sizes = []
 
     def accept(layer, m, size):
@@ -42,6 +42,47 @@ def test_loop_oracle_accept_all():
     assert sizes == [(28, 29), (25, 26), (22, 23), (19, 20), (16, 19)]
     assert [trial.num_absorbed for trial in trials] == [3, 3, 3, 3, 1]
     assert len(kept) == 19
+
+
+def notebook_loop(num_layers, merge_layers, interval, accept):
+    """The loop of the authors' notebook, with HIGHEST_LAY = L - 1 and LOWEST_LAY = 0."""
+    kept, trials = [[layer] for layer in range(num_layers)], []
+    lay = num_layers - 1 - merge_layers
+    while lay >= 0:
+        count = min(merge_layers - 1, len(kept) - lay - 1)
+        trials.append((lay, count))
+        if accept(lay):
+            kept[lay] = [number for own in kept[lay : lay + count + 1] for number in own]
+            del kept[lay + 1 : lay + count + 1]
+            lay -= interval
+            if lay >= len(kept):
+                lay = len(kept) - 1 - merge_layers
+        else:
+            lay -= 1
+    return trials, kept
+
+
+@pytest.mark.parametrize(("merge_layers", "interval"), [(7, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize("accept", [lambda layer: True, lambda layer: layer % 3 > 0], ids=["all", "some"])
+def test_the_loop_is_that_of_the_notebook(merge_layers, interval, accept):
+    trials, kept = notebook_loop(40, merge_layers, interval, accept)
+    method = laco(40 - len(kept), layers_per_merge=merge_layers, interval=interval, lowest_layer=0)
+    own_trials, own_kept = run(40, lambda layer, m, size: float(accept(layer)), method)
+    own = [(trial.layer, trial.num_absorbed) for trial in own_trials]
+    assert own == trials[: len(own)] and own_kept == kept
+
+
+def test_the_first_try_leaves_the_final_layer_alone():
+    # Llama-2-13B: H = 39, so l = 32 absorbs 33 to 38. Then l = 31 of 34 layers can absorb 2, the final one among them.
+    trials, kept = run(40, lambda *given: 1.0, laco(10, layers_per_merge=7, interval=1, lowest_layer=0))
+    assert [(trial.layer, trial.num_absorbed) for trial in trials] == [(32, 6), (31, 2), (30, 1), (29, 1)]
+    trials, kept = run(40, lambda *given: 1.0, laco(6, layers_per_merge=7, interval=1, lowest_layer=0))
+    assert kept[-2:] == [[32, 33, 34, 35, 36, 37, 38], [39]]
+    trials, _ = run(32, lambda *given: 1.0, laco(13))  # C = 4, I = 2: 13 of 32 layers
+    assert [(trial.layer, trial.num_absorbed) for trial in trials] == [
+        *((27, 3), (25, 3), (23, 2)),
+        *((21, 2), (19, 2), (17, 1)),
+    ]
 
 
 def test_loop_oracle_even_layers_only():
@@ -74,7 +115,7 @@ def test_every_budget_that_resolves_is_met_even_if_nothing_is_alike(num_layers):
 
 
 def test_a_similarity_that_is_not_a_number_ends_the_loop():
-    with pytest.raises(ValueError, match=r"The similarity is nan after merging 3 layers into 4\. Check the weights"):
+    with pytest.raises(ValueError, match=r"The similarity is nan after merging 3 layers into 3\. Check the weights"):
         run(8, lambda layer, m, size: float("nan"), laco(3))
 
 
@@ -91,21 +132,25 @@ def by_hand(model, blocks, rule):
     return kept
 
 
-@pytest.mark.parametrize("rule", ["code", "paper"])
-def test_the_model_is_that_of_the_accepted_merges(tiny_llama, make_batches, rule, tmp_path):
+@pytest.mark.parametrize(
+    ("rule", "blocks"),
+    [("code", [[0], [1, 2], [3], [4, 5, 6], [7]]), ("paper", [[0], [1], [2, 3], [4], [5, 6, 7]])],
+)
+def test_the_model_is_that_of_the_accepted_merges(tiny_llama, make_batches, rule, blocks, tmp_path):
     batches = make_batches(2)
     # Every merge is accepted and no layer merges twice: 3 layers are absorbed as 2 + 1, so `paper` is a plain sum.
     method = laco(3, rule=rule, threshold=-1.0, layers_per_merge=3, interval=3).resolve(8)
     model = tiny_llama(num_hidden_layers=8)
     compressed = method.compress(model, batches)
-    assert compressed.plan.pruned_layers == (3, 6, 7)
-    expected = by_hand(tiny_llama(num_hidden_layers=8), [[0], [1], [2, 3], [4], [5, 6, 7]], rule)
+    absorbed_by = {layer: block[0] for block in blocks for layer in block[1:]}
+    assert compressed.plan.pruned_layers == tuple(sorted(absorbed_by))
+    expected = by_hand(tiny_llama(num_hidden_layers=8), blocks, rule)
     assert len(model.model.layers) == 5 == model.config.num_hidden_layers
     for layer, (weights, norm) in zip(model.model.layers, expected, strict=True):
         for name, linear in linear_sublayers(layer).items():
             torch.testing.assert_close(linear.weight, weights[name])
         assert torch.equal(layer.input_layernorm.weight, norm)
-    assert compressed.plan.absorbed_by == {3: 2, 6: 5, 7: 5}
+    assert compressed.plan.absorbed_by == absorbed_by
     assert compressed.plan.details["rule"] == rule
     assert [trial["accepted"] for trial in compressed.plan.details["trials"]] == [True, True]
 
@@ -121,7 +166,7 @@ def test_similarity_is_that_of_flattened_final_states(tiny_llama, make_batches, 
             states = [each.model(ids[mask.bool()][None]).last_hidden_state.flatten() for each in (whole, model)]
         cosines.append(float(torch.dot(states[0], states[1]) / states[0].norm() / states[1].norm()))
     [trial] = plan.details["trials"]
-    assert (trial["layer"], trial["num_absorbed"]) == (4, 1)
+    assert (trial["layer"], trial["num_absorbed"]) == (3, 1)
     assert trial["similarity"] == pytest.approx(sum(cosines) / 4, abs=1e-5)
 
 
@@ -136,7 +181,8 @@ def test_a_merge_is_not_lossless(tiny_llama, make_batches):
     identity.self_attn.o_proj.weight.data.zero_()
     identity.mlp.down_proj.weight.data.zero_()
     before = model(**batch).logits
-    laco(1, threshold=-1.0, layers_per_merge=2).compress(model, [batch])  # layer 4 becomes the identity of layer 5
+    method = laco(1, threshold=-1.0, layers_per_merge=2, highest_layer=6)
+    method.compress(model, [batch])  # layer 4 becomes the identity of layer 5
     assert not torch.allclose(model(**batch).logits, before, atol=1e-2)
 
 

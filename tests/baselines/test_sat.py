@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from baselines.sat import STATE_FILE, Sat, num_omitted
+from baselines.sat_constant import SatConstant
 from baselines.sat_units import (
     OBSERVING_METRICS,
     SELECTION_METRICS,
@@ -636,4 +637,20 @@ def test_from_end_to_end(tmp_path):
     assert outcome.plan.pruned_layers == () and outcome.plan.method == "sat"
     assert outcome.num_parameters == pipeline.num_dense_parameters
     assert is_plain(pipeline.load_result())
-    assert SAT.variant() == "omission0.4-wanda-sample"
+
+
+def test_sat_without_a_dense_tail_omits_up_to_the_last_step():
+    constant = SatConstant()
+    assert [constant.rate_at(step, 10) for step in range(10)] == [0.4] * 10
+    assert [Sat().rate_at(step, 10) for step in (0, 7, 8, 9)] == [0.4, pytest.approx(0.1), 0.0, 0.0]
+
+
+def test_variants_name_a_schedule_that_is_not_the_usual_one():
+    assert Sat().variant() == "omission0.4-wanda-sample" and SAT.variant() == "omission0.4-wanda-sample-tail0.25"
+    assert SatConstant().variant() == "omission0.4-wanda-sample-none-tail0.0"
+
+
+def test_a_record_says_that_no_code_exists(tmp_path):
+    for method in (Sat(), SatConstant()):
+        notes = method.prune(make_model(), tmp_path).report["notes"]
+        assert any("no code of its authors exists" in note and "3 to 5 points below" in note for note in notes)

@@ -155,9 +155,41 @@ def test_resolve_takes_what_the_task_says():
     packaged = Generation(bertscore_model="packaged:minilm").resolve(task(), open_answers)
     assert packaged.metrics == ("rouge_l", "bertscore_f1")
     assert (packaged.bertscore_model, packaged.bertscore_layer) == ("packaged:minilm", 5)
-    other = dataclasses.replace(packaged, bertscore_layer=4)
-    assert other.measurement_settings() != packaged.measurement_settings()
-    assert other.prediction_settings() == packaged.prediction_settings()  # text is not generated again
+    for change in ({"bertscore_layer": 4}, {"rouge_stemming": True}, {"accuracy": "raw"}):
+        other = dataclasses.replace(packaged, **change)
+        assert other.measurement_settings() != packaged.measurement_settings()
+        assert other.prediction_settings() == packaged.prediction_settings()  # text is not generated again
+
+
+def test_an_answer_may_be_longer_than_the_task_says(model_and_tokenizer):
+    """It then changes no prompt, and no likelihood of a reference."""
+    model, tokenizer = model_and_tokenizer
+    encoder = Encoder(tokenizer, 40)
+    examples = [Example("long", "x" * 100 + "tail:", " yes" * 9, (), None, " ", context=(0, 100))]
+    usual, long = (Generation(max_new_tokens=n).resolve(task(metrics=("accuracy",)), examples) for n in (None, 30))
+    assert (usual.max_new_tokens, long.max_new_tokens) == (MAX_NEW_TOKENS, 30)
+    assert usual.prediction_settings() != long.prediction_settings()
+    own = [evaluation.questions(examples, encoder) for evaluation in (usual, long)]
+    assert own[0] == own[1] and len(own[0][0].prompt) == 40 - MAX_NEW_TOKENS
+    model.generation_config.eos_token_id, eos = None, model.generation_config.eos_token_id
+    try:
+        [short_row], [long_row] = (e.predict(model, encoder, own[0]) for e in (usual, long))
+    finally:
+        model.generation_config.eos_token_id = eos
+    assert short_row["answer_nll"] == long_row["answer_nll"] and short_row["answer_tokens"] == MAX_NEW_TOKENS
+    assert short_row["generated_tokens"] <= MAX_NEW_TOKENS < long_row["generated_tokens"] <= 30
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"accuracy": "exact"}, r"accuracy must be raw or lenient, got 'exact'.*Change evaluation\.accuracy\."),
+        ({"max_new_tokens": 0}, r"max_new_tokens must be 1 or more, got 0\. Raise evaluation\.max_new_tokens"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(values, match):
+    with pytest.raises(ValueError, match=match):
+        Generation(**values)
 
 
 def test_prepare_fetches_the_encoder_only_where_it_is_needed(monkeypatch):
@@ -184,6 +216,16 @@ def test_measure_choices():
     assert metrics["answer_nll"] == 1.5 and metrics["num_examples"] == 5
     assert metrics["majority_accuracy"] == 0.4 and "bertscore_encoder" not in metrics
     assert [row["accuracy"] for row in scored] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert metrics["accuracy_match"] == "lenient" and metrics["accuracy_lenient"] == 0.2
+    raw, _ = dataclasses.replace(evaluation, accuracy="raw").measure(rows, EXAMPLES)
+    assert raw["accuracy"] == raw["accuracy_raw"] == metrics["accuracy_raw"] == 0.0 and raw["accuracy_lenient"] == 0.2
+
+
+def test_measure_tells_options_apart_that_are_one_once_normalised():
+    example = Example("a", "Q", " Rr", (" Rr", " rr"), 0, " ")
+    evaluation = Generation().resolve(task(), [example])
+    for text, expected in (("Rr", 1.0), ("rr", 0.0)):
+        assert evaluation.measure([prediction(text, "Rr")], [example])[0]["accuracy"] == expected
 
 
 def test_measure_open_answers_names_the_encoder(caplog):

@@ -36,6 +36,37 @@ def test_accuracy_by_likelihood_and_by_generation_are_different_things():
     assert describe_origins(records[1:]) == ["accuracy: exact match of the generated answer"]
 
 
+def generated(match, **more):
+    values = {"accuracy": 0.5, "accuracy_raw": 0.4, "accuracy_lenient": 0.5, "accuracy_mode": "generate"}
+    return {**values, **{f"{name}_stderr": 0.1 for name in values}, "accuracy_match": match, **more}
+
+
+def test_raw_and_lenient_accuracy_never_share_a_column():
+    columns = metric_columns([generated("lenient")])
+    assert [column.label for column in columns] == ["accuracy", "acc. raw"]  # acc. lenient would be accuracy again
+    assert [column.label for column in metric_columns([generated("raw")])] == ["accuracy", "acc. lenient"]
+    both = [generated("lenient"), generated("raw")]
+    labels = ["accuracy (generate, lenient)", "accuracy (generate, raw)", "acc. raw", "acc. lenient"]
+    columns = metric_columns(both)
+    assert [column.label for column in columns] == labels
+    assert [column.cell(both[1]) for column in columns[:2]] == ["-", "0.500 ±0.100"]
+    assert describe_origins(both[1:]) == ["accuracy: the generated answer equals the reference exactly"]
+    assert "a full stop" in describe_origins(both[:1])[0]
+
+
+def test_stemmed_rouge_l_is_another_measure():
+    records = [text(), text(rouge_stemming=False), text(rouge_stemming=True)]
+    columns = metric_columns(records)
+    assert [column.label for column in columns] == [
+        "similarity (roberta-large, layer 17)",
+        "similarity (roberta-large, layer 17, stemmed)",
+        "ROUGE-L",
+        "ROUGE-L (stemmed)",
+    ]
+    assert "stemmed ROUGE-L: of the stems of words" in describe_origins(records)
+    assert not any("stem" in sentence for sentence in describe_origins(records[:2]))
+
+
 def test_only_what_was_measured_and_in_a_fixed_order():
     assert metric_columns([]) == []
     values = {"answer_nll": 1.0, "answer_nll_stderr": 0.1, "accuracy_norm": 0.3, "accuracy_norm_stderr": 0.1}

@@ -103,6 +103,24 @@ def test_seeds_are_one_row_with_mean_and_deviation():
     assert "standard deviation over seeds" in table.notes[0]
 
 
+def test_a_caveat_stands_beside_every_number_of_its_method():
+    [table] = comparisons([record("sat"), record("sat_constant"), record("dense")])
+    assert [row[0] for row in table.rows] == ["Dense", "SAT (ends dense)", "SAT (no dense tail)"]
+    assert sum("SAT: no code of its authors exists" in note and "3 to 5 points" in note for note in table.notes) == 1
+    [table] = comparisons([record("laco"), record("dense")])
+    assert not any("SAT" in note for note in table.notes)
+
+
+def test_parameters_without_the_embedding_and_macs_stand_beside_all_parameters():
+    counted = record("minitron")
+    counted.pruning["num_parameters_without_embedding"], counted.pruning["num_macs"] = 32_512_000, 12_345_000_000
+    [table] = comparisons([counted, record("gradpruner")])  # the second one is older
+    assert table.headers[2:5] == ["params", "w/o embedding", "GMACs"]
+    assert [row[2:5] for row in table.rows] == [["60.0 M", "32.5 M", "12.35"], ["60.0 M", "-", "-"]]
+    [table] = comparisons([record("gradpruner")])
+    assert table.headers[:4] == ["method", "layers", "params", "accuracy"]
+
+
 def test_one_seed_shows_its_standard_error():
     [table] = comparisons([record("random"), record("random")])  # the same run, found twice
     assert table.rows[0][table.headers.index("accuracy")] == "0.500 ±0.020" and len(table.rows) == 1

@@ -29,8 +29,8 @@ def build(name: str, cls: type[Task] | None = None, **changes: Any) -> Task:
     settings = {key: value for key, value in settings_of(name).items() if key not in OF_THE_PIPELINE}
     target = settings.pop("_target_")
     assert target == f"{CLASSES[name].__module__}.{CLASSES[name].__name__}"
-    if settings["show_options"] == "${show_options}":  # set in conf/config.yaml
-        settings["show_options"] = False
+    # What depends on the rest of a run's config is the class's default here, as it is in a run by default.
+    settings = {key: value for key, value in settings.items() if not str(value).startswith("${")}
     return (cls or CLASSES[name])(**(settings | changes))
 
 

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from configured import CLASSES, SAMPLES, build, without_ids
 
+from gradpruner.evaluate.accuracy import normalise
+from gradpruner.evaluate.metrics import load_metric
 from gradpruner.tasks import DataError, Example
 from gradpruner.tasks.hellaswag import clean
 
@@ -39,7 +41,7 @@ def raw_rows(name: str) -> datasets.Dataset:
 
 @cache
 def packaged(name: str, split: str) -> list[Example]:
-    return build(name).load(split, seed=0)
+    return build(name, max_train_samples=None).load(split, seed=0)
 
 
 def load_row(name: str, tmp_path: Path, settings: dict[str, Any] | None = None, **changes: Any) -> Example:
@@ -110,6 +112,13 @@ def test_packaged_counts_are_the_official_ones(name: str, num_train: int, num_te
 )
 def test_first_test_row(name: str, expected: Example) -> None:
     assert packaged(name, "test")[0] == expected
+
+
+def test_winogrande_trains_on_as_many_rows_as_in_the_paper() -> None:
+    """Appendix C.1: 10.2k; Tables 5 and 10: 1 % are 102 rows."""
+    drawn = build("winogrande").load("train", seed=0)
+    assert len(drawn) == 10_234 and {example.id for example in drawn} < {e.id for e in packaged("winogrande", "train")}
+    assert len(build("winogrande", train_fraction=0.01).load("train", seed=0)) == 102
 
 
 def test_first_piqa_train_row() -> None:
@@ -239,3 +248,25 @@ def test_hellaswag_context(tmp_path: Path) -> None:
 def test_bad_rows(name: str, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"train.jsonl:1: .*{reason}"):
         load_row(name, tmp_path, **changes)
+
+
+# ---- options and the lenient accuracy ----
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "winogrande", "mmlu_clinical_knowledge", "piqa"])
+def test_no_two_options_of_a_test_question_are_one_once_normalised(name: str) -> None:
+    for example in build(name).load("test", seed=0):
+        options = {choice.strip() for choice in example.choices}
+        assert len({normalise(option) for option in options}) == len(options), example
+
+
+def test_options_of_arc_that_differ_only_in_a_sign_or_in_case() -> None:
+    collide = {"Mercury_7004183": ("+2", "-2"), "MCAS_2003_8_26": ("-10°C", "10°C"), "Mercury_400752": ("Rr", "rr")}
+    found = {example.id: example for example in packaged("arc_easy", "test") if example.id in collide}
+    assert set(found) == set(collide)
+    for name, example in found.items():
+        options = [choice.strip() for choice in example.choices]
+        assert all(any(option.endswith(part) for option in options) for part in collide[name])
+        wrong = [option for option in options if option != example.reference]
+        computed = load_metric("accuracy").compute(predictions=wrong, references=[example.reference] * len(wrong))
+        assert computed["accuracy"] == 0.0

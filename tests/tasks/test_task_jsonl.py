@@ -69,7 +69,7 @@ def test_every_malformed_line_is_reported_at_once(tmp_path: Path) -> None:
         6: (b'{"question": "caf\xe9", "answer": "a", "key": "6"}', "not UTF-8: byte 0xe9"),
         7: (b'{"question": "?", "key": "7"}', "column 'answer' is missing; columns found: question, key"),
         8: (b'{"question": "?", "answer": null, "key": "8"}', "column 'answer' is null"),
-        9: (b'{"question": "?", "answer": 1, "key": "9"}', "column 'answer' must be text, got int"),
+        9: (b'{"question": "?", "answer": [], "key": "9"}', "column 'answer' must be text or a number, got list"),
         10: (
             b'{"question": NaN, "answer": "a", "key": "10"}',
             "template field {question} must be text or a number, got",
@@ -88,19 +88,30 @@ def test_every_malformed_line_is_reported_at_once(tmp_path: Path) -> None:
         assert f"mine.jsonl:{number}: {reason}" in line
 
 
+@pytest.mark.bad_input("Own data", "a file `mine.jsonl` that holds `{content}`")
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "match"),
     [
         (b"", r"A data file is empty: .*mine.jsonl has 0 bytes"),
         (b"\n \r\n", r"The train split of jsonl has no rows"),
-        (b"[\n", r"1 bad of 1 rows:\n  .*mine.jsonl:1: not valid JSON"),
-        (b"question,answer\n?,a\n", r"2 bad of 2 rows:\n  .*mine.jsonl:1: not valid JSON: Expecting value"),
-        (b"\x1f\x8b\x08\x00", r"1 bad of 1 rows:\n  .*mine.jsonl:1: not UTF-8: byte 0x8b at position 1"),
+        (
+            b"[\n",
+            r"A data file is not a valid JSON array: .*mine.jsonl: Expecting value: line 1 column 2 .* Correct it th",
+        ),
+        (
+            b"question,answer\n?,a\n",
+            r"A data file is not what its name says: .*mine.jsonl does not begin like JSON, its first line is "
+            r"'question,answer'. If it is CSV, let its name end in .csv",
+        ),
+        (
+            b"\x1f\x8b\x08\x00",
+            r"A data file is damaged: .*mine.jsonl cannot be read .*EOFError.* Copy or download it aga",
+        ),
     ],
 )
-def test_files_that_are_no_json_lines(content: bytes, message: str, tmp_path: Path) -> None:
+def test_files_that_are_no_json_lines(content: bytes, match: str, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=match):
         task(tmp_path).load("train", seed=0)
 
 
@@ -110,18 +121,19 @@ def test_missing_file_names_the_absolute_path(tmp_path: Path, monkeypatch: pytes
         task(tmp_path, train_file="no.jsonl").load("train", seed=0)
 
 
+@pytest.mark.bad_input("Own data", "the row {row} with the settings {changes}")
 @pytest.mark.parametrize(
-    ("row", "changes", "reason"),
+    ("row", "changes", "match"),
     [
         ({"question": "?"}, {}, "column 'answer' is missing; columns found: question"),
         ({"question": "?", "answer": ""}, {}, "column 'answer' is empty"),
-        ({"question": "?", "answer": 4}, {}, "column 'answer' must be text, got int"),
+        ({"question": "?", "answer": float("nan")}, {}, "column 'answer' must be text or a number, got nan"),
         ({"text": "?", "answer": "a"}, {}, r"template field \{question\} is unknown; known: text, answer"),
         ({"question": None, "answer": "a"}, {}, r"template field \{question\} must be text or a number, got null"),
         ({"question": float("nan"), "answer": "a"}, {}, r"template field \{question\} must be text or a .*, got nan"),
         ({"question": "\ud83d", "answer": "a"}, {}, r"template field \{question\} holds half of a surrogate pair"),
         ({"question": "?", "answer": None}, {}, "column 'answer' is null"),
-        ({"question": "?", "answer": ["a"]}, {}, "column 'answer' must be text, got list"),
+        ({"question": "?", "answer": ["a"]}, {}, "column 'answer' must be text or a number, got list"),
         ({"question": "?", "answer": "a", "key": None}, {"id_field": "key"}, "column 'key' is null"),
         ({"question": "?", "answer": "a", "key": " "}, {"id_field": "key"}, "id column 'key' is empty"),
         ({"question": ["?"], "answer": "a"}, {}, r"template field \{question\} must be text or a number, got list"),
@@ -129,34 +141,46 @@ def test_missing_file_names_the_absolute_path(tmp_path: Path, monkeypatch: pytes
         ({"question": "?", "answer": "a"}, {"id_field": "key"}, "column 'key' is missing"),
     ],
 )
-def test_bad_rows(tmp_path: Path, row: dict[str, Any], changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(DataError, match=rf"mine.jsonl:1: {reason}"):
+def test_bad_rows(tmp_path: Path, row: dict[str, Any], changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(DataError, match=rf"mine.jsonl:1: {match}"):
         load(tmp_path, row, **changes)
 
 
+@pytest.mark.bad_input("Own data", "options {options}, answer {answer!r}")
 @pytest.mark.parametrize(
-    ("options", "answer", "reason"),
+    ("options", "answer", "match"),
     [
         (["x", "y"], 2, r"answer column 'answer' is the index 2, out of range for 2 choices \(0 is the first\)"),
         (["x", "y"], -1, r"is the index -1, out of range"),
         (["x", "y"], True, r"must be the index \(an integer\) or the text of a choice, got bool"),
         (["x", "y"], 1.0, r"must be the index \(an integer\) or the text of a choice, got float"),
-        (["x", "y"], "z", r"is the text 'z', which none of the choices \['x', 'y'\] equal$"),
-        (["x", "y"], "1", r"is the text '1', which none .* equal; an index must be an integer, without quotes"),
+        (["x", "y"], "zz", r"is the text 'zz', which none of the choices \['x', 'y'\] equal"),
+        (["x", "y"], "z", r"is the text 'z', which none .* equal; as a letter it is not one from A to B"),
+        (
+            ["x", "y"],
+            "2",
+            r"is the index 2, out of range for 2 choices \(0 is the first\); where 1 is the first, set data",
+        ),
         (["x", "y"], "X", r"is the text 'X', which none of the choices"),
+        (
+            ["1", "2"],
+            1,
+            r"is 1, which is the option '1' or the index of '2'; set dataset.answer_as=text or index_from_0",
+        ),
         (["x", "y"], None, r"column 'answer' is null"),
         (["x", "y"], ["x"], r"must be the index \(an integer\) or the text of a choice, got list"),
         (None, 0, r"column 'options' is null"),
         ([], 0, r"is the index 0, out of range for 0 choices"),
-        (["x", None], 0, r"column 'options'\[1\] must be text, got null"),
+        (["x", None], 0, r"column 'options'\[1\] must be text or a number, got null"),
         (["x", "x"], "x", r"is the text 'x', which 2 of the choices"),
         (["x"], "x", r"at least 2 choices are needed, got 1"),
-        ("xy", "x", r"column 'options' must be a list of strings, got str"),
-        ([1, 2], 1, r"column 'options'\[0\] must be text, got int"),
+        ("xy", "x", r"column 'options' must be a list, got the text 'xy', which is no list"),
+        ("{}", 0, r"column 'options' must be a list, got the text '\{\}', which is no list in JSON"),
+        ([1, [2]], 1, r"column 'options'\[1\] must be text or a number, got list"),
     ],
 )
-def test_bad_choices(tmp_path: Path, options: Any, answer: Any, reason: str) -> None:
-    with pytest.raises(DataError, match=rf"(?m)mine.jsonl:1: .*{reason}"):
+def test_bad_choices(tmp_path: Path, options: Any, answer: Any, match: str) -> None:
+    with pytest.raises(DataError, match=rf"(?m)mine.jsonl:1: .*{match}"):
         load(tmp_path, {"question": "?", "options": options, "answer": answer}, choices_field="options")
 
 
@@ -166,8 +190,9 @@ def test_duplicate_ids(tmp_path: Path) -> None:
         load(tmp_path, row, row, id_field="key")
 
 
+@pytest.mark.bad_input("Own data", "the settings {changes}")
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "match"),
     [
         (
             {"source": "hub"},
@@ -176,6 +201,28 @@ def test_duplicate_ids(tmp_path: Path) -> None:
         ({"path": "data"}, r"reads two files of yours, got .*path='data'"),
         ({"revision": "v1"}, r"reads two files of yours, got .*revision='v1'"),
         ({"train_file": None}, r"dataset.train_file must be a path, got None. Set dataset.train_file\.$"),
+        (
+            {"prompt": None},
+            r"dataset.answer_field belongs to dataset.prompt, got 'answer' and dataset.prompt=null. Set da",
+        ),
+        (
+            {"answer_field": None},
+            r"dataset.prompt needs dataset.answer_field, and conv.*answer_field=None .*Name the col",
+        ),
+        ({"messages_field": "m"}, r"dataset.prompt needs .* and conversations need neither, got .*messages_field='m'"),
+        (
+            {"answer_as": "leter"},
+            r"no such way to name a choice, got dataset.answer_as='leter' \(did you mean 'letter'",
+        ),
+        (
+            {"answer_as": "letter"},
+            r"dataset.answer_as says how an answer names a choice, got 'letter' with dataset.choic",
+        ),
+        (
+            {"choices_field": "o", "option_fields": ("a",)},
+            r"in one column or in several, got .*Set one of them to null",
+        ),
+        ({"test_split": ""}, r"dataset.test_split must be the name of a split, got ''. Set dataset.test_split"),
         ({"answer_field": ""}, r"dataset.answer_field must be a column name, got ''"),
         ({"id_field": 3}, r"dataset.id_field must be a column name, got 3. Set dataset.id_field or leave it null"),
         (
@@ -199,12 +246,12 @@ def test_duplicate_ids(tmp_path: Path) -> None:
             r"dataset.prompt_with_options lacks the field \{options\}",
         ),
         ({"prompt": "Answer:"}, r"dataset.prompt has no field.*Use the name of a column in braces"),
-        ({"prompt": "{a[0]}"}, r"must be a plain name"),
+        ({"prompt": "{ }"}, r"A template field must be the name of a column, got '\{ \}'"),
         ({"choice": "{answer}"}, r"dataset.choice has the unknown field \{answer\}.*Known: \{choice\}"),
     ],
 )
-def test_settings_are_checked_when_built(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_settings_are_checked_when_built(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(DataError, match=match):
         task(Path("nowhere"), **changes)
 
 

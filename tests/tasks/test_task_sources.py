@@ -11,7 +11,8 @@ import pytest
 
 from gradpruner.tasks import sources
 from gradpruner.tasks.columns import DataError
-from gradpruner.tasks.sources import SourceRow, read_hub, read_local, read_packaged
+from gradpruner.tasks.local_files import read_local
+from gradpruner.tasks.sources import SourceRow, read_hub, read_packaged
 
 
 def request(doc_id: int, idx: int = 0, doc: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+import unicodedata
+
 import pytest
 
 from gradpruner.tasks.columns import DataError, RowError
@@ -30,10 +32,50 @@ def test_lone_brace(text: str) -> None:
         Template(text)
 
 
-@pytest.mark.parametrize("field", ["", "0", "a[0]", "a!r", "a:>3", "a b", "a..b", "a.", ".a", "a-b"])
-def test_only_plain_names(field: str) -> None:
-    with pytest.raises(DataError, match=r"must be a plain name or names joined by dots, got '\{"):
+@pytest.mark.parametrize("field", ["", " "])
+def test_a_field_has_a_name(field: str) -> None:
+    with pytest.raises(DataError, match=r"A template field must be the name of a column, got '\{ ?\}' in"):
         Template("{" + field + "}")
+
+
+COLUMNS = {
+    **{"问题": 1, "réponse n° 1": 2, "a.b": 3, "a-b": 4, "Ответ (да/нет)?": 5, "0": 6, "x[0]": 7, "naïve": 8},
+    "a": {"b": 30, "c": [{"d": 31}, {"d": 32}], "e.f": {"g": 33}},
+    "none": [],
+}
+
+
+@pytest.mark.bad_input(
+    "Own data",
+    "the field `{{{field}}}` in a prompt, of the columns 问题, `a.b`, a: {{b, c: [...]}}, ...",
+    "the value of that column",
+)
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        *[("问题", 1), ("réponse n° 1", 2), ("a.b", 3), ("a-b", 4), ("Ответ (да/нет)?", 5), ("0", 6), ("x[0]", 7)],
+        *[("a.c[0].d", 31), ("a.c[-1].d", 32), ("a.e.f.g", 33), (unicodedata.normalize("NFD", "naïve"), 8)],
+    ],
+)
+def test_names_in_any_script_and_nested_values(field: str, expected: int) -> None:
+    assert Template("{" + field + "}").render(COLUMNS) == str(expected)
+
+
+@pytest.mark.bad_input("Own data", "the field `{{{field}}}` in a prompt, which no column has")
+@pytest.mark.parametrize(
+    ("field", "match"),
+    [
+        ("问", r"template field \{问\} is unknown; known: 问题, réponse n° 1, .*none \(an empty list\)"),
+        ("none[0]", r"template field \{none\[0\]\} is unknown; known: .*none \(an empty list\)"),
+        *[
+            (field, r"is unknown; known: ")
+            for field in ("a..b", "a.", ".a", "a.c[2].d", "a!r", "a:>3", "a.c.d", "a[0]")
+        ],
+    ],
+)
+def test_names_that_no_column_has(field: str, match: str) -> None:
+    with pytest.raises(RowError, match=match):
+        Template("{" + field + "}").render(COLUMNS)
 
 
 def test_attributes_are_out_of_reach() -> None:
@@ -59,7 +101,7 @@ def test_check_fields() -> None:
 
 
 def test_render_errors() -> None:
-    values = {"question": "x", "doc": {"title": "t"}, "tags": ["a"], "none": None, "flag": True}
+    values = {"question": "x", "doc": {"title": "t"}, "tags": ["a"], "none": None}
     with pytest.raises(
         RowError, match=r"\{doc.titel\} is unknown; known: question, doc.title, .*did you mean 'doc.title'"
     ):
@@ -68,7 +110,6 @@ def test_render_errors() -> None:
     refused = [
         ("tags", "list"),
         ("none", "null"),
-        ("flag", "bool"),
         ("doc", "dict"),
         ("nan", "nan"),
         ("infinite", "-inf"),
@@ -76,6 +117,12 @@ def test_render_errors() -> None:
     for name, found in refused:
         with pytest.raises(RowError, match=rf"\{{{name}\}} must be text or a number, got {found}"):
             Template("{" + name + "}").render(values)
+
+
+@pytest.mark.bad_input("Own data", "numbers and booleans in a prompt", "their spelling in JSON")
+def test_numbers_and_booleans_are_written_as_in_json() -> None:
+    values = {"i": 7, "f": 0.5, "yes": True, "no": False}
+    assert Template("{i} {f} {yes} {no}").render(values) == "7 0.5 true false"
 
 
 def test_a_line_break_survives_the_command_line():

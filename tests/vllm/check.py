@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 
 def main(folder: Path) -> int:
@@ -31,10 +32,13 @@ def main(folder: Path) -> int:
 
 def _first_problem(checkpoint: Path, entries: list[dict[str, Any]]) -> str | None:
     """Describes the first difference; returns None if there is none."""
-    model = LLM(str(checkpoint), dtype="float32", enforce_eager=True, max_model_len=256, disable_log_stats=True)
+    adapter = checkpoint / "adapter"
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "disable_log_stats": True}
+    model = LLM(str(checkpoint), enable_lora=adapter.is_dir(), **settings)
+    lora = LoRARequest(adapter.name, 1, str(adapter)) if adapter.is_dir() else None
     length = len(entries[0]["token_ids"])
     sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-    outputs = model.generate([entry["prompt"] for entry in entries], sampling, use_tqdm=False)
+    outputs = model.generate([entry["prompt"] for entry in entries], sampling, use_tqdm=False, lora_request=lora)
     for entry, output in zip(entries, outputs, strict=True):
         if list(output.prompt_token_ids) != entry["prompt_token_ids"]:
             return f"the tokenizer splits {entry['prompt']!r} in another way"

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from gradpruner.checkpoints.adapter import ADAPTER_FOLDER
 from gradpruner.checkpoints.checkpoint import save_checkpoint
 from gradpruner.files import write_json
+from gradpruner.models.architectures import lora_targets
 from gradpruner.models.spec import ModelSpec
 from gradpruner.plan import PruningPlan, preceding_kept_layer
 from gradpruner.surgery import apply_plan
@@ -41,8 +44,11 @@ TINY: dict[str, Any] = {
 }
 # Not only the last layers: errors in renumbering or sliced lists only show when a layer after a gap moves up.
 SMOLLM2_PRUNED = (4, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27)
+# A base for the rotary angles that is not the default, as of Llama 3.
+LLAMA3 = TINY | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 CASES = {
-    "tiny-llama": (ModelSpec("random:llama", dtype="float32", config=TINY), (1, 4), (4,)),
+    "tiny-llama": (ModelSpec("random:llama", dtype="float32", config=LLAMA3), (1, 4), (4,)),
+    "tiny-llama-lora": (ModelSpec("random:llama", dtype="float32", config=LLAMA3), (1, 4), (4,)),
     "tiny-qwen3": (ModelSpec("random:qwen3", dtype="float32", config=TINY), (1, 4), (4,)),
     "smollm2-135m": (ModelSpec("packaged:smollm2-135m", dtype="float32"), SMOLLM2_PRUNED, ()),
 }
@@ -74,20 +80,28 @@ def _save_pruned(spec: ModelSpec, pruned: tuple[int, ...], merged: tuple[int, ..
     def igia(layer: int, name: str) -> torch.Tensor:
         return model.get_decoder().layers[layer].get_submodule(name).weight.abs()
 
-    save_checkpoint(apply_plan(model, plan, igia), spec.load_tokenizer(ASSETS), plan, folder, spec.name)
+    model = apply_plan(model, plan, igia)
+    if folder.name.endswith("-lora"):
+        torch.manual_seed(0)
+        config = LoraConfig(r=8, target_modules=lora_targets(model), init_lora_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(model, config).eval()
+    save_checkpoint(model, spec.load_tokenizer(ASSETS), plan, folder, spec.name)
 
 
 @torch.no_grad()
 def _expected(folder: Path) -> list[dict[str, Any]]:
     """Returns transformers' greedy continuation of every prompt, computed from the saved files."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if (folder / ADAPTER_FOLDER).is_dir():
+        model = AutoPeftModelForCausalLM.from_pretrained(folder / ADAPTER_FOLDER, dtype=torch.float32).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NUM_NEW_TOKENS)
     entries = []
     for prompt in PROMPTS:
         encoded = tokenizer(prompt, return_tensors="pt")
         start = encoded["input_ids"].shape[1]
-        generated = model.generate(encoded["input_ids"], attention_mask=encoded["attention_mask"])
+        generated = model.generate(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])
         best = model(generated).logits[0, start - 1 : -1].log_softmax(-1).topk(2).values
         entries.append(
             {
