@@ -32,6 +32,12 @@ def test_settings_are_frozen() -> None:
         toy().max_length = 3  # type: ignore[misc]
 
 
+@pytest.fixture(autouse=True)
+def hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretends that the Hub answers: a process without network warns once, in whichever test asks first."""
+    monkeypatch.setattr(sources, "use_cache_without_hub", lambda: None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
