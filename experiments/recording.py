@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from experiments.config import identity, resolve
 from gradpruner.evaluate.base import PREDICTIONS_FILE
-from gradpruner.files import content_hash
+from gradpruner.files import content_hash, read_jsonl
 from gradpruner.finetune.result import PLAN_FILE, TrainingAccount
 from gradpruner.models.chat_template import CHAT_TEMPLATE_DATE
 from gradpruner.models.counting import ROW_LENGTH, count_model
@@ -15,6 +15,7 @@ from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Outcome, Pipeline
 from gradpruner.record import RECORD_FILE, RunRecord
 from gradpruner.record_sections import ModelSection, TrainingSection, empty_section
+from gradpruner.reporting.row_scores import row_scores, write_numbers
 from gradpruner.runtime import environment
 
 HISTORY_FILE = "history.json"  # loss and learning rate per optimizer step, beside the record
@@ -80,6 +81,7 @@ def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_m
         environment=environment(),
         content=pipeline.content,
         stage_ids=pipeline.stage_ids(),
+        row_scores=row_scores(read_jsonl(outcome.predictions), outcome.metrics),
     )
 
 
@@ -126,13 +128,14 @@ def _model_section(pipeline: Pipeline) -> ModelSection:
 
 
 def _training_section(training: TrainingAccount) -> TrainingSection:
-    """Returns the account of a training run without its history, which has a file of its own."""
+    """Returns the account of a training run; of its history, which has a file of its own, the losses alone."""
     section: TrainingSection = {
         "steps": training["steps"],
         "tokens": training["tokens"],
         "train_seconds": training["train_seconds"],
         "peak_memory_bytes": training["peak_memory_bytes"],
         "loss": training["loss"],
+        "losses": write_numbers([entry["loss"] for entry in training["history"]]),
         "precision": training["precision"],
         "micro_batch_size": training["micro_batch_size"],
     }

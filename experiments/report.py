@@ -10,13 +10,14 @@ python -m experiments.report table=learning_rate                    # the best r
 python -m experiments.report table=11                               # counted, needs no runs
 python -m experiments.report table=11 model=smollm2_135m plan=results/runs/.../plan.json
 python -m experiments.report figure=plans                           # or importance, 1, 2, 5, 6, 7, 8, 9
+python -m experiments.report figure=5 'methods=[igia_only,last]'    # with other methods than the paper's
 python -m experiments.report table=all figure=all output=report.html
 """
 
 import itertools
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,8 +36,9 @@ from gradpruner.files import content_hash
 from gradpruner.models import offline_configs
 from gradpruner.models.shape import config_shape
 from gradpruner.plan import PruningPlan
-from gradpruner.record import RunRecord
-from gradpruner.reporting.comparison_figures import FIGURES, draw
+from gradpruner.record import RECORD_FILE, RunRecord
+from gradpruner.reporting.appendix import appendix_tables
+from gradpruner.reporting.comparison_figures import FIGURES, MODELS, draw
 from gradpruner.reporting.efficiency import counts_table, efficiency_tables
 from gradpruner.reporting.figures import Picture
 from gradpruner.reporting.formats import FORMATS, write_report
@@ -44,6 +46,7 @@ from gradpruner.reporting.importance_table import importance_tables
 from gradpruner.reporting.learning_rate_table import learning_rate_tables
 from gradpruner.reporting.paper_tables import paper_table
 from gradpruner.reporting.published import Published, load_published
+from gradpruner.reporting.row_scores import read_numbers
 from gradpruner.reporting.tables import Table, comparisons
 from gradpruner.width_surgery import planned_shape
 
@@ -116,8 +119,26 @@ def build_report(cfg: DictConfig) -> Report:
     if table_name == "11" and figure is None:
         return Report([_counts(cfg)], [], [])
     records, problems = read_records(path_setting(cfg, "runs_dir"))
+    records = _of_methods(records, cfg.methods)
     tables = [] if table_name is None and figure is not None else _tables(cfg, table_name, list(records.values()))
     return Report(tables, [] if figure is None else _pictures(cfg, figure, records, problems), problems)
+
+
+def _of_methods(records: dict[Path, RunRecord], methods: Sequence[str] | None) -> dict[Path, RunRecord]:
+    """Returns the runs of these methods and of dense, or all for None.
+
+    Raises:
+        ValueError: if one of the methods has no run.
+    """
+    if methods is None:
+        return records
+    known = {run.pruning["method"] for run in records.values()}
+    if unknown := [method for method in methods if method not in known]:
+        raise ValueError(
+            f"methods must be among those that were run, {', '.join(sorted(known))}, got {', '.join(unknown)}. "
+            "Correct it, run it, or set runs_dir."
+        )
+    return {path: run for path, run in records.items() if run.pruning["method"] in ("dense", *methods)}
 
 
 def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord]) -> list[Table]:
@@ -133,10 +154,12 @@ def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord]) -> list
         of_paper = itertools.chain.from_iterable(
             _paper_tables(each, everything if each == "2" else records) for each in TABLES if each != "11"
         )
+        others = appendix_tables([_published(each) for each in TABLES], records)
         ours = itertools.chain.from_iterable(make(records) for make, _ in OURS.values())
-        return [*comparisons(records), *of_paper, *ours, _counts(cfg)]
+        return [*comparisons(records), *of_paper, *others, *ours, _counts(cfg)]
     if tables := OURS[name][0](records) if name in OURS else _paper_tables(name, records):
-        return tables
+        is_own = name in OURS or name == "2"
+        return tables if is_own else [*tables, *appendix_tables([_published(name)], records)]
     folder = path_setting(cfg, "runs_dir").absolute()
     if name in OURS:
         raise ValueError(
@@ -176,20 +199,20 @@ def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord], prob
     check_writable(figures_dir=folder)
     histories = {}
     for path, run in records.items():
-        file = path.parent / HISTORY_FILE
         try:
-            if file.is_file():
-                histories[run.identity] = json.loads(file.read_text())
+            if history := _history(run, path):
+                histories[run.identity] = history
         except (OSError, ValueError) as error:
-            problems.append(f"Not drawn: {file}: {error}. Run it again.")
+            problems.append(f"Not drawn: {path.parent / HISTORY_FILE}: {error}. Run it again.")
+    methods = None if cfg.methods is None else list(cfg.methods)
     if figure != ALL:
-        return draw(figure, runs, folder, histories)
+        return draw(figure, runs, folder, histories, methods)
     pictures = []
     for name in FIGURES:
-        if name == "8":
+        if name == "8" and not any(run.config["model"]["path"] == MODELS["8"] for run in runs):
             continue  # the same figure as 5
         try:
-            pictures += draw(name, runs, folder, histories)
+            pictures += draw(name, runs, folder, histories, methods)
         except ValueError as error:
             print(f"Not drawn: {error}", file=sys.stderr)
     return pictures
@@ -208,6 +231,15 @@ def runs_of(records: Iterable[RunRecord]) -> list[RunRecord]:
             "which shows timings, or runs_dir."
         )
     return runs
+
+
+def _history(run: RunRecord, path: Path) -> list[dict[str, float]]:
+    """Returns the loss of each step of a run's fine-tune, from its record or, for older records, from its folder."""
+    if "losses" in run.finetune:
+        losses = read_numbers(run.finetune["losses"])
+        return [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    file = path.parent / HISTORY_FILE
+    return json.loads(file.read_text()) if path.name == RECORD_FILE and file.is_file() else []
 
 
 def _counts(cfg: DictConfig) -> Table:

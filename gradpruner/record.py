@@ -39,7 +39,7 @@ SECTIONS: dict[str, Any] = {  # those that every finished run has
     "efficiency": EfficiencySection,
     "environment": EnvironmentSection,
 }
-OF_TRAINING = ("finetune", "efficiency")
+MAY_LACK = ("content", "stage_ids", "row_scores")  # sections that failed runs and older records lack
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class RunRecord:
         environment: versions, hardware, commit.
         content: weights and data that the run was made from. Failed runs and older records lack it.
         stage_ids: hash of the key of each stage, code and versions included. Failed runs and older records lack it.
+        row_scores: score of each test row by metric, as text, see `reporting.row_scores`: runs on the same rows are
+            compared row by row. Failed runs and older records lack it.
         error: what stopped a failed run.
     """
 
@@ -80,6 +82,7 @@ class RunRecord:
     environment: EnvironmentSection = field(default_factory=empty_section)
     content: ContentSection = field(default_factory=empty_section)
     stage_ids: dict[str, str] = field(default_factory=dict)
+    row_scores: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     schema_version: int = SCHEMA_VERSION
 
@@ -96,12 +99,9 @@ class RunRecord:
         return metric_stderr(self.metrics, name)
 
     def save(self, run_dir: Path) -> None:
-        """Writes `record.json` atomically, without those of `content` and `stage_ids` that are empty."""
+        """Writes `record.json` atomically, without those of `MAY_LACK` that are empty."""
         data = dataclasses.asdict(self)
-        write_json(
-            run_dir / RECORD_FILE,
-            {key: value for key, value in data.items() if value or key not in ("content", "stage_ids")},
-        )
+        write_json(run_dir / RECORD_FILE, {key: value for key, value in data.items() if value or key not in MAY_LACK})
 
     @classmethod
     def load(cls, run_dir: Path) -> Self | None:
@@ -149,10 +149,7 @@ def _needed_keys(data: dict[str, Any]) -> list[str]:
     needed = ["status", "config", "identity", "seed"]
     if data.get("status") == "finished":
         needed += ["metrics", "config.model", "config.dataset", "config.method", "config.finetune"]
-        # Timings alone (`make test-gpu`) come without a fine-tune, hence without its metrics and cost.
-        is_timing = data.get("finetune") == {} == data.get("metrics") and _has_key(data, ["efficiency", "speed"])
-        sections = {name: section for name, section in SECTIONS.items() if not is_timing or name not in OF_TRAINING}
-        needed += [f"{name}.{key}" for name, section in sections.items() for key in sorted(section.__required_keys__)]
+        needed += [f"{name}.{key}" for name, section in SECTIONS.items() for key in sorted(section.__required_keys__)]
     return needed
 
 

@@ -49,6 +49,7 @@ class TrainingSection(TypedDict):
         train_seconds: wall time.
         peak_memory_bytes: highest memory of the process.
         loss: mean over the last tenth of the steps.
+        losses: loss of each optimizer step, numbers with spaces between them; older records lack it.
         precision: how weights were held and updated, see `finetune.precision`; older records lack it.
         micro_batch_size: rows per forward pass, the number chosen where the setting is `auto`; older records lack it.
         update_survival: fraction of a LoRA update that a merged checkpoint keeps, see `finetune.result`.
@@ -59,6 +60,7 @@ class TrainingSection(TypedDict):
     train_seconds: float
     peak_memory_bytes: int
     loss: float
+    losses: NotRequired[str]
     precision: NotRequired[str]
     micro_batch_size: NotRequired[int]
     update_survival: NotRequired[float]

@@ -100,7 +100,8 @@ def test_tables_of_the_paper_with_ours(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "table.md").read_text()
     assert text.startswith("## Table 1: main results at 40 % sparsity; random-llama with ")
-    assert " [0.875] |" in text and ", answer NLL\n" in text
+    assert " [-] |" in text and "[-]: not the same measure: ours is the likeliest option" in text
+    assert ", answer NLL\n" in text and "paired on the same test rows" in text
     done = report("table=6", f"runs_dir={tmp_path}/runs")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
@@ -129,6 +130,28 @@ def test_one_page_with_everything(tmp_path):
     assert {"figure1-arc-easy", "figure2", "importance", "plans"} <= drawn
     assert text.count("data:image/png;base64,") == len(list(folder.glob("*.png")))
     assert "Not drawn: Figure 9 shows" in done.stderr
+
+
+def test_records_alone_have_the_losses_and_the_scores_of_rows(tmp_path):
+    record = run(tmp_path, "method=last")
+    scores = [int(score) for score in record.row_scores["accuracy"]]
+    assert len(scores) == record.metrics["num_examples"] and sum(scores) / len(scores) == record.metrics["accuracy"]
+    assert len(record.finetune["losses"].split()) == record.finetune["steps"]
+    write_json(tmp_path / "records/last.json", record.__dict__)  # as in results/records, without the run's folder
+    done = report("figure=1", f"runs_dir={tmp_path}/records", f"figures_dir={tmp_path}/figures")
+    assert done.returncode == 0 and (tmp_path / "figures/figure1-arc-easy.png").is_file(), done.stderr
+
+
+def test_some_methods_alone(tmp_path):
+    for method in ("dense", "last", "random"):
+        run(tmp_path, f"method={method}")
+    done = report("methods=[last]", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 0 and "Last but" in done.stdout and "Random" not in done.stdout, done.stderr
+    done = report("methods=[lst]", f"runs_dir={tmp_path}/runs")
+    assert (
+        done.returncode == 1
+        and "methods must be among those that were run, dense, last, random, got lst" in done.stderr
+    )
 
 
 def test_one_figure(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ import numpy as np
 from gradpruner.files import slug
 from gradpruner.record import RunRecord
 from gradpruner.reporting.comparison_plots import plot_bars, plot_lines, plot_losses
+from gradpruner.reporting.coordinates import coordinates
 from gradpruner.reporting.figures import Picture
 from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS
 from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, plot_sensitivity, sensitivity_curve
 from gradpruner.reporting.means import DENSE, MAIN, Measured, main_metric, measure
-from gradpruner.reporting.run_groups import distinct_runs, in_order, pages, run_labels
-from gradpruner.reporting.tables import data_settings, dataset_name, row_labels, rows_of_seeds, setting
+from gradpruner.reporting.paper_rows import main_runs
+from gradpruner.reporting.published import PublishedRow
+from gradpruner.reporting.run_groups import comparable_groups, distinct_runs, in_order, numbered, pages, run_labels
+from gradpruner.reporting.tables import dataset_name, row_labels, rows_of_seeds
 
 PAPER_FIGURES = ("1", "2", "5", "6", "7", "8", "9")
 FIGURES = (*PAPER_FIGURES, "importance", "plans")
@@ -29,20 +33,23 @@ def draw(
     records: Sequence[RunRecord],
     folder: Path,
     histories: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
+    methods: Sequence[str] | None = None,
 ) -> list[Picture]:
     """Draws a figure of the paper, or one of layers, into `folder`.
 
     Args:
-        figure: one of `FIGURES`. 5 and 8 show accuracy against layers pruned, for the paper's two models, and are drawn
-            alike. In 5, 6 and 8 each model and kind of fine-tuning gets a picture, in 7 and 9 a row of bars.
+        figure: one of `FIGURES`. 5 and 8 show accuracy against layers pruned, for the paper's two models; other models
+            are in both. In 5, 6 and 8 each model and kind of fine-tuning gets a picture, in 7 and 9 a row of bars.
         records: finished runs. Layer figures and Figure 2 show identical runs once; if they do not fit on one page,
             each dataset gets its own pages.
         folder: folder for the pictures; made if it is missing.
         histories: losses by the identity of the run, for Figure 1; see `plot_losses`. Each dataset gets a picture, and
             the seeds of one setting are averaged to one line.
+        methods: methods of the lines of 1, 5 and 8, besides dense; by default those of the paper: GradPruner without
+            merging in 5 and 8, and in 1 all if a picture can hold them, else dense alone.
 
     Raises:
-        ValueError: if there is no such figure, no run that belongs in it, or no dataset that all its runs share.
+        ValueError: if there is no such figure, or no run that belongs in it.
     """
     if figure not in FIGURES:
         raise ValueError(f"There is no figure {figure!r}. Set figure to one of {', '.join(FIGURES)}.")
@@ -50,13 +57,22 @@ def draw(
     path = folder / (f"figure{figure}.png" if figure in PAPER_FIGURES else f"{figure}.png")
     if figure == "1":
         known = histories or {}
-        pictures = _losses([record for record in ordered if record.identity in known], known, path)
+        pictures = _losses([record for record in ordered if record.identity in known], known, path, methods)
     elif figure == "2":
         pictures = _sensitivity(ordered, path)
     elif figure in BARS:
         pictures = _bars(ordered, BARS[figure], path)
     elif figure in AXES:
-        pictures = _lines(ordered, AXES[figure], path)
+        chosen = ordered
+        if figure in MODELS:
+            wanted = (DENSE, *(("igia_only",) if methods is None else methods))
+            others = {model for number, model in MODELS.items() if number != figure}
+            chosen = [
+                record
+                for record in ordered
+                if record.pruning["method"] in wanted and record.config["model"]["path"] not in others
+            ]
+        pictures = _lines(chosen, AXES[figure], path)
     else:
         plot, shown = (plot_importance_map, _scores) if figure == "importance" else (plot_plans, _plan)
         pictures = _layers([record for record in ordered if record.pruning["method"] != DENSE], plot, shown, path)
@@ -77,7 +93,7 @@ class _Axis:
         place: returns a run's place on the axis, or None if the run does not belong in the figure.
         settings: settings of a method that the axis replaces; they do not split a method into several lines.
         spread: see `plot_lines`.
-        least: number of different places that a picture needs.
+        least: number of different places that a line needs.
     """
 
     label: str
@@ -89,10 +105,17 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Bars:
-    """A bar figure: its title, and the methods that have bars beside dense."""
+    """A bar figure.
+
+    Attributes:
+        title: what it shows.
+        methods: methods that have bars beside dense, each with the number of bars that it must have.
+        free: settings that differ from bar to bar; in all others the runs have the paper's.
+    """
 
     title: str
-    methods: tuple[str, ...]
+    methods: Mapping[str, int]
+    free: tuple[str, ...] = ()
 
 
 def _num_pruned(record: RunRecord) -> float | None:
@@ -106,51 +129,25 @@ def _density(record: RunRecord) -> float | None:
     return 100 * density if merges and density is not None else None
 
 
-_DEPTH = _Axis("decoder layers pruned", _num_pruned, ("sparsity", "num_pruned_layers"), spread=0.5)
+_DEPTH = _Axis("decoder layers pruned", _num_pruned, ("sparsity", "num_pruned_layers"), spread=0.5, least=2)
 AXES = {"5": _DEPTH, "6": _Axis("merge density (%)", _density, ("density",), least=2), "8": _DEPTH}
 BARS = {
-    "7": _Bars("GradPruner by merge rule.", ("igia_only", "gradpruner")),
-    "9": _Bars("Pruning of layers and of kernels.", ("gradpruner", "kernel_igia")),
+    "7": _Bars("GradPruner by merge rule.", {"igia_only": 0, "gradpruner": 2}, ("merge_rule",)),
+    "9": _Bars("Pruning of layers and of kernels.", {"gradpruner": 1, "kernel_igia": 1}),
 }
+MODELS = {"5": "meta-llama/Llama-3.1-8B", "8": "mistralai/Mistral-7B-v0.3"}
 # The runs that each figure needs, for the error message.
 NEEDED = {
     "1": "loss histories",
     "2": "runs with importance of every step",
-    "5": "runs of methods that drop layers",
+    "5": "runs of GradPruner without merging (method=igia_only), or of methods=[...] that drop layers",
     "6": "runs that merge layers at two or more densities",
-    "7": "runs of GradPruner with two or more merge rules, none among them",
-    "8": "runs of methods that drop layers",
+    "7": "runs of GradPruner with two or more merge rules in one setting",
+    "8": "runs of GradPruner without merging (method=igia_only), or of methods=[...] that drop layers",
     "9": "runs of method=gradpruner and method=kernel_igia in one setting",
     "importance": "runs with a score for every layer",
     "plans": "runs of methods that prune",
 }
-
-
-def _groups(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Returns runs that may share a picture, by its title.
-
-    A group is a model, a kind of fine-tuning and an evaluation, on any datasets: figures show means over datasets. A
-    dataset that was run with several choices of rows (such as two numbers of training rows) has one choice per group,
-    so no mean mixes them. Choices are numbered per dataset, and group n has choice n of each.
-    """
-    choices: dict[str, set[str]] = {}
-    for record in records:
-        choices.setdefault(dataset_name(record), set()).add(_data_key(record))
-    groups: dict[tuple[str, int], list[RunRecord]] = {}
-    for record in records:
-        shared = {key: value for key, value in setting(record).items() if key != "dataset"}
-        choice = sorted(choices[dataset_name(record)]).index(_data_key(record))
-        groups.setdefault((json.dumps(shared, sort_keys=True), choice), []).append(record)
-    titled: dict[str, list[RunRecord]] = {}
-    for group in groups.values():
-        title = f"{group[0].model['name']}, {group[0].config['finetune']['mode']}"
-        num_same = sum(other.startswith(title) for other in titled)
-        titled[f"{title} ({num_same + 1})" if num_same else title] = group
-    return titled
-
-
-def _data_key(record: RunRecord) -> str:
-    return json.dumps(data_settings(record), sort_keys=True)
 
 
 def _panels(
@@ -163,26 +160,33 @@ def _panels(
     """
     panels: dict[str, dict[str, dict[float, Measured]]] = {}
     datasets: list[str] = []
+    left_out: list[str] = []
     for metric in (MAIN, "answer_nll"):
-        lines, names = measure(points, metric)
+        lines, names, incomplete = measure(points, metric)
         if lines:
             kinds = {main_metric(record) if metric == MAIN else metric for _, _, record in points}
             panels[" or ".join(METRIC_LABELS[kind] for kind in sorted(kinds))] = lines
             datasets = datasets or names
-    seeds = {point.num_seeds for lines in panels.values() for line in lines.values() for point in line.values()}
-    spread = (
-        "standard error over test rows" if seeds == {1} else "standard deviation over seeds, where there are several"
-    )
+            left_out += incomplete
+    missing = f" Left out, for lack of a dataset: {'; '.join(dict.fromkeys(left_out))}." if left_out else ""
     mean = f"Mean over {len(datasets)} datasets: " if len(datasets) > 1 else "Dataset: "
-    return panels, f"{mean}{', '.join(datasets)}. Error bars: {spread}."
+    errors = "Error bars: standard error of the mean, over seeds where there are several, else over test rows."
+    return panels, f"{mean}{', '.join(datasets)}. {errors}{missing}"
 
 
 def _losses(
-    records: Sequence[RunRecord], histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path
+    records: Sequence[RunRecord],
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    path: Path,
+    methods: Sequence[str] | None,
 ) -> list[Picture]:
     pictures = []
     for name in dict.fromkeys(dataset_name(record) for record in records):
-        rows = rows_of_seeds([record for record in records if dataset_name(record) == name])
+        own = [record for record in records if dataset_name(record) == name]
+        rows = rows_of_seeds([run for run in own if methods is None or run.pruning["method"] in (DENSE, *methods)])
+        if methods is None and len(rows) > MOST_CURVES:
+            dense = [runs for runs in rows if runs[0].pruning["method"] == DENSE]
+            rows = dense or rows
         losses = {}
         for label, runs in zip(run_labels([runs[0] for runs in rows]), rows, strict=True):
             losses[_with_num_seeds(label, runs)] = _mean_history([histories[run.identity] for run in runs])
@@ -203,16 +207,23 @@ def _mean_history(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[di
 
 
 def _lines(records: Sequence[RunRecord], axis: _Axis, path: Path) -> list[Picture]:
-    pictures = []
-    for title, group in _groups(records).items():
+    pictures: list[Picture] = []
+    for title, group in comparable_groups(records):
         placed = [(axis.place(record), record) for record in group if record.pruning["method"] != DENSE]
         chosen = [(x, record) for x, record in placed if x is not None]
         # A label names the settings in which rows of a method differ; those on the axis must not be among them.
+        names = row_labels([_without_settings(record, axis.settings) for _, record in chosen])
+        places: dict[str, set[float]] = {}
+        for name, (x, _) in zip(names, chosen, strict=True):
+            places.setdefault(name, set()).add(x)
+        kept = zip(names, chosen, strict=True)
+        chosen = [point for name, point in kept if len(places[name]) >= axis.least]
         labels = row_labels([_without_settings(record, axis.settings) for _, record in chosen])
         points = [(label, x, record) for label, (x, record) in zip(labels, chosen, strict=True)]
         dense = [(METHOD_LABELS[DENSE], 0.0, record) for record in group if record.pruning["method"] == DENSE]
         if len({x for _, x, _ in points}) >= axis.least:
             panels, caption = _panels(points + dense)
+            title = numbered(title, sum(picture.caption.startswith(title) for picture in pictures))
             own = path.with_stem(f"{path.stem}-{slug(title)}")
             what = f"{' and '.join(panels)} against {axis.label}"
             pictures.append(plot_lines(panels, axis.label, own, f"{title}: {what}. {caption}", axis.spread))
@@ -226,19 +237,31 @@ def _without_settings(record: RunRecord, names: Sequence[str]) -> RunRecord:
 
 
 def _bars(records: Sequence[RunRecord], bars: _Bars, path: Path) -> list[Picture]:
-    chosen = [record for record in records if record.pruning["method"] in (DENSE, *bars.methods)]
-    groups, captions = {}, []
-    for title, group in _groups(chosen).items():
+    groups: dict[str, dict[str, dict[str, Measured]]] = {}
+    captions: list[str] = []
+    for title, runs in comparable_groups(records):
+        group = [run for method in (DENSE, *bars.methods) for run in _of_paper(runs, method, bars.free)]
         labels = row_labels(group)
-        if len(set(labels) - {METHOD_LABELS[DENSE]}) < 2:
-            continue  # nothing to compare
         # Bars are lines with the one place 0.
         panels, caption = _panels([(label, 0.0, record) for label, record in zip(labels, group, strict=True)])
+        methods = dict(zip(labels, (record.pruning["method"] for record in group), strict=True))
+        shown = Counter(methods[label] for lines in panels.values() for label in lines)
+        if any(shown[method] < number * len(panels) for method, number in bars.methods.items()):
+            continue  # nothing to compare
+        title = numbered(title, sum(other.startswith(title) for other in groups))
         groups[title] = {
             metric: {label: line[0.0] for label, line in lines.items()} for metric, lines in panels.items()
         }
         captions.append(f"{title}: {caption[0].lower()}{caption[1:]}")
     return [plot_bars(groups, path, " ".join([bars.title, *captions]))] if groups else []
+
+
+def _of_paper(records: Sequence[RunRecord], method: str, free: Sequence[str]) -> list[RunRecord]:
+    """Returns a method's runs with the paper's settings, for each value of the settings `free`."""
+    runs = [record for record in records if record.pruning["method"] == method]
+    values = {json.dumps({key: own[key] for key in free if key in own}) for own in map(coordinates, runs)}
+    rows = [PublishedRow({}, {"method": method, **json.loads(each)}, (), None) for each in sorted(values)]
+    return [record for row in rows for record in main_runs(runs, row, "dataset")]
 
 
 def _layers(

@@ -13,10 +13,12 @@ from gradpruner.models.shape import ModelShape
 from gradpruner.record import RunRecord
 from gradpruner.record_sections import PhaseSection
 from gradpruner.reporting.labels import METHOD_LABELS, caveats
+from gradpruner.reporting.paper_rows import main_runs
 from gradpruner.reporting.published import Published
-from gradpruner.reporting.tables import Table, row_labels, setting, tell_apart
+from gradpruner.reporting.tables import Table, dataset_name, depth_settings, row_labels, setting, tell_apart
 
 DASH = "-"
+_Pair = tuple[RunRecord, RunRecord]  # a run and the dense run of its seed
 
 
 def counts_table(
@@ -88,36 +90,88 @@ def _with_published(own: Sequence[str], published: Sequence[Any] | None, wanted:
 def efficiency_tables(records: Sequence[RunRecord], published: Published | None) -> list[Table]:
     """Returns the paper's Table 2 for each setting with a dense run: time and memory as percent of the dense model's.
 
+    Each run is compared with the dense run of its own seed, on the same machine. Of a model and kind of fine-tuning the
+    settings are shown that have the most of the paper's methods, timed ones if there are any. Runs with other settings
+    than the paper's have a table of their own, without its values.
+
     Args:
         records: finished runs.
         published: the paper's Table 2.
     """
-    settings: dict[str, list[RunRecord]] = {}
+    # Two names for one setting, such as a sparsity of 0.4 and 13/32, may have made a run twice.
+    distinct: dict[str, RunRecord] = {}
     for record in records:
+        distinct.setdefault(_run_key(record), record)
+    settings: dict[str, list[RunRecord]] = {}
+    for record in distinct.values():
         settings.setdefault(json.dumps(setting(record), sort_keys=True), []).append(record)
+    groups = [group for group in settings.values() if any(_is_dense(record) for record in group)]
     tables = []
-    for group in settings.values():
-        dense = next((record for record in group if record.pruning["method"] == "dense"), None)
-        if dense is None:
+    for group in groups:
+        alike = [_coverage(other, published) for other in groups if _block(other[0]) == _block(group[0])]
+        if _coverage(group, published) < max(alike):
             continue
-        alike = [record for record in group if _machine(record) == _machine(dense)]
-        tables.append((_efficiency_table(alike, dense, published, len(group) - len(alike)), setting(dense)))
+        dense = {_seed_and_machine(record): record for record in group if _is_dense(record)}
+        pairs = [(own, dense[key]) for own in group if (key := _seed_and_machine(own)) in dense]
+        usual = _usual(group, published)
+        own = [pair for pair in pairs if id(pair[0]) in usual]
+        others = [pair for pair in pairs if id(pair[0]) not in usual]
+        if others and all(_is_dense(record) for record, _ in own):
+            own, others = [], pairs
+        made = [_efficiency_table(own, "", published, len(group) - len(pairs))] if own else []
+        if others:
+            made.append(_efficiency_table(others, ", other settings", None, 0, named_beside=own))
+        tables += [(table, setting(group[0])) for table in made]
     return tell_apart(tables)
 
 
-def _machine(record: RunRecord) -> tuple[str, int]:
-    return record.environment["device"], record.environment["num_threads"]
+def _is_dense(record: RunRecord) -> bool:
+    return record.pruning["method"] == "dense"
+
+
+def _block(record: RunRecord) -> tuple[str, str]:
+    return record.model["name"], record.config["finetune"]["mode"]
+
+
+def _seed_and_machine(record: RunRecord) -> tuple[int, str, int]:
+    return record.seed, record.environment["device"], record.environment["num_threads"]
+
+
+def _run_key(record: RunRecord) -> str:
+    key = [setting(record), record.pruning["method"], depth_settings(record), *_seed_and_machine(record)]
+    return json.dumps(key, sort_keys=True)
+
+
+def _coverage(group: list[RunRecord], published: Published | None) -> tuple[bool, int]:
+    """Returns whether runs of a setting were timed, and how many methods of the paper it has."""
+    known = {row.coordinates["method"] for row in published.rows} if published else set()
+    methods = {record.pruning["method"] for record in group}
+    return any(record.efficiency.get("speed") for record in group), len(methods & known if published else methods)
+
+
+def _usual(group: list[RunRecord], published: Published | None) -> set[int]:
+    """Returns the ids of the runs that have a published row: sparsity, adapter and merged layers are the paper's."""
+    if published is None:
+        return {id(record) for record in group}
+    rows = published.select(finetune=group[0].config["finetune"]["mode"])
+    return {id(record) for row in rows for record in main_runs(group, row, published.axis)}
 
 
 def _efficiency_table(
-    records: list[RunRecord], dense: RunRecord, published: Published | None, num_elsewhere: int
+    pairs: list[_Pair], title: str, published: Published | None, num_left_out: int, named_beside: Sequence[_Pair] = ()
 ) -> Table:
-    mode = dense.config["finetune"]["mode"]
+    """Makes a table of pairs of a run and its dense run; the paper's values are beside them if `published` is given.
+
+    Labels name the settings in which runs differ from each other and from those of `named_beside`.
+    """
+    order = list(METHOD_LABELS)
+    ordered = sorted(pairs, key=lambda pair: (order.index(pair[0].pruning["method"]), pair[0].seed))
+    labels = row_labels([record for record, _ in ordered] + [record for record, _ in named_beside])[: len(ordered)]
+    first = ordered[0][1]
+    mode = first.config["finetune"]["mode"]
     paper = {row.coordinates["method"]: row.values for row in published.select(finetune=mode)} if published else {}
-    rows, order = [], list(METHOD_LABELS)
-    ordered = sorted(records, key=lambda one: (order.index(one.pruning["method"]), one.seed))
-    labels = row_labels(ordered)
-    for record, label in zip(ordered, labels, strict=True):
+    rows = []
+    for (record, dense), label in zip(ordered, labels, strict=True):
         method = record.pruning["method"]
         step, fresh, *inference = _timed(record)
         time, memory = _training(record, dense, fresh)
@@ -127,26 +181,32 @@ def _efficiency_table(
         theirs = [values[0], None, values[1], values[2], None, values[3]]
         cells = [_percent(value) for pair in zip(own, theirs, strict=True) for value in pair]
         seed = f", seed {record.seed}" if labels.count(label) > 1 else ""
-        rows.append([label + seed, *cells])
+        rows.append([label + seed, *(cells if published else cells[::2])])
     headers = ["method"]
     for name in ("train time", "train step", "train memory", "prefill", "decode", "inference memory"):
-        headers += [f"{name} % ↓", "paper"]
-    environment = dense.environment
+        headers += [f"{name} % ↓", "paper"] if published else [f"{name} % ↓"]
+    machines = dict.fromkeys(
+        f"{dense.environment['device']}, {dense.environment['num_threads']} threads" for _, dense in ordered
+    )
     notes = [
-        "percent of the dense model's in the same setting on the same machine: "
-        f"{environment['device']}, {environment['num_threads']} threads",
+        "percent of the dense model of the same seed in the same setting on the same machine: " + "; ".join(machines),
         "train time: measuring, pruning, recovery and fine-tuning of this run",
-        "train step, prefill, decode, and their memory: timed in turns with the dense model, in processes of their "
-        "own; the paper has one number for inference, which stands beside prefill",
+        "train step, prefill, decode, and their memory: timed in turns with the dense model, in processes of their own",
         "train memory: the higher of a training step's and of what compression took, the latter in the run's own "
         "process; for methods that act in training, the peak of the run",
     ]
-    if not all(record.finetune for record in records):
+    if not all(record.finetune for record, _ in ordered):
         notes.append("rows without train time: timings of random weights alone (`make test-gpu`), no run")
-    notes += caveats(records)
-    if num_elsewhere:
-        notes.append(f"left out: {num_elsewhere} runs on another machine or with another number of threads")
-    return Table(f"{dense.model['name']}, {mode}: time and memory (Table 2)", headers, rows, notes)
+    notes += caveats([record for record, _ in ordered])
+    if published:
+        notes.append(
+            "paper: at the sparsity, adapter and number of merged layers of these runs; its one number for inference "
+            "stands beside prefill"
+        )
+    if num_left_out:
+        notes.append(f"left out: {num_left_out} runs without a dense run of their seed on the same machine")
+    where = f"{first.model['name']} on {dataset_name(first)}, {mode}"
+    return Table(f"{where}: time and memory (Table 2){title}", headers, rows, notes)
 
 
 def _training(record: RunRecord, dense: RunRecord, fresh: float | None) -> tuple[float | None, float | None]:

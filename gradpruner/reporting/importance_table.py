@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from gradpruner.plan import number_runs
 from gradpruner.record import RunRecord
+from gradpruner.reporting.comparing import SPREAD_NOTE
 from gradpruner.reporting.labels import metric_columns
 from gradpruner.reporting.tables import (
     Table,
@@ -60,8 +61,7 @@ def _table(records: list[RunRecord]) -> Table:
             "halves: share of pruned layers that the first and the second half of the steps have in common; half-way: "
             "that of the first half and all; near the cut: layers that resampled steps prune sometimes; top steps: "
             "share of gradient energy in the strongest tenth of the steps; means over seeds, but layers of the first",
-            "± is the standard deviation over the seeds where their number n is given, else the standard error over "
-            "test rows",
+            SPREAD_NOTE,
         ],
     )
 

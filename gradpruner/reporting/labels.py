@@ -44,6 +44,8 @@ METHOD_LABELS = {
 # Variants of a method of the paper that are shown beside its published values, as rows of their own.
 VARIANT_OF = {"sat_constant": "sat"}
 CAVEATS = {method.name: method.caveat for method in (Sat, SatConstant)}
+# Dense in the end, or beyond the paper: these do not compete with the paper's pruning methods for the best value.
+NOT_COMPETING = ("dense", "sat", "gradpruner_plus")
 WITH_ENCODER = ("similarity", "bertscore_f1")
 WITH_ROUGE = ("similarity", "rouge_l")
 ACCURACY_MODES = {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradpruner.record import RunRecord
+from gradpruner.reporting.comparing import SPREAD_NOTE
 from gradpruner.reporting.labels import METRIC_LABELS, MetricColumn, caveats
 from gradpruner.reporting.tables import (
     Table,
@@ -76,8 +77,8 @@ def _table(records: list[RunRecord]) -> Table:
         ["method", *(f"{rate:g}" for rate in rates)],
         cells,
         [
-            f"{first.metrics['num_examples']} rows scored, {first.finetune['steps']} steps of fine-tuning; ± is the "
-            "standard deviation over the seeds where their number n is given, else the standard error over these rows",
+            f"{first.metrics['num_examples']} rows scored, {first.finetune['steps']} steps of fine-tuning",
+            SPREAD_NOTE,
             "bold: the least of a row",
             *caveats(records),
         ],

@@ -1,6 +1,6 @@
 """The numbers in figures: means over datasets of means over seeds.
 
-A dataset counts only if every line or bar has it, so that all numbers of a figure are over the same data.
+All numbers of a figure are over the same data: lines or bars that lack a dataset which the others have are left out.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.paper_tables import BY_SIMILARITY
+from gradpruner.reporting.measures import BY_SIMILARITY
 from gradpruner.reporting.tables import data_settings, dataset_name
 
 MAIN = "main"  # see main_metric
@@ -23,8 +23,8 @@ class Measured:
 
     Attributes:
         value: mean over datasets of the mean over seeds.
-        error: error of `value`, propagated from one error per dataset: the standard deviation over seeds or, with a
-            single seed, the standard error over test rows.
+        error: standard error of `value`, propagated from one per dataset: over seeds or, with a single seed, over test
+            rows.
         num_datasets: number of datasets in the mean.
         num_seeds: number of seeds of the dataset with the fewest.
     """
@@ -46,7 +46,7 @@ def main_metric(record: RunRecord) -> str:
 
 def measure(
     points: Sequence[tuple[str, float, RunRecord]], metric: str
-) -> tuple[dict[str, dict[float, Measured]], list[str]]:
+) -> tuple[dict[str, dict[float, Measured]], list[str], list[str]]:
     """Averages a metric over datasets and seeds.
 
     Args:
@@ -54,11 +54,9 @@ def measure(
         metric: key in a record's metrics, or `MAIN`. Runs that did not measure it are skipped.
 
     Returns:
-        The lines by label, and the names of the datasets that every line has: the means are over these. A line has no
-        value at places where it lacks one of these datasets.
-
-    Raises:
-        ValueError: if there is no dataset that all lines have.
+        The lines by label; the names of the datasets that every line has: the means are over these, and a line has no
+        value at places where it lacks one; and the labels of lines that lack one everywhere. Datasets and lines are
+        chosen so that there are as many numbers as possible.
     """
     # By label, place on the x axis, data and seed: the value and its standard error.
     found: dict[str, dict[float, dict[str, dict[int, tuple[float, float]]]]] = {}
@@ -68,24 +66,28 @@ def measure(
         value = record.metric(name)
         if value is None:
             continue
-        data = _data_key(record, name)
-        names[data] = dataset_name(record)
-        cell = found.setdefault(label, {}).setdefault(x, {}).setdefault(data, {})
+        key = _data_key(record, name)
+        names[key] = dataset_name(record)
+        cell = found.setdefault(label, {}).setdefault(x, {}).setdefault(key, {})
         cell[record.seed] = (value, record.stderr(name))
     if not found:
-        return {}, []
-    shared = sorted(set.intersection(*(_all_data(places) for places in found.values())))
-    if not shared:
-        raise ValueError(
-            f"A figure compares on datasets that every method ran on, got none for {', '.join(found)}. "
-            "Run what is missing, or set runs_dir to a folder with fewer methods."
-        )
+        return {}, [], []
+    points_of = [(label, set(cells)) for label, places in found.items() for cells in places.values()]
+    choices: list[set[str]] = [data for _, data in points_of]
+    choices.append(set[str].intersection(*choices))
+
+    def extent(choice: set[str]) -> tuple[int, int, list[str]]:
+        complete = [label for label, data in points_of if choice <= data]
+        return len(choice) * len(complete), len(set(complete)), sorted(choice)
+
+    widest = max(choices, key=extent)
+    shared = sorted(widest)
     lines = {}
     for label, places in found.items():
-        complete = {x: cells for x, cells in sorted(places.items()) if all(data in cells for data in shared)}
-        if complete:
-            lines[label] = {x: _mean([cells[data] for data in shared]) for x, cells in complete.items()}
-    return lines, sorted(names[data] for data in shared)
+        complete = {x: cells for x, cells in sorted(places.items()) if all(each in cells for each in shared)}
+        if complete and shared:
+            lines[label] = {x: _mean([cells[each] for each in shared]) for x, cells in complete.items()}
+    return lines, sorted(names[each] for each in shared), [label for label in found if label not in lines]
 
 
 def _data_key(record: RunRecord, metric: str) -> str:
@@ -97,18 +99,14 @@ def _data_key(record: RunRecord, metric: str) -> str:
     return f"{settings} {record.metrics.get('bertscore_encoder')} {record.metrics.get('bertscore_layer')}"
 
 
-def _all_data(places: Mapping[float, Mapping[str, object]]) -> set[str]:
-    """Returns the data that a line has at any place."""
-    return {data for cells in places.values() for data in cells}
-
-
 def _mean(datasets: list[dict[int, tuple[float, float]]]) -> Measured:
     """Averages over datasets; each maps seeds to a value and its standard error."""
     means, errors = [], []
     for seeds in datasets:
         values = [value for value, _ in seeds.values()]
         means.append(statistics.mean(values))
-        errors.append(statistics.stdev(values) if len(values) > 1 else next(iter(seeds.values()))[1])
+        of_seeds = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        errors.append(next(iter(seeds.values()))[1] if of_seeds is None else of_seeds)
     # The error of a mean of independent values: the root of the sum of squares, over their number.
     error = math.hypot(*errors) / len(errors)
     return Measured(statistics.mean(means), error, len(datasets), min(map(len, datasets)))

@@ -1,19 +1,20 @@
 """Places our runs in the rows and columns of a published table.
 
-Settings define each published row and column (`published.py`), and a run belongs where its settings are the same.
-Settings that the run's method does not have are not compared, so a dense run stands in every column of a sweep.
+Settings define each published row and column (`published.py`), and a run belongs where its settings are the same. Rows
+and columns are those of the paper, whatever else was run: of the settings that a row or a dataset leaves open, the
+table has the one with the most runs, and the runs with others go into an appendix.
 """
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from gradpruner.record import RunRecord
+from gradpruner.reporting.coordinates import coordinates, fits, is_usual, same, scaled
 from gradpruner.reporting.labels import METHOD_LABELS, VARIANT_OF
 from gradpruner.reporting.published import Coordinate, Published, PublishedRow
-from gradpruner.reporting.tables import differences, row_labels, setting
+from gradpruner.reporting.tables import depth_settings, setting
 
 DATASETS = {
     "pubmedqa": "PubMedQA",
@@ -25,25 +26,10 @@ DATASETS = {
     "arc_easy": "ARC-Easy",
     "piqa": "PIQA",
 }
-# The paper's settings wherever a table does not vary them. The paper does not say which merge rule it uses,
-# that of Eq. 5 or of Eq. 6, so runs with either belong.
-USUAL = {
-    "test": None,
-    "density": 0.2,
-    "merge_rule": ("sign_sum", "sign_average"),
-    "adapter": "lora",
-    "repair": "none",
-}
-# Runs belong even if they differ from the paper's in these. With another fine-tuning or dataset the paper's values are
-# not shown (`paper_tables`); for a model of another depth, counts of pruned layers are scaled (`_scaled`).
-NOT_MATCHED = ("model", "finetune", "dataset", "num_hidden_layers")
-# Further settings that decide a run's value on an axis. They differ from column to column by design, so they must not
-# split rows (`_open_settings`).
-SETTINGS_OF_AXIS = {
-    "fraction": ("steps",),
-    "num_pruned_layers": ("sparsity",),
-    "sparsity": ("num_pruned_layers", "omission_rate"),
-}
+# Settings that the paper has (Appendix C.2, Eq. 5) where it names none: of settings with equally many runs these win.
+PREFERRED = {"merge_rule": "sign_sum", "fraction": 0.01, "merge_count": 3}
+# Settings that decide a run's value on an axis besides the one of its name: they differ from column to column.
+SETTINGS_OF_AXIS = {"fraction": ("steps",), "sparsity": ("num_pruned_layers", "omission_rate")}
 
 
 @dataclass(frozen=True)
@@ -53,8 +39,7 @@ class PlacedColumn:
     Attributes:
         value: coordinate on the published table's axis: a dataset, a number, an adapter.
         key: setting that all runs of the column share, as JSON; "" where the runs of the whole table share it. Only
-            columns of datasets have keys: a dataset that we ran in two settings, such as two numbers of training rows,
-            has two columns, and their values are never mixed.
+            columns of datasets have keys: values of two settings of a dataset are never mixed.
         index: position of the column in the published table; None if only our runs have the value.
         header: text above the column.
     """
@@ -71,86 +56,145 @@ class PlacedRow:
 
     Attributes:
         label: text before the row.
-        published: the published row that defines it. Several of our rows may share one.
+        published: the published row that defines it.
         cells: for each column its runs, which differ only in the seed.
+        chosen: settings that the published row leaves open and in which other runs of it differ, as `key=value`, with
+            the datasets if there are several choices.
     """
 
     label: str
     published: PublishedRow
     cells: list[list[RunRecord]]
+    chosen: tuple[str, ...]
 
 
-def place_runs(published: Published, records: Sequence[RunRecord]) -> tuple[list[PlacedColumn], list[PlacedRow], int]:
-    """Places runs that may share a table in its rows and columns.
+@dataclass(frozen=True)
+class Placement:
+    """Our runs of one model and kind of fine-tuning in a published table.
+
+    Attributes:
+        shared: settings that all runs share.
+        columns: columns of the table.
+        rows: rows of the table.
+        covered: runs of these rows, with those that repeat a run under another name of its setting.
+        others: runs that fit a row but for settings that the row does not name, or have no column.
+        num_left_out: number of further runs of the table's methods.
+        differing: those of `finetune` and `dataset` in which the runs differ from the paper's.
+    """
+
+    shared: dict[str, Any]
+    columns: list[PlacedColumn]
+    rows: list[PlacedRow]
+    covered: list[RunRecord]
+    others: list[RunRecord]
+    num_left_out: int
+    differing: tuple[str, ...]
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        """All runs in the table."""
+        return [record for row in self.rows for cell in row.cells for record in cell]
+
+    @property
+    def filled(self) -> list[int]:
+        """Columns with runs of a pruning method; dense runs stand in every column of a sweep."""
+        pruned = [row for row in self.rows if row.published.coordinates["method"] != "dense"]
+        return [at for at in range(len(self.columns)) if any(row.cells[at] for row in pruned)]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row of a pruning method has a run."""
+        return all(any(row.cells) for row in self.rows if row.published.coordinates["method"] != "dense")
+
+
+def placements(published: Published, records: Sequence[RunRecord]) -> list[Placement]:
+    """Places runs in a published table, once for every model and setting of ours that has runs for it.
+
+    Models of the paper stand in the tables in which the paper has them. If a model has runs with the paper's kind of
+    fine-tuning and dataset, its runs with others stay out.
 
     Args:
-        published: a table or figure with rows.
-        records: finished runs with the same `shared_setting`.
-
-    Returns:
-        Columns, rows, and the number of runs that fit no row although the table has their method.
+        published: a table or figure.
+        records: any runs; failed ones are ignored.
     """
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        known = published.rows and published.axis != "quantity"
+        if known and record.status == "finished" and record.config["model"]["path"] not in published.elsewhere:
+            groups.setdefault(json.dumps(_shared_setting(record, published.axis), sort_keys=True), []).append(record)
+    placed = [_place(published, groups[key], json.loads(key)) for key in sorted(groups)]
+    # One dataset or test set is a result; one value of a swept setting is only a repetition of another table.
+    least = 1 if published.axis in ("dataset", "test") else 2
+    # A figure over datasets compares its few rows; without one of them it is only a repetition of another table.
+    is_comparison = published.axis == "dataset" and not any(row.values for row in published.rows)
+    enough = [each for each in placed if len(each.filled) >= least and (not is_comparison or each.is_whole)]
+    like_paper = [_model(each) for each in enough if not each.differing]
+    return [each for each in enough if not each.differing or _model(each) not in like_paper]
+
+
+def _model(placement: Placement) -> str:
+    return json.dumps(placement.shared["model"], sort_keys=True)
+
+
+def _place(published: Published, records: list[RunRecord], shared: dict[str, Any]) -> Placement:
     own = coordinates(records[0])
-    block = _block(published.rows, own)
-    matched = [[record for record in records if _belongs(record, row, published.axis)] for row in block]
-    columns = _columns(published, block, matched)
-    rows = [
-        placed
-        for row, runs in zip(block, matched, strict=True)
-        for placed in _rows(row, runs, columns, published.axis, own["num_hidden_layers"])
+    axis, block = published.axis, _block(published.rows, own)
+    named = [(row, name) for row in block for name in _names(row, records)]
+    variants = [
+        _variants([each for each in records if each.pruning["method"] == name and is_usual(each, row, axis)], axis)
+        for row, name in named
     ]
+    picked = [_picked(kinds, axis) for kinds in variants]
+    chosen = [[record for runs in own.values() for record in runs] for own in picked]
+    columns = _columns(published, block, chosen, may_extend=own["model"] not in published.models)
+    rows: list[PlacedRow] = []
+    covered: list[RunRecord] = []
+    for (row, name), runs, kinds, own_picked in zip(named, chosen, variants, picked, strict=True):
+        cells = [_cell(runs, row, column, axis) for column in columns]
+        if name != row.coordinates["method"] and not any(cells):
+            continue  # a variant of ours, with no run here
+        # Two names for one setting, such as a sparsity of 0.4 and 13/32, may have made a run twice.
+        covered += [record for cell in cells for record in cell]
+        by_seed = [{record.seed: record for record in reversed(cell)} for cell in cells]
+        kept = [[seeds[seed] for seed in sorted(seeds)] for seeds in by_seed]
+        rows.append(PlacedRow(_label(row, name, own["num_hidden_layers"]), row, kept, _chosen(kinds, own_picked, axis)))
+    shown = {id(record) for record in covered}
+    fitting = [record for record in records if any(fits(record, row, axis) for row in block)]
     methods = {row.coordinates["method"] for row in block}
-    # By `id`: records hold dicts, so they are not hashable.
-    fitting = {id(record) for runs in matched for record in runs}
-    num_others = sum(coordinates(record)["method"] in methods and id(record) not in fitting for record in records)
-    return columns, rows, num_others
+    return Placement(
+        shared,
+        columns,
+        rows,
+        covered,
+        [record for record in fitting if id(record) not in shown],
+        sum(coordinates(record)["method"] in methods for record in records) - len(fitting),
+        tuple(key for key in ("finetune", "dataset") if block[0].coordinates.get(key, own[key]) != own[key]),
+    )
 
 
-def shared_setting(record: RunRecord, axis: str) -> dict[str, Any]:
+def _names(row: PublishedRow, records: list[RunRecord]) -> list[str]:
+    """Returns the method of a published row, and its variants that were run, which get rows of their own beside it."""
+    method, ran = str(row.coordinates["method"]), {record.pruning["method"] for record in records}
+    return [method, *(name for name, base in VARIANT_OF.items() if base == method and name in ran)]
+
+
+def _shared_setting(record: RunRecord, axis: str) -> dict[str, Any]:
     """Returns the settings that all runs of one table with this axis share."""
     if axis == "dataset":
-        # Each dataset has training settings of its own; runs that differ in them get columns of their own.
+        # Each dataset has training settings of its own.
         return {"model": record.config["model"], "mode": record.config["finetune"]["mode"]}
-    shared = _full_setting(record)
+    shared = full_setting(record)
     # The axis may be a setting of the dataset, such as `train_fraction`, which then varies within the table.
     return shared | {"dataset": {key: value for key, value in shared["dataset"].items() if key != axis}}
 
 
-def _full_setting(record: RunRecord) -> dict[str, Any]:
+def full_setting(record: RunRecord) -> dict[str, Any]:
     """Returns the setting with the encoder of BERTScore, which may differ between runs of one setting."""
     return setting(record) | {key: record.metrics.get(key) for key in ("bertscore_encoder", "bertscore_layer")}
 
 
 def _full_key(record: RunRecord) -> str:
-    return json.dumps(_full_setting(record), sort_keys=True)
-
-
-def coordinates(record: RunRecord) -> dict[str, Any]:
-    """Returns the settings of a run under the names of the published coordinates, without those its method lacks."""
-    config, method = record.config, record.config["method"]
-    own = {key: method[key] for key in ("merge_count", "density", "merge_rule", "adapter", "repair") if key in method}
-    if method.get("merged_layers"):  # the layers to merge were given one by one instead of by their number
-        own["merge_count"] = len(method["merged_layers"])
-    num_layers = record.model["num_hidden_layers"]
-    if "sparsity" in method or "omission_rate" in method:
-        given = method.get("sparsity", method.get("omission_rate"))
-        # Counted in the pruned model: the config may have `sparsity=auto`, or a number of layers instead.
-        own["num_pruned_layers"] = num_layers - record.pruning["num_hidden_layers"]
-        own["sparsity"] = given if isinstance(given, float) else own["num_pruned_layers"] / num_layers
-    if "fraction" in method:
-        steps = own["steps"] = method["steps"]
-        own["fraction"] = method["fraction"]
-        if not own["fraction"] and isinstance(steps, int):
-            own["fraction"] = steps / record.finetune["steps"]
-    return own | {
-        "model": config["model"]["path"],
-        "finetune": config["finetune"]["mode"],
-        "dataset": config["dataset"]["_target_"].rsplit(".", 2)[-2],
-        "test": config["dataset"].get("test"),
-        "train_fraction": config["dataset"].get("train_fraction") or 1.0,
-        "method": VARIANT_OF.get(record.pruning["method"], record.pruning["method"]),
-        "num_hidden_layers": num_layers,
-    }
+    return json.dumps(full_setting(record), sort_keys=True)
 
 
 def _block(rows: Sequence[PublishedRow], own: dict[str, Any]) -> list[PublishedRow]:
@@ -163,54 +207,94 @@ def _block(rows: Sequence[PublishedRow], own: dict[str, Any]) -> list[PublishedR
     return chosen
 
 
-def _belongs(record: RunRecord, row: PublishedRow, axis: str) -> bool:
-    """Returns whether a run has the settings of a row, and a place on the axis."""
-    own = coordinates(record)
-    if axis in own and own[axis] is None:  # steps=auto, or not tested on other data
-        return False
-    wanted = USUAL | row.coordinates
-    compared = [key for key in wanted if key in own and key != axis and key not in NOT_MATCHED]
-    return all(_same(key, wanted[key], own, row) for key in compared)
+def main_runs(records: Sequence[RunRecord], row: PublishedRow, axis: str) -> list[RunRecord]:
+    """Returns the runs of a published row that a table shows: one choice of the settings that the row leaves open."""
+    name = row.coordinates["method"]
+    usual = [each for each in records if each.pruning["method"] == name and is_usual(each, row, axis)]
+    variants = _variants(usual, axis)
+    return [record for runs in _picked(variants, axis).values() for record in runs]
 
 
-def _same(key: str, wanted: Any, own: dict[str, Any], row: PublishedRow) -> bool:
-    """Returns whether a run with the coordinates `own` has the value `wanted` of the coordinate `key`."""
-    if isinstance(wanted, tuple):
-        return bool(own[key] in wanted)
-    num_layers = own["num_hidden_layers"]
-    if key == "sparsity":
-        # Two sparsities that prune the same number of our layers are the same.
-        return bool(round(wanted * num_layers) == round(own[key] * num_layers))
-    if key == "num_pruned_layers":
-        return _scaled(wanted, row, num_layers) == int(own[key])
-    return math.isclose(wanted, own[key]) if isinstance(wanted, float) else bool(wanted == own[key])
+def _variants(records: list[RunRecord], axis: str) -> list[list[RunRecord]]:
+    """Returns the runs of a row by the settings that it leaves open; first those that cover the most of the axis.
+
+    Of settings that cover as much, those with more runs come first, then those that are `PREFERRED`.
+    """
+    found: dict[str, list[RunRecord]] = {}
+    for record in records:
+        found.setdefault(json.dumps(_open_settings(record, axis), sort_keys=True), []).append(record)
+
+    def rank(key: str) -> tuple[int, int, int, str]:
+        own = coordinates(found[key][0])
+        covered = {coordinates(record).get(axis) for record in found[key]}
+        preferred = sum(own.get(name) == value for name, value in PREFERRED.items())
+        return -len(covered), -len(found[key]), -preferred, key
+
+    return [found[key] for key in sorted(found, key=rank)]
 
 
-def _scaled(num_pruned: Any, row: PublishedRow, num_layers: int) -> int:
-    """Scales the paper's pruned-layer count to our model's depth, if the row gives the depth of the paper's model."""
-    theirs = int(row.coordinates.get("num_hidden_layers", num_layers))
-    return round(int(num_pruned) / theirs * num_layers)
+def _open_settings(record: RunRecord, axis: str) -> dict[str, Any]:
+    """Returns the method's settings that may differ between two runs of one published row and column.
+
+    The repair is left out because `USUAL` fixes it and older records do not have it.
+    """
+    left_out = ("seed", "repair", "repair_rows", "_target_", axis, *SETTINGS_OF_AXIS.get(axis, ()))
+    return {key: value for key, value in depth_settings(record).items() if key not in left_out}
 
 
-def _columns(published: Published, block: list[PublishedRow], matched: list[list[RunRecord]]) -> list[PlacedColumn]:
-    """Returns the published columns, and more for values on the axis that only our runs have."""
+def _picked(variants: list[list[RunRecord]], axis: str) -> dict[str, list[RunRecord]]:
+    """Returns the runs of a row that a table shows, by dataset.
+
+    A row has one choice of settings, but for datasets on which that one did not run: methods may have settings that
+    depend on the dataset. The columns of a sweep must not differ in anything else, so there nothing takes its place.
+    """
+    found: dict[str, list[RunRecord]] = {}
+    for runs in variants if axis == "dataset" else variants[:1]:
+        own: dict[str, list[RunRecord]] = {}
+        for record in runs:
+            own.setdefault(coordinates(record)["dataset"], []).append(record)
+        found = own | found
+    return found
+
+
+def _chosen(variants: list[list[RunRecord]], picked: dict[str, list[RunRecord]], axis: str) -> tuple[str, ...]:
+    """Returns in what the settings of a row differ from those of its other variants, by dataset if it has several."""
+    settings = [_open_settings(runs[0], axis) for runs in variants]
+    differing = {key for own in settings for key in own if any(other.get(key) != own[key] for other in settings)}
+    datasets: dict[str, list[str]] = {}
+    for name in sorted(picked):
+        own = _open_settings(picked[name][0], axis)
+        datasets.setdefault(", ".join(f"{key}={own[key]}" for key in own if key in differing), []).append(name)
+    if len(datasets) < 2:
+        return tuple(each for each in datasets if each)
+    return tuple(f"{own} on {', '.join(names)}" for own, names in datasets.items())
+
+
+def _columns(
+    published: Published, block: list[PublishedRow], runs: list[list[RunRecord]], may_extend: bool
+) -> list[PlacedColumn]:
+    """Returns the published columns; for models that the paper does not have, also the values that only ours have.
+
+    A figure of which the paper prints no values has no published columns, so ours are shown for every model.
+    """
     axis = published.axis
-    runs = [(record, coordinates(record)) for records in matched for record in records]
     known = list(published.columns)
+    may_extend = may_extend or not known
     headers = [f"{axis} {value}" for value in known]
-    for _, own in runs:
+    for own in [coordinates(record) for records in runs for record in records]:
         # Datasets and numbers that only we ran get columns; other names, such as adapters or test sets, do not.
-        may_extend = axis == "dataset" or (axis in own and not isinstance(own[axis], str))
-        if may_extend and not any(_same(axis, value, own, block[0]) for value in known):
+        is_ours = axis == "dataset" or (axis in own and not isinstance(own[axis], str))
+        if is_ours and may_extend and not any(same(axis, value, own, block[0]) for value in known):
             known.append(own[axis])
             value = f"{own[axis]:.3g}" if isinstance(own[axis], float) else own[axis]
-            headers.append(f"{axis} {value}" + (f", {own['steps']} steps" if axis == "fraction" else ""))
+            steps = own.get("steps") if axis == "fraction" else None
+            headers.append(f"{axis} {value}" + (f", {steps} steps" if steps else ""))
     indices = [index if index < len(published.columns) else None for index in range(len(known))]
     if axis == "dataset":
-        columns = []
-        for name, index in zip(known, indices, strict=True):
-            columns += _dataset_columns(name, index, [record for record, own in runs if own["dataset"] == name])
-        return columns
+        return [
+            PlacedColumn(name, _main_key(str(name), runs), index, DATASETS.get(str(name), str(name)))
+            for name, index in zip(known, indices, strict=True)
+        ]
     columns = [
         PlacedColumn(value, "", index, header) for value, index, header in zip(known, indices, headers, strict=True)
     ]
@@ -221,83 +305,38 @@ def _columns(published: Published, block: list[PublishedRow], matched: list[list
     return sorted(columns, key=lambda column: column.value, reverse=falls)
 
 
-def _dataset_columns(name: Coordinate, index: int | None, records: list[RunRecord]) -> list[PlacedColumn]:
-    """Returns one column per setting of these runs on a dataset, or one without a key if there are none."""
-    label = DATASETS.get(str(name), str(name))
-    if not records:
-        return [PlacedColumn(name, "", index, label)]
-    keys = sorted({_full_key(record) for record in records})
-    settings = [json.loads(key) for key in keys]
-    return [
-        PlacedColumn(name, key, index, ", ".join([label, *differences(own, settings)]))
-        for key, own in zip(keys, settings, strict=True)
+def _main_key(dataset: str, runs: list[list[RunRecord]]) -> str:
+    """Returns the setting of a dataset that the most rows have, of these that of the most runs; "" without runs."""
+    rows: dict[str, set[int]] = {}
+    num_runs: dict[str, int] = {}
+    for number, records in enumerate(runs):
+        for record in records:
+            if coordinates(record)["dataset"] == dataset:
+                key = _full_key(record)
+                rows.setdefault(key, set()).add(number)
+                num_runs[key] = num_runs.get(key, 0) + 1
+    return min(rows, key=lambda key: (-len(rows[key]), -num_runs[key], key), default="")
+
+
+def _label(row: PublishedRow, name: str, num_layers: int) -> str:
+    """Returns the display name of a row's method, with the settings that define the row."""
+    defined = [
+        f"{scaled(value, row, num_layers)} of {num_layers} layers pruned"
+        if key == "num_pruned_layers"
+        else f"{key}={value}"
+        for key, value in row.own.items()
+        if key != "method"
     ]
-
-
-def _rows(
-    row: PublishedRow, records: list[RunRecord], columns: list[PlacedColumn], axis: str, num_layers: int
-) -> list[PlacedRow]:
-    """Returns one row per choice of the settings that the published row leaves open, or one empty row without runs.
-
-    Runs in one of these rows differ only in the column and the seed, so a cell never averages different settings.
-    """
-    variants: dict[str, list[RunRecord]] = {}
-    for record in records:
-        variants.setdefault(json.dumps(_open_settings(record, axis), sort_keys=True), []).append(record)
-    keys = sorted(variants)
-    if keys:
-        labels = _variant_labels([variants[key][0] for key in keys], [json.loads(key) for key in keys])
-        runs_by_row = [variants[key] for key in keys]
-    else:
-        name = str(row.coordinates["method"])
-        labels, runs_by_row = [METHOD_LABELS.get(name, name)], [[]]
-    defined = [_defined(key, value, row, num_layers) for key, value in row.own.items() if key != "method"]
-    return [
-        PlacedRow(", ".join([label, *defined]), row, [_cell(runs, row, column, axis) for column in columns])
-        for label, runs in zip(labels, runs_by_row, strict=True)
-    ]
-
-
-def _variant_labels(records: list[RunRecord], settings: list[dict[str, Any]]) -> list[str]:
-    """Returns one label per record that names only its open settings.
-
-    `row_labels` names the settings in which records differ. It gets copies without the settings on the axis, which the
-    headers name. All copies have the same keys, so that no setting counts as one that older records lack.
-    """
-    names = dict.fromkeys(name for own in settings for name in own)
-    methods = [{name: own.get(name) for name in names} for own in settings]
-    copies = [
-        replace(record, config=record.config | {"method": method})
-        for record, method in zip(records, methods, strict=True)
-    ]
-    return row_labels(copies)
-
-
-def _open_settings(record: RunRecord, axis: str) -> dict[str, Any]:
-    """Returns the method's settings that may differ between two runs of one published row and column.
-
-    The repair is left out because `USUAL` fixes it and older records do not have it. Null values are left out because
-    older records lack some of these keys.
-    """
-    left_out = ("seed", "repair", "repair_rows", axis, *SETTINGS_OF_AXIS.get(axis, ()))
-    return {key: value for key, value in record.config["method"].items() if key not in left_out and value is not None}
-
-
-def _defined(key: str, value: Any, row: PublishedRow, num_layers: int) -> str:
-    """Returns a setting that defines a published row as text for the label of our row."""
-    if key != "num_pruned_layers":
-        return f"{key}={value}"
-    return f"{_scaled(value, row, num_layers)} of {num_layers} layers pruned"
+    return ", ".join([METHOD_LABELS.get(name, name), *defined])
 
 
 def _cell(records: list[RunRecord], row: PublishedRow, column: PlacedColumn, axis: str) -> list[RunRecord]:
-    """Returns the runs of a row that stand in a column, one per seed, in the order of seeds."""
-    by_seed = {}
+    """Returns the runs of a row that stand in a column."""
+    found = []
     for record in records:
         own = coordinates(record)
-        if column.key and _full_key(record) != column.key:
-            continue
+        in_column = not column.key or _full_key(record) == column.key
         # A method without the setting on the axis, such as dense, is the same in every column.
-        if axis not in own or _same(axis, column.value, own, row):
-            by_seed[record.seed] = record
-    return [by_seed[seed] for seed in sorted(by_seed)]
+        if in_column and (axis not in own or same(axis, column.value, own, row)):
+            found.append(record)
+    return found

@@ -1,32 +1,29 @@
 """The paper's tables with our values: the same rows and columns, the paper's value in square brackets beside ours."""
 
-import json
-import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import replace
 from typing import Any
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import METRIC_LABELS, caveats, describe_origins
-from gradpruner.reporting.paper_rows import PlacedColumn, PlacedRow, coordinates, place_runs, shared_setting
-from gradpruner.reporting.published import Coordinate, Published, PublishedRow
+from gradpruner.reporting.cells import DASH, FEWER, Value, average, paper_average, value_of
+from gradpruner.reporting.comparing import SPREAD_NOTE, Difference, difference, mean_difference
+from gradpruner.reporting.coordinates import coordinates
+from gradpruner.reporting.labels import METRIC_LABELS, NOT_COMPETING, caveats, describe_origins
+from gradpruner.reporting.measures import paper_metrics, why_not_comparable
+from gradpruner.reporting.paper_rows import PlacedColumn, PlacedRow, Placement, placements
+from gradpruner.reporting.published import Published, PublishedRow
 from gradpruner.reporting.tables import Table, tell_apart
 
-# Datasets that the paper measures by similarity (Section 4.1); the others by accuracy. Runs that did not generate text
-# have accuracy on these, too.
-BY_SIMILARITY = ("pubmedqa", "medmcqa", "billsum", "fingpt")
 SMALLER_IS_BETTER = ("answer_nll",)
-DASH = "-"
 
 
 def paper_table(published: Published, records: Sequence[RunRecord]) -> list[Table]:
     """Tables like a published one, for every model and setting of ours that has runs for it.
 
     Runs with another dataset or kind of fine-tuning than the paper's get tables of their own, without the paper's
-    values. Each setting gets a table of accuracy or similarity, and one of answer NLL, which shows small differences
-    earlier. A table over values of a setting is made only if runs of a pruning method have two or more of them.
+    values. Each setting gets a table of accuracy or similarity, one of the differences from the dense model in it, and
+    one of answer NLL, which shows small differences earlier. A table over values of a setting is made only if runs of a
+    pruning method have two or more of them.
 
     Args:
         published: a table or figure with rows.
@@ -35,204 +32,233 @@ def paper_table(published: Published, records: Sequence[RunRecord]) -> list[Tabl
     Returns:
         An empty list if no run fits.
     """
-    groups: dict[str, list[RunRecord]] = {}
-    for record in records:
-        if record.status == "finished" and published.rows and published.axis != "quantity":
-            groups.setdefault(json.dumps(shared_setting(record, published.axis), sort_keys=True), []).append(record)
-    made = [table for key in sorted(groups) for table in _tables(published, groups[key], json.loads(key))]
-    return tell_apart(made)
+    return tell_apart(
+        [
+            (table, placement.shared)
+            for placement in placements(published, records)
+            for table in _tables(published, placement)
+        ]
+    )
 
 
-def _tables(
-    published: Published, records: list[RunRecord], shared: dict[str, Any]
-) -> list[tuple[Table, dict[str, Any]]]:
-    """Returns the tables of one setting, each with the settings that tell it apart from other tables of one title."""
-    columns, rows, num_others = place_runs(published, records)
-    pruned = [row for row in rows if _competes(row)]
-    # Dense runs stand in every column of a sweep, so only pruned ones show that a column has a result.
-    filled = [at for at in range(len(columns)) if any(row.cells[at] for row in pruned)]
-    # One dataset or test set is a result; one value of a swept setting is only a repetition of another table.
-    least = 1 if published.axis in ("dataset", "test") else 2
-    if len(filled) < least:
-        return []
+def other_runs(published: Sequence[Published], records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Returns the runs that fit these tables but for settings that the paper does not vary there, and are in none."""
+    placed = [placement for each in published for placement in placements(each, records)]
+    shown = {id(record) for placement in placed for record in placement.covered}
+    others = {id(record): record for placement in placed for record in placement.others}
+    return [record for key, record in others.items() if key not in shown]
+
+
+def _tables(published: Published, placement: Placement) -> list[Table]:
+    columns, rows = placement.columns, placement.rows
     tables = []
-    scores = [_score(column, rows, at) for at, column in enumerate(columns)]
+    scores = [_score(rows, at, column) for at, column in enumerate(columns)]
     for metrics in (scores, ["answer_nll"] * len(columns)):
-        if any(_values(row.cells[at], metrics[at]) for row in pruned for at in filled):
-            tables.append((_table(published, columns, rows, metrics, num_others), shared))
+        pruned = [row for row in rows if row.published.coordinates["method"] != "dense"]
+        if any(value_of(row.cells[at], metrics[at], None, False).seeds for row in pruned for at in placement.filled):
+            tables.append(_table(published, placement, metrics))
+            if metrics is scores and (differences := _differences(published, placement, metrics)):
+                tables.append(differences)
     return tables
 
 
-def _score(column: PlacedColumn, rows: list[PlacedRow], at: int) -> str:
+def _score(rows: list[PlacedRow], at: int, column: PlacedColumn) -> str:
     """Returns the paper's metric for the dataset of column number `at`, or the other metric if no run has that one."""
     runs = [record for row in rows for record in row.cells[at]]
-    tested = column.value
-    if runs:
-        # The metric belongs to the test rows, which may be of another dataset than the training rows.
-        own = coordinates(runs[0])
-        tested = own["test"] or own["dataset"]
-    names = ("similarity", "accuracy") if tested in BY_SIMILARITY else ("accuracy", "similarity")
+    names = paper_metrics(_tested(runs[0]) if runs else str(column.value))
     return next((name for name in names if any(name in record.metrics for record in runs)), names[0])
 
 
-def _values(cell: list[RunRecord], metric: str) -> dict[int, float]:
-    """Returns the values of a cell's runs by seed."""
-    return {record.seed: value for record in cell if (value := record.metric(metric)) is not None}
+def _tested(record: RunRecord) -> str:
+    """Returns the dataset of a run's test rows, which may be another than that of its training rows."""
+    own = coordinates(record)
+    return str(own["test"] or own["dataset"])
 
 
-def _spread(cell: list[RunRecord], metric: str) -> float:
-    """Returns the standard deviation over the seeds; with one seed, its standard error over test rows."""
-    measured = [record for record in cell if metric in record.metrics]
-    if len(measured) > 1:
-        return statistics.stdev(_values(measured, metric).values())
-    return measured[0].stderr(metric)
-
-
-@dataclass(frozen=True)
-class _Value:
-    """Content of a cell.
-
-    Attributes:
-        mean: our mean over seeds; None without runs.
-        spread: standard deviation over seeds, or standard error of one seed.
-        num_seeds: number of seeds.
-        paper: the paper's value; None if there is none, or if it is not comparable.
-    """
-
-    mean: float | None = None
-    spread: float = 0.0
-    num_seeds: int = 0
-    paper: Decimal | None = None
-
-    def text(self, best: float | None) -> str:
-        ours = DASH
-        if self.mean is not None:
-            seeds = f" (n={self.num_seeds})" if self.num_seeds > 1 else ""
-            ours = f"{self.mean:.3f} ±{self.spread:.3f}{seeds}"
-            ours = f"**{ours}**" if self.mean == best else ours
-        return ours if self.paper is None else f"{ours} [{self.paper}]"
-
-
-def _table(
-    published: Published, columns: list[PlacedColumn], rows: list[PlacedRow], metrics: list[str], num_others: int
-) -> Table:
+def _table(published: Published, placement: Placement, metrics: list[str]) -> Table:
     """Returns a table; `metrics` has one metric per column."""
-    runs = [record for row in rows for cell in row.cells for record in cell]
-    own = coordinates(runs[0])
+    columns, rows = placement.columns, placement.rows
     is_score = not set(metrics) <= set(SMALLER_IS_BETTER)
     # The paper has no likelihoods, and its values hold for its own dataset and kind of fine-tuning only.
-    first = rows[0].published
-    differing = [key for key in ("finetune", "dataset") if first.coordinates.get(key, own[key]) != own[key]]
-    has_paper = is_score and not differing
+    has_paper = is_score and not placement.differing
+    reasons = [_why_not(rows, at, metric) if has_paper else None for at, metric in enumerate(metrics)]
     values = [
-        [_value(row, at, column.index if has_paper else None, metrics[at]) for at, column in enumerate(columns)]
+        [
+            value_of(
+                row.cells[at], metrics[at], _published(row, column) if has_paper else None, reasons[at] is not None
+            )
+            for at, column in enumerate(columns)
+        ]
         for row in rows
     ]
     headers = [f"{column.header} {_arrow(metric)}" for column, metric in zip(columns, metrics, strict=True)]
-    common = _common(columns, values) if published.axis == "dataset" else []
-    if len(common) > 1:
-        for row, own_values in zip(rows, values, strict=True):
-            own_values.append(_average(row, own_values, common, columns, metrics, has_paper))
-        headers.append(f"average of {len(common)} {_arrow(metrics[common[0]])}")
-    bests = [_best(rows, [row_values[at] for row_values in values], header) for at, header in enumerate(headers)]
-    texts = [_texts(row, row_values, bests) for row, row_values in zip(rows, values, strict=True)]
-    notes = [
-        *_scale(columns, rows, metrics),
-        "± is the standard deviation over the seeds where their number n is given, else the standard error over "
-        "test rows; ** marks the best of ours but dense",
+    bold = [[False] * len(columns) for _ in rows]
+    is_paired = True
+    for at, metric in enumerate(metrics):
+        best, all_paired = _best([row.cells[at] for row in rows], rows, metric)
+        is_paired = is_paired and all_paired
+        for number in best:
+            bold[number][at] = True
+    averaged = _averaged(placement, values) if published.axis == "dataset" else []
+    if len(averaged) > 1:
+        for row, own, marks in zip(rows, values, bold, strict=True):
+            mean = average(row.cells, own, metrics, averaged)
+            used = [at for at in averaged if own[at].mean is not None] or averaged
+            paper = paper_average(row.published, [columns[at].index for at in used]) if has_paper else None
+            is_withheld = paper is not None and any(reasons[at] for at in used)
+            own.append(replace(mean, paper=None if is_withheld else paper, is_withheld=is_withheld))
+            marks.append(False)
+        for number in _best_averages(rows, values, metrics, averaged):
+            bold[number][-1] = True
+        headers.append(f"average of {len(averaged)} {_arrow(metrics[averaged[0]])}")
+    texts = [
+        [row.label, *(value.text(mark) for value, mark in zip(own, marks, strict=True))]
+        for row, own, marks in zip(rows, values, bold, strict=True)
     ]
-    if len(common) > 1:
-        notes.append(f"average over {', '.join(columns[at].header for at in common)}")
+    notes = [*_scale(columns, rows, metrics), SPREAD_NOTE]
+    if any(map(any, bold)):
+        test = "a test on the same rows"
+        test += "" if is_paired else " (unpaired where records have no scores of their rows)"
+        notes.append(f"bold: the best pruned model of a column, and those that {test} cannot tell from it at 5 %")
+    if len(averaged) > 1:
+        notes.append(f"average over {', '.join(columns[at].header for at in averaged)}")
+        notes += _fewer(rows, values, averaged, columns)
     if is_score:
-        notes += describe_origins([record.metrics for record in runs])
-    notes += caveats(runs)
-    if num_others:
-        notes.append(f"left out: {num_others} runs of these methods with other settings")
+        notes += describe_origins([record.metrics for record in placement.runs])
+    notes += caveats(placement.runs)
+    notes += _about_others(placement)
     if is_score:
-        notes += _about_paper(published, first, differing)
-    measured = "" if is_score else ", answer NLL"
+        notes += _about_paper(published, placement, [reason for reason in reasons if reason])
+    return Table(_title(published, placement, "" if is_score else ", answer NLL"), ["method", *headers], texts, notes)
+
+
+def _title(published: Published, placement: Placement, measured: str) -> str:
+    first = placement.runs[0]
+    own = coordinates(first)
     place = "" if published.axis == "dataset" else f" on {own['dataset']}"
-    parameters = f"{runs[0].model['num_parameters'] / 1e6:.1f} M parameters"
-    name = f"{runs[0].model['name']} with {parameters}{place}, {own['finetune']}"
-    return Table(f"{published.label}: {published.title}; {name}{measured}", ["method", *headers], texts, notes)
+    parameters = f"{first.model['num_parameters'] / 1e6:.1f} M parameters"
+    name = f"{first.model['name']} with {parameters}{place}, {own['finetune']}"
+    return f"{published.label}: {published.title}; {name}{measured}"
 
 
-def _texts(row: PlacedRow, values: list[_Value], bests: list[float | None]) -> list[str]:
-    marked = bests if _competes(row) else [None] * len(bests)
-    return [row.label, *(value.text(best) for value, best in zip(values, marked, strict=True))]
+def _published(row: PlacedRow, column: PlacedColumn) -> Any:
+    has_value = column.index is not None and row.published.values
+    return row.published.values[column.index] if has_value and column.index is not None else None
 
 
-def _value(row: PlacedRow, at: int, index: int | None, metric: str) -> _Value:
-    """Returns the content of a row's cell `at`; `index` is its position among the published values, if it has one."""
-    paper = row.published.values[index] if index is not None and row.published.values else None
-    values = _values(row.cells[at], metric)
-    if not values:
-        return _Value(paper=paper)
-    return _Value(statistics.mean(values.values()), _spread(row.cells[at], metric), len(values), paper)
-
-
-def _common(columns: list[PlacedColumn], values: list[list[_Value]]) -> list[int]:
-    """Returns the columns to average over: those in which every row with runs has a value, one per dataset.
-
-    Averages of different rows are then over the same datasets, and no dataset counts twice.
-    """
-    ran = [row for row in values if any(value.mean is not None for value in row)]
-    full = [at for at in range(len(columns)) if all(row[at].mean is not None for row in ran)]
-    first_by_dataset: dict[Coordinate, int] = {}
-    for at in full:
-        first_by_dataset.setdefault(columns[at].value, at)
-    return list(first_by_dataset.values())
-
-
-def _average(
-    row: PlacedRow,
-    values: list[_Value],
-    common: list[int],
-    columns: list[PlacedColumn],
-    metrics: list[str],
-    has_paper: bool,
-) -> _Value:
-    """Returns the average of a row over the common columns."""
-    paper = _paper_average(row.published, [columns[at].index for at in common]) if has_paper else None
-    means = [mean for at in common if (mean := values[at].mean) is not None]
-    if not means:
-        return _Value(paper=paper)
-    by_seed = [_values(row.cells[at], metrics[at]) for at in common]
-    seeds = sorted(set.intersection(*(set(each) for each in by_seed)))
-    if len(seeds) > 1:
-        # Average seed by seed: values of one seed may move together, and the deviation of the averages shows that.
-        averages = [statistics.mean(each[seed] for each in by_seed) for seed in seeds]
-        return _Value(statistics.mean(averages), statistics.stdev(averages), len(averages), paper)
-    # No two seeds have all columns. Take the columns as independent: the spread of their mean is the root of the sum of
-    # their squared spreads, over their number.
-    spread = math.hypot(*(values[at].spread for at in common)) / len(common)
-    return _Value(statistics.mean(means), spread, 1, paper)
-
-
-def _paper_average(published: PublishedRow, indices: list[int | None]) -> Decimal | None:
-    """Returns the paper's average over these of its columns; None if one of ours is not in the paper.
-
-    An average over all columns is the printed one, even if it does not follow from the printed values.
-    """
-    known = [index for index in indices if index is not None]
-    if not published.values or len(known) < len(indices):
-        return None
-    if len(known) == len(published.values) and published.average is not None:
-        return published.average
-    return round(sum((published.values[index] for index in known), Decimal()) / len(known), 3)
+def _why_not(rows: list[PlacedRow], at: int, metric: str) -> str | None:
+    """Returns why the paper's values must not stand beside ours in a column; None if they may, or ours has no runs."""
+    runs = [record for row in rows for record in row.cells[at]]
+    reasons = (why_not_comparable(_tested(record), metric, record.metrics) for record in runs)
+    return next((reason for reason in reasons if reason), None)
 
 
 def _competes(row: PlacedRow) -> bool:
-    """Returns whether a row may hold the best value of a column: dense is the reference, not a competitor."""
-    return row.published.coordinates["method"] != "dense"
+    """Returns whether a row may be the best: models that are dense in the end are references, not competitors."""
+    return row.published.coordinates["method"] not in NOT_COMPETING
 
 
-def _best(rows: list[PlacedRow], values: list[_Value], header: str) -> float | None:
-    """Returns the best mean of a column's competing rows; None if fewer than two have one."""
-    known = [value.mean for row, value in zip(rows, values, strict=True) if _competes(row) and value.mean is not None]
+def _best(cells: list[list[RunRecord]], rows: list[PlacedRow], metric: str) -> tuple[list[int], bool]:
+    """Returns the rows with the best value of a column and with those that cannot be told from it.
+
+    Returns:
+        No row if fewer than two compete; and whether every comparison was paired.
+    """
+    runs = {
+        number: measured
+        for number, (row, cell) in enumerate(zip(rows, cells, strict=True))
+        if _competes(row) and (measured := [record for record in cell if record.metric(metric) is not None])
+    }
+    if len(runs) < 2:
+        return [], True
+    sign = -1 if metric in SMALLER_IS_BETTER else 1
+    best = max(runs, key=lambda number: sign * (value_of(runs[number], metric, None, False).mean or 0.0))
+    compared = {number: difference(runs[number], runs[best], metric) for number in runs if number != best}
+    level = [number for number, each in compared.items() if not each.is_clear]
+    return [best, *level], all(each.is_paired for each in compared.values())
+
+
+def _best_averages(
+    rows: list[PlacedRow], values: list[list[Value]], metrics: list[str], averaged: list[int]
+) -> list[int]:
+    """Returns what `_best` does for the averages, of the rows that have all columns."""
+    known = {
+        number: mean
+        for number, (row, own) in enumerate(zip(rows, values, strict=True))
+        if _competes(row) and (mean := own[-1].mean) is not None and not own[-1].has_fewer
+    }
     if len(known) < 2:
+        return []
+    sign = -1 if metrics[averaged[0]] in SMALLER_IS_BETTER else 1
+    best = max(known, key=lambda number: sign * known[number])
+    level = [
+        number
+        for number in known
+        if number != best and not _mean_difference(rows[number], rows[best], metrics, averaged).is_clear
+    ]
+    return [best, *level]
+
+
+def _mean_difference(first: PlacedRow, second: PlacedRow, metrics: list[str], columns: list[int]) -> Difference:
+    return mean_difference([difference(first.cells[at], second.cells[at], metrics[at]) for at in columns])
+
+
+def _differences(published: Published, placement: Placement, metrics: list[str]) -> Table | None:
+    """Returns the table of what each method loses against dense, with 95 % intervals; None without dense runs."""
+    dense, *others = placement.rows  # every published table starts with the dense model
+    columns = [at for at in range(len(placement.columns)) if _has(dense, at, metrics[at])]
+    rows = []
+    is_paired = []
+    for row in others:
+        known = [at for at in columns if _has(row, at, metrics[at])]
+        found = {at: difference(row.cells[at], dense.cells[at], metrics[at]) for at in known}
+        is_paired += [each.is_paired for each in found.values()]
+        cells = [_difference_text(found.get(at)) for at in columns]
+        if published.axis == "dataset" and len(columns) > 1:
+            full = len(known) == len(columns)
+            cells.append(_difference_text(mean_difference(list(found.values())) if full else None))
+        if known:
+            rows.append([row.label, *cells])
+    if not rows:
         return None
-    return min(known) if header.endswith("↓") else max(known)
+    headers = [placement.columns[at].header for at in columns]
+    if published.axis == "dataset" and len(columns) > 1:
+        headers.append(f"average of {len(columns)}")
+    if all(is_paired):
+        how = "paired on the same test rows: bootstrap over the rows, ≠ by McNemar's exact test for single runs"
+    else:
+        how = "unpaired where records have no scores of their rows" + ("" if any(is_paired) else ", as all of these")
+    notes = [f"in brackets: the 95 % interval, {how}", "≠: can be told from dense at 5 %"]
+    return Table(_title(published, placement, ", difference from dense"), ["method", *headers], rows, notes)
+
+
+def _has(row: PlacedRow, at: int, metric: str) -> bool:
+    return bool(row.cells[at]) and all(record.metric(metric) is not None for record in row.cells[at])
+
+
+def _difference_text(found: Difference | None) -> str:
+    if found is None:
+        return DASH
+    mark = " ≠" if found.is_clear else ""
+    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}){mark}"
+
+
+def _averaged(placement: Placement, values: list[list[Value]]) -> list[int]:
+    """Returns the columns of the fullest row, over which rows are averaged."""
+    columns = [[at for at in range(len(placement.columns)) if row[at].mean is not None] for row in values]
+    return max(columns, key=len)
+
+
+def _fewer(
+    rows: list[PlacedRow], values: list[list[Value]], averaged: list[int], columns: list[PlacedColumn]
+) -> list[str]:
+    """Returns a note on the rows that are averaged over fewer columns."""
+    own = [
+        f"{row.label} ({', '.join(columns[at].header for at in averaged if cells[at].mean is not None)})"
+        for row, cells in zip(rows, values, strict=True)
+        if cells[-1].has_fewer
+    ]
+    return [f"{FEWER} over fewer, so not comparable with the others: {'; '.join(own)}"] if own else []
 
 
 def _arrow(metric: str) -> str:
@@ -258,19 +284,37 @@ def _scale(columns: list[PlacedColumn], rows: list[PlacedRow], metrics: list[str
     sparsity = rows[0].published.shared.get("sparsity")
     num_layers = next(record for row in rows for cell in row.cells for record in cell).model["num_hidden_layers"]
     if isinstance(sparsity, float):
-        pruned = f"{round(sparsity * num_layers)} of {num_layers} layers"
-        notes["sparsity"] = f"{sparsity:g}, which is {pruned} pruned, or as many parameters in narrower ones"
+        count = round(sparsity * num_layers)
+        pruned = f"{count} of {num_layers} layers ({100 * count / num_layers:.3g} %)"
+        notes["pruned"] = f"{pruned}, or as many parameters in narrower ones"
     return [f"{name}: {note}" for name, note in notes.items()]
 
 
-def _about_paper(published: Published, row: PublishedRow, differing: list[str]) -> list[str]:
+def _about_others(placement: Placement) -> list[str]:
+    """Returns notes on runs of the same methods that are not in the table."""
+    elsewhere = {coordinates(record)["method"] for record in placement.others}
+    notes = []
+    for row in placement.rows:
+        has_others = row.published.coordinates["method"] in elsewhere
+        if row.chosen:
+            notes.append(f"{row.label}: {'; '.join(row.chosen)}" + ("; it has runs with others" if has_others else ""))
+    if placement.others:
+        notes.append(f"not in this table: {len(placement.others)} runs with settings that the paper does not vary here")
+    if placement.num_left_out:
+        notes.append(f"left out: {placement.num_left_out} runs of these methods with other settings")
+    return notes
+
+
+def _about_paper(published: Published, placement: Placement, reasons: list[str]) -> list[str]:
     """Returns notes on whose values are in brackets, or why there are none, and the notes of the published table."""
+    row: PublishedRow = placement.rows[0].published
     model = str(row.coordinates.get("model", "")).rsplit("/", 1)[-1]
-    where = ", ".join([model, *(str(row.coordinates[key]) for key in differing)])
+    where = ", ".join([model, *(str(row.coordinates[key]) for key in placement.differing)])
     if not row.values:
-        values = "the paper has this as a picture, without values"
-    elif differing:
-        values = f"the paper has this for {where}, so its values are not beside ours"
+        values = ["the paper has this as a picture, without values"]
+    elif placement.differing:
+        values = [f"the paper has this for {where}, so its values are not beside ours"]
     else:
-        values = f"[]: the paper's, with {model}"
-    return [values, *(f"the paper: {note}" for note in published.notes)]
+        values = [f"[]: the paper's, with {model}"]
+        values += [f"[{DASH}]: not the same measure: {reason}" for reason in dict.fromkeys(reasons)]
+    return [*values, *(f"the paper: {note}" for note in published.notes)]

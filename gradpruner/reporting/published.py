@@ -9,6 +9,7 @@ values.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Published:
         columns: values on the axis: datasets, named as in `conf/dataset/`, numbers, or quantities.
         rows: the rows in the paper's order.
         notes: sentences, including what does not add up in the paper.
+        elsewhere: models that the paper has in other tables or figures, but not in this one.
     """
 
     label: str
@@ -59,6 +61,12 @@ class Published:
     columns: tuple[Coordinate, ...]
     rows: tuple[PublishedRow, ...]
     notes: tuple[str, ...]
+    elsewhere: frozenset[str] = frozenset()
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Models of the rows."""
+        return frozenset(str(row.coordinates["model"]) for row in self.rows if "model" in row.coordinates)
 
     def select(self, **coordinates: Coordinate) -> list[PublishedRow]:
         """Returns the rows that have these coordinates."""
@@ -81,13 +89,15 @@ def load_published(folder: Path, name: str) -> Published:
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in folder.glob("*.yaml"))) or "none"
         raise ValueError(f"There are no published values {name!r} in {folder}, only: {known}. Name one of those.")
-    data = yaml.load(path.read_text(), Loader=_Loader)
+    data = _read(path)
     if not isinstance(data, dict) or "title" not in data or not data.keys() <= KEYS:
         keys = sorted(data) if isinstance(data, dict) else data
         raise ValueError(
             f"{path} must have a title and may have {', '.join(sorted(KEYS - {'title'}))}, got {keys}. Correct it."
         )
     columns = tuple(_plain(column) for column in data.get("columns", []))
+    models = {str(block.get("model")) for block in data.get("blocks", [])}
+    everywhere = {model for other in folder.glob("*.yaml") for model in _models(other)}
     return Published(
         label=f"{name.rstrip('0123456789').capitalize()} {name.lstrip('abcdefghijklmnopqrstuvwxyz')}",
         title=data["title"],
@@ -97,7 +107,21 @@ def load_published(folder: Path, name: str) -> Published:
             _row(row, block, len(columns), path) for block in data.get("blocks", []) for row in block.get("rows", [])
         ),
         notes=tuple(data.get("notes", [])),
+        # A table that names no model is about any.
+        elsewhere=frozenset() if models == {"None"} else frozenset(everywhere - models),
     )
+
+
+@cache
+def _read(path: Path) -> Any:
+    return yaml.load(path.read_text(), Loader=_Loader)
+
+
+def _models(path: Path) -> list[str]:
+    """Returns the models of a file, or none for a file that is not in the format."""
+    data = _read(path)
+    blocks = data.get("blocks", []) if isinstance(data, dict) else []
+    return [str(block["model"]) for block in blocks if "model" in block]
 
 
 class _Loader(yaml.SafeLoader):

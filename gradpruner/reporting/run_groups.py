@@ -1,13 +1,14 @@
 """Which runs a figure of many runs shows together: in what order, under what names, and on how many pages."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gradpruner.files import slug
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import method_place
-from gradpruner.reporting.tables import dataset_name, row_labels
+from gradpruner.reporting.tables import data_settings, dataset_name, row_labels, setting
 
 
 def in_order(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -63,3 +64,36 @@ def pages(groups: list[list[RunRecord]], most: int, path: Path) -> dict[Path, di
 def labelled(groups: list[list[RunRecord]]) -> dict[str, list[RunRecord]]:
     """Returns groups of runs by the label of their first run."""
     return dict(zip(run_labels([runs[0] for runs in groups]), groups, strict=True))
+
+
+def comparable_groups(records: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
+    """Returns runs that may share a picture, each group with a title that others may have, too.
+
+    A group is a model, a kind of fine-tuning and an evaluation, on any datasets: figures show means over datasets. A
+    dataset that was run with several choices of rows (such as two numbers of training rows) has one choice per group,
+    so no mean mixes them. Choices are numbered per dataset, first the one with the most runs, and group n has choice n
+    of each.
+    """
+    choices: dict[str, Counter[str]] = {}
+    for record in records:
+        choices.setdefault(dataset_name(record), Counter())[_data_key(record)] += 1
+    ranked = {name: sorted(counts, key=lambda key: (-counts[key], key)) for name, counts in choices.items()}
+    groups: dict[tuple[str, int], list[RunRecord]] = {}
+    for record in records:
+        shared = {key: value for key, value in setting(record).items() if key != "dataset"}
+        shared["validation_fraction"] = record.config["dataset"].get("validation_fraction")
+        choice = ranked[dataset_name(record)].index(_data_key(record))
+        groups.setdefault((json.dumps(shared, sort_keys=True), choice), []).append(record)
+    return [
+        (f"{group[0].model['name']}, {group[0].config['finetune']['mode']}", group)
+        for _, group in sorted(groups.items(), key=lambda item: item[0][1])
+    ]
+
+
+def numbered(title: str, num_same: int) -> str:
+    """Returns a title that is distinct from `num_same` others."""
+    return f"{title} ({num_same + 1})" if num_same else title
+
+
+def _data_key(record: RunRecord) -> str:
+    return json.dumps(data_settings(record), sort_keys=True)

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gradpruner.files import content_hash
 from gradpruner.models.counting import ROW_LENGTH
 from gradpruner.record import NOT_IDENTITY, RunRecord
+from gradpruner.reporting.comparing import SPREAD_NOTE, mean_error
 from gradpruner.reporting.labels import (
     METHOD_LABELS,
     MetricColumn,
@@ -21,6 +23,10 @@ from gradpruner.reporting.labels import (
 LATER_SETTINGS = {"precision": "auto", "merge_dtype": "auto"}
 # Columns that older records lack: parameters without the input embedding, and the work of one row.
 COUNTS = ("w/o embedding", "GMACs")
+DEPTH = ("sparsity", "num_pruned_layers")
+LONGEST_TEXT = 40  # characters of a setting in a title
+# Settings of the fine-tune that change its speed and memory, not its result but for rounding: methods differ in them.
+OF_SPEED = ("micro_batch_size", "gradient_checkpointing", "save_steps")
 # Config keys that may differ between the rows of one table; a difference in any other key makes another table.
 NOT_SETTING = (*NOT_IDENTITY, "method", "seed", "evaluate_before")
 
@@ -70,18 +76,26 @@ def dataset_name(record: RunRecord) -> str:
 def setting(record: RunRecord) -> dict[str, Any]:
     """Returns the part of a config that comparable runs share: model, data, fine-tuning, evaluation.
 
-    Settings that older records lack are left out where they have the value that those runs had.
+    Settings that older records lack are left out where they have the value that those runs had, and so are those of
+    speed.
     """
     shared = {key: value for key, value in record.config.items() if key not in NOT_SETTING}
     finetune = {
-        key: value for key, value in record.config["finetune"].items() if (key, value) not in LATER_SETTINGS.items()
+        key: value
+        for key, value in record.config["finetune"].items()
+        if (key, value) not in LATER_SETTINGS.items() and key not in OF_SPEED
     }
-    return shared | {"dataset": data_settings(record), "finetune": finetune}
+    evaluation = {key: value for key, value in record.config["evaluation"].items() if key != "batch_size"}
+    return shared | {"dataset": data_settings(record), "finetune": finetune, "evaluation": evaluation}
 
 
 def data_settings(record: RunRecord) -> dict[str, Any]:
-    """Returns the dataset settings of a run without those that are null; older records lack some of these."""
-    return _given(record.config["dataset"])
+    """Returns the dataset settings of a run without those that are null; older records lack some of these.
+
+    All of the training rows are a fraction of 1, given or not.
+    """
+    settings = _given(record.config["dataset"])
+    return {key: value for key, value in settings.items() if (key, value) != ("train_fraction", 1.0)}
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,10 +121,16 @@ def differences(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> 
     """Returns, as `key=value`, the settings of `own` that any of `others` does not share."""
     flat, *rest = (dict(_leaves(each)) for each in [own, *others])
     return [
-        f"{key.rsplit('.', 1)[-1]}={value}"
+        f"{key.rsplit('.', 1)[-1]}={_short(value)}"
         for key, value in flat.items()
         if any(other.get(key) != value for other in rest)
     ]
+
+
+def _short(value: Any) -> Any:
+    """Returns a hash in place of texts such as prompts, which are long or have line breaks."""
+    is_text = isinstance(value, str) and (len(value) > LONGEST_TEXT or "\n" in value)
+    return f"#{content_hash(value)[:6]}" if is_text else value
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -136,21 +156,16 @@ def _comparison(records: list[RunRecord]) -> Table:
         f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}",
         headers,
         [[label, *_cells(group, columns, has_counts, has_before)] for label, group in zip(labels, rows, strict=True)],
-        _notes(records, rows),
+        _notes(records),
     )
 
 
-def _notes(records: list[RunRecord], rows: list[list[RunRecord]]) -> list[str]:
+def _notes(records: list[RunRecord]) -> list[str]:
     first = records[0]
-    num_seeds = {len(group) for group in rows}
-    spread = (
-        "standard error over test rows"
-        if num_seeds == {1}
-        else "standard deviation over seeds, where there are several"
-    )
     num_layers = sorted({record.pruning["num_hidden_layers"] for record in records})
     notes = [
-        f"{first.metrics['num_examples']} test rows, {first.finetune['steps']} steps of fine-tuning; ± is the {spread}",
+        f"{first.metrics['num_examples']} test rows, {first.finetune['steps']} steps of fine-tuning",
+        SPREAD_NOTE,
         f"{', '.join(map(str, num_layers))} of {first.model['num_hidden_layers']} layers; times and memory are of this "
         f"machine: {first.environment['device']}, {first.environment['num_threads']} threads",
         *describe_origins([record.metrics for record in records]),
@@ -208,8 +223,22 @@ def _distinctive(own: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> l
     return [key for key in own if any(other.get(key) != own[key] for other in others)]
 
 
+def depth_settings(record: RunRecord) -> dict[str, Any]:
+    """Returns a method's settings with one name for how much it prunes, if it says that as a number.
+
+    A sparsity of 0.4, one of 13/32, and 13 layers are the same for 32 layers.
+    """
+    settings = _given(_settings(record))
+    given = settings.get("sparsity", settings.get("num_pruned_layers"))
+    if isinstance(given, str) or given is None or settings.get("match", "layers") != "layers":
+        return settings
+    num_layers = record.model["num_hidden_layers"]
+    count = round(given * num_layers) if "sparsity" in settings else given
+    return {key: value for key, value in settings.items() if key not in DEPTH} | {"num_pruned_layers": count}
+
+
 def _row_key(record: RunRecord) -> str:
-    return json.dumps(_given(_settings(record)), sort_keys=True)
+    return json.dumps(depth_settings(record), sort_keys=True)
 
 
 def _text(value: Any) -> str:
@@ -246,7 +275,7 @@ def _counts(record: RunRecord) -> list[str]:
 
 
 def cells_of_seeds(group: list[RunRecord], columns: list[MetricColumn]) -> list[str]:
-    """Returns one cell per column: mean and standard deviation over seeds; with one seed, value and standard error."""
+    """Returns one cell per column: the mean over seeds and its standard error; with one seed, that over test rows."""
     cells = []
     for column in columns:
         shown = [record for record in group if column.cell(record.metrics) != "-"]
@@ -254,7 +283,8 @@ def cells_of_seeds(group: list[RunRecord], columns: list[MetricColumn]) -> list[
         if len(values) < 2:
             cells.append(column.cell(shown[0].metrics) if shown else "-")
         else:
-            cells.append(f"{statistics.mean(values):.3f} ±{statistics.stdev(values):.3f} (n={len(values)})")
+            error = mean_error(shown, column.metric)
+            cells.append(f"{statistics.mean(values):.3f} ±{error:.3f} (n={len(values)})")
     return cells
 
 

@@ -108,24 +108,23 @@ def test_mean_over_datasets_of_means_over_seeds():
         for dataset, values in (("piqa", (0.2, 0.4)), ("arc_easy", (0.9,)))
         for seed, value in enumerate(values)
     ]
-    lines, datasets = measure(points, "accuracy")
+    lines, datasets, _ = measure(points, "accuracy")
     point = lines["a"][1.0]
     assert datasets == ["arc_easy", "piqa"] and (point.num_datasets, point.num_seeds) == (2, 1)
     assert point.value == pytest.approx((0.3 + 0.9) / 2)
-    assert point.error == pytest.approx(np.hypot(np.std([0.2, 0.4], ddof=1), 0.02) / 2)
+    assert point.error == pytest.approx(np.hypot(np.std([0.2, 0.4], ddof=1) / np.sqrt(2), 0.02) / 2)
 
 
 def test_only_datasets_of_every_line_count():
     points = [("a", 1.0, run("a", accuracy=0.2)), ("a", 1.0, run("a", accuracy=0.8, dataset="piqa"))]
     points += [("a", 2.0, run("a", accuracy=0.7, dataset="piqa")), ("b", 1.0, run("b", accuracy=0.4))]
-    lines, datasets = measure(points, "accuracy")
-    assert datasets == ["arc_easy"]
+    lines, datasets, left_out = measure(points, "accuracy")
+    assert datasets == ["arc_easy"] and left_out == []
     assert {label: {x: point.value for x, point in line.items()} for label, line in lines.items()} == {
         "a": {1.0: 0.2},
         "b": {1.0: 0.4},
     }
-    with pytest.raises(ValueError, match="every method ran on, got none for a, b"):
-        measure([points[1], points[3]], "accuracy")
+    assert measure([points[1], points[3]], "accuracy")[1:] == (["piqa"], ["b"])  # nothing that both have
 
 
 def test_similarity_of_different_encoders_is_not_averaged():
@@ -133,10 +132,16 @@ def test_similarity_of_different_encoders_is_not_averaged():
         return {"similarity": 0.5, "similarity_stderr": 0.1, "bertscore_encoder": encoder, "bertscore_layer": 1}
 
     runs = [run(name, dataset="billsum", metrics=text(name)) for name in "ab"]
-    with pytest.raises(ValueError, match="every method ran on"):
-        measure([(name, 1.0, one) for name, one in zip("ab", runs, strict=True)], "main")
+    lines, _, left_out = measure([(name, 1.0, one) for name, one in zip("ab", runs, strict=True)], "main")
+    assert len(lines) == 1 and len(left_out) == 1
     assert measure([("a", 1.0, runs[0])], "main")[0]["a"][1.0].value == 0.5
-    assert measure([("a", 1.0, runs[0])], "accuracy") == ({}, [])
+    assert measure([("a", 1.0, runs[0])], "accuracy") == ({}, [], [])
+
+
+def test_a_line_that_lacks_datasets_of_the_others_is_left_out():
+    points = [(name, 1.0, run(name, dataset=data)) for name in "ab" for data in ("arc_easy", "piqa", "winogrande")]
+    lines, datasets, left_out = measure([*points, ("c", 1.0, run("c", dataset="piqa"))], "accuracy")
+    assert (list(lines), len(datasets), left_out) == (["a", "b"], 3, ["c"])
 
 
 def test_labels_say_what_differs_and_no_two_are_alike():
@@ -174,7 +179,7 @@ def test_loss_curves(drawn, tmp_path):
 def test_accuracy_against_layers_pruned(drawn, tmp_path):
     runs = [run("dense", accuracy=0.9)]
     runs += [run("last", range(1, 1 + n), 0.9 - n / 10, sparsity=n / 6) for n in (3, 1, 2)]
-    [picture] = draw("5", runs, tmp_path)
+    [picture] = draw("5", runs, tmp_path, methods=["last"])
     axes = drawn[0].axes[0]
     points, dense = axes.containers[0].lines[0], [line for line in axes.lines if line.get_label() == "Dense"]
     assert points.get_xdata().tolist() == [1, 2, 3] and points.get_ydata() == pytest.approx([0.8, 0.7, 0.6])
@@ -195,9 +200,30 @@ def test_accuracy_against_density(drawn, tmp_path):
 
 
 def test_other_rows_of_a_dataset_have_a_picture_of_their_own(tmp_path):
-    first, second = run("last", [1]), run("last", [1], accuracy=0.1)
-    second.config["dataset"]["max_train_samples"] = 5
-    assert len(draw("5", [first, second], tmp_path)) == 2
+    first, second = ([run("last", layers, accuracy) for layers in ([1], [1, 2])] for accuracy in (0.5, 0.1))
+    for each in second:
+        each.config["dataset"]["max_train_samples"] = 5
+    assert len(draw("5", [*first, *second], tmp_path, methods=["last"])) == 2
+
+
+def test_layers_pruned_are_those_of_gradpruner_without_merging_unless_others_are_asked_for(tmp_path):
+    mistral = {"model": {"path": "mistralai/Mistral-7B-v0.3"}}
+    depths = ([1], [1, 2])
+    own, other = ([run("igia_only", layers, accuracy) for layers in depths] for accuracy in (0.5, 0.3))
+    for each in other:
+        each.config.update(mistral)
+    runs = [run("dense"), *own, *other, *(run("last", layers) for layers in depths)]
+    assert [len(draw(figure, runs, tmp_path)) for figure in ("5", "8")] == [1, 2]
+    assert "Last but" not in draw("5", runs, tmp_path)[0].alt
+    assert "Last but" in draw("5", runs, tmp_path, methods=["igia_only", "last"])[0].alt
+
+
+def test_only_some_methods_have_a_loss_curve_if_there_are_too_many(tmp_path):
+    runs = [run("dense"), *(run("last", [layer], layer=layer) for layer in range(MOST_CURVES))]
+    histories = {each.identity: HISTORIES["a"] for each in runs}
+    assert "Last" not in draw("1", runs, tmp_path, histories)[0].alt
+    assert "Last" in draw("1", runs, tmp_path, histories, ["last"])[0].alt
+    assert "Last" in draw("1", runs[:3], tmp_path, histories)[0].alt
 
 
 def test_bars_by_merge_rule(drawn, tmp_path):
@@ -287,7 +313,7 @@ def test_no_two_line_styles_are_alike_without_colour():
 
 @pytest.mark.parametrize("figure", FIGURES)
 def test_same_records_same_file_and_nothing_reaches_its_edge(figure, tmp_path):
-    records = committed("methods" if figure in ("7", "9") else "depth")
+    records = committed("methods" if figure in ("7", "9") else "small" if figure in ("5", "8") else "depth")
     if figure == "6":
         [merged] = [record for record in records if record.pruning["method"] == "gradpruner"]
         method = merged.config["method"] | {"density": 0.5}

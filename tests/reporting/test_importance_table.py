@@ -33,7 +33,7 @@ def test_what_was_found_and_what_it_was_worth():
     ]  # fmt: skip
     assert table.rows == [
         ["GradPruner, steps=4", "3-5 9", "0.50", "0.25", "1.0", "0.40", "0.500 ±0.020", "20.00"],
-        ["GradPruner, steps=8", "3-5 9", "0.50", "0.25", "0.5", "0.40", "0.400 ±0.141 (n=2)", "20.50"],
+        ["GradPruner, steps=8", "3-5 9", "0.50", "0.25", "0.5", "0.40", "0.400 ±0.100 (n=2)", "20.50"],
     ]
 
 

@@ -2,13 +2,18 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 from reporting.test_tables import record
 
 from experiments.config import CONF
+from gradpruner.reporting import measures
+from gradpruner.reporting.appendix import appendix_tables
 from gradpruner.reporting.paper_tables import paper_table
 from gradpruner.reporting.published import load_published
+from gradpruner.reporting.tables import comparisons
+from gradpruner.tasks import MedMcqa
 
 PAPER = CONF.parent / "results" / "paper"
 GRADPRUNER = {"sparsity": 0.4, "merge_count": 3, "density": 0.2, "merge_rule": "sign_average", "adapter": "lora"}
@@ -21,7 +26,12 @@ def tables(name, records):
 
 def scores(name, records):
     """Returns the only table of accuracies."""
-    [table] = [table for table in tables(name, records) if "answer NLL" not in table.title]
+    [table] = [table for table in tables(name, records) if "NLL" not in table.title and "difference" not in table.title]
+    return table
+
+
+def differences(name, records):
+    [table] = [table for table in tables(name, records) if "difference from dense" in table.title]
     return table
 
 
@@ -35,6 +45,14 @@ def dataset(name="arc_easy", **settings):
 
 def run(method, accuracy=0.5, seed=0, data=None, mode="full", config=None, metrics=None, **settings):
     config = {"dataset": data or dataset(), "finetune": {"mode": mode}, **(config or {})}
+    if metrics is None:  # measured as the paper does
+        metrics = {
+            "num_examples": 400,
+            "accuracy": accuracy,
+            "accuracy_stderr": 0.02,
+            "accuracy_mode": "generate",
+            "accuracy_match": "raw",
+        }
     return record(method, seed, accuracy, config=config, metrics=metrics, **settings)
 
 
@@ -58,12 +76,12 @@ def test_ours_beside_the_papers():
     assert rows["SAT (ends dense)"]["PIQA ↑"] == "- [0.833]"
     assert table.title == "Table 1: main results at 40 % sparsity; model with 100.0 M parameters, full"
     assert "ours: accuracy, arc_easy, all training rows, 10 steps of fine-tuning, 400 test rows" in table.notes
-    assert "sparsity: 0.4, which is 12 of 30 layers pruned, or as many parameters in narrower ones" in table.notes
+    assert "pruned: 12 of 30 layers (40 %), or as many parameters in narrower ones" in table.notes
     assert "[]: the paper's, with Llama-3.1-8B" in table.notes
 
 
-def test_dense_is_never_the_best_and_ties_are_all():
-    table = scores("table1", [run("dense", 0.5), run("laco", 0.5), gradpruner(0.5)])
+def test_models_that_end_dense_are_never_the_best_and_ties_are_all():
+    table = scores("table1", [run("dense", 0.5), run("sat", 0.9), run("laco", 0.5), gradpruner(0.5)])
     marked = [row[0] for row in table.rows if "**" in row[7]]
     assert marked == ["LaCo", "GradPruner, merge_count=3"]
 
@@ -76,25 +94,36 @@ def test_modes_and_models_have_tables_of_their_own():
     assert len({note for table in tables("table1", runs) for note in table.notes if note.startswith("[]")}) == 2
 
 
-def test_seeds_have_mean_and_deviation():
+def test_seeds_have_mean_and_its_error():
     runs = [gradpruner(accuracy, seed=seed) for seed, accuracy in ((0, 0.2), (1, 0.4), (2, 0.6))]
-    assert cells(scores("table1", runs))["GradPruner, merge_count=3"]["ARC-Easy ↑"] == "0.400 ±0.200 (n=3) [0.849]"
+    assert cells(scores("table1", runs))["GradPruner, merge_count=3"]["ARC-Easy ↑"] == "0.400 ±0.115 (n=3) [0.849]"
 
 
-def test_average_is_over_what_all_methods_with_runs_have():
+def test_rows_are_averaged_over_the_columns_that_they_have():
     runs = [
         make(accuracy + extra, data=dataset(name))
         for make, accuracy in ((lambda *a, **k: run("dense", *a, **k), 0.8), (gradpruner, 0.4))
-        for name, extra in (("arc_easy", 0.0), ("piqa", 0.1))
+        for name, extra in (("arc_easy", 0.0), ("piqa", 0.1), ("winogrande", 0.2))
     ]
-    table = scores("table1", [*runs, run("dense", 0.9, data=dataset("winogrande"))])
+    runs += [run("laco", 0.95, data=dataset(name), sparsity=0.4) for name in ("arc_easy", "piqa")]
+    table = scores("table1", runs)
     rows = cells(table)
-    error = math.hypot(0.02, 0.02) / 2
-    assert rows["Dense"]["average of 2 ↑"] == f"0.850 ±{error:.3f} [0.866]"  # (0.865 + 0.867) / 2
-    assert rows["GradPruner, merge_count=3"]["average of 2 ↑"] == f"0.450 ±{error:.3f} [0.862]"
-    assert rows["LaCo"]["average of 2 ↑"] == "- [0.816]"
-    assert "average over ARC-Easy, PIQA" in table.notes
-    assert not any(header.startswith("average") for header in scores("table1", runs[::2]).headers)
+    error = 0.02 / math.sqrt(3)
+    assert rows["Dense"]["average of 3 ↑"] == f"0.900 ±{error:.3f} [0.867]"  # (0.868 + 0.865 + 0.867) / 3
+    assert rows["GradPruner, merge_count=3"]["average of 3 ↑"] == f"0.500 ±{error:.3f} [0.862]"
+    assert rows["LaCo"]["average of 3 ↑"] == f"0.950 ±{0.02 / math.sqrt(2):.3f} † [0.816]"  # never the best
+    assert rows["SAT (ends dense)"]["average of 3 ↑"] == "- [0.830]"
+    assert "average over WinoGrande, ARC-Easy, PIQA" in table.notes
+    assert "† over fewer, so not comparable with the others: LaCo (ARC-Easy, PIQA)" in table.notes
+    assert not any(header.startswith("average") for header in scores("table1", runs[::3]).headers)
+
+
+def test_average_of_cells_with_different_seeds():
+    runs = [gradpruner(accuracy, seed=seed) for seed, accuracy in ((0, 0.2), (1, 0.4), (2, 0.6))]
+    runs.append(gradpruner(0.8, data=dataset("piqa")))
+    row = cells(scores("table1", runs))["GradPruner, merge_count=3"]
+    error = math.hypot(0.2 / math.sqrt(3), 0.02) / 2
+    assert row["average of 2 ↑"] == f"0.600 ±{error:.3f} (n=1 to 3) [0.862]"
 
 
 def test_average_of_seeds_is_averaged_seed_by_seed():
@@ -119,35 +148,83 @@ def test_both_schedules_of_sat_stand_beside_the_papers_value_with_the_caveat():
     assert sum("no code of its authors exists" in note for note in table.notes) == 1
 
 
-def test_average_over_all_datasets_is_the_printed_one():
+def test_average_over_all_datasets_is_the_printed_one(monkeypatch):
+    monkeypatch.setattr(measures, "_is_papers_task", lambda dataset: True)  # as if all eight had the paper's task
     names = load_published(PAPER, "table1").columns
-    rows = cells(scores("table1", [run("sat", data=dataset(name), omission_rate=0.4) for name in names]))
+    similarity = {
+        "similarity": 0.7,
+        "similarity_stderr": 0.0,
+        "bertscore_encoder": "roberta-large",
+        "rouge_stemming": True,
+        "bertscore_layer": 17,
+    }
+    runs = []
+    for name in names:
+        made = run("sat", data=dataset(name), omission_rate=0.4)
+        runs.append(dataclasses.replace(made, metrics=made.metrics | similarity))
+    rows = cells(scores("table1", runs))
     assert rows["SAT (ends dense)"]["average of 8 ↑"].endswith("[0.750]")  # 0.7506, if it were right
 
 
-def test_settings_of_the_same_data_are_columns_of_their_own():
-    runs = [gradpruner(0.1 * n, data=dataset(max_train_samples=n)) for n in (1, 2)]
-    table = scores("table1", runs)
-    row = cells(table)["GradPruner, merge_count=3"]
-    assert row["ARC-Easy, max_train_samples=1 ↑"] == "0.100 ±0.020 [0.849]"
-    assert row["ARC-Easy, max_train_samples=2 ↑"] == "0.200 ±0.020 [0.849]"
-    assert not any(header.startswith("average") for header in table.headers)
+def test_the_setting_of_a_dataset_that_most_rows_have_is_shown():
+    small = [make(data=dataset(max_train_samples=1)) for make in (gradpruner, lambda **k: run("dense", 0.9, **k))]
+    large = [gradpruner(0.2, seed=seed, data=dataset(max_train_samples=2)) for seed in range(4)]
+    table = scores("table1", [*large, *small])
+    assert [header for header in table.headers if header.startswith("ARC")] == ["ARC-Easy ↑"]
+    assert cells(table)["GradPruner, merge_count=3"]["ARC-Easy ↑"] == "0.500 ±0.020 [0.849]"
+    assert "not in this table: 4 runs with settings that the paper does not vary here" in table.notes
+    [other] = appendix_tables([load_published(PAPER, "table1")], [*large, *small])
+    assert other.headers == ["method", "ARC-Easy, max_train_samples=2"]
+    assert other.rows == [["GradPruner", "0.200 ±0.000 (n=4)"]]
 
 
-def test_open_settings_make_rows_and_others_are_left_out():
-    runs = [gradpruner(0.1, merge_rule="sign_sum"), gradpruner(0.2), gradpruner(0.3, density=0.5)]
-    runs += [gradpruner(0.4, repair="least_squares"), gradpruner(0.5, sparsity=0.2), gradpruner(0.6, merge_count=0)]
-    table = scores("table1", runs)
+def test_settings_that_a_row_leaves_open_have_the_most_runs_and_others_are_in_the_appendix():
+    runs = [gradpruner(0.1, merge_rule="sign_sum"), gradpruner(0.2), gradpruner(0.25, seed=1)]
+    others = [gradpruner(0.3, density=0.5), gradpruner(0.4, repair="least_squares")]
+    left_out = [gradpruner(0.5, sparsity=0.2), gradpruner(0.6, merge_count=0)]
+    records = [*runs, *others, *left_out]
+    table = scores("table1", records)
     shown = {row[0]: row[7] for row in table.rows if row[0].startswith("GradPruner")}
-    assert shown == {
-        "GradPruner, merge_rule=sign_sum, merge_count=3": "0.100 ±0.020 [0.849]",
-        "GradPruner, merge_rule=sign_average, merge_count=3": "**0.200 ±0.020** [0.849]",
-    }
-    assert "left out: 4 runs of these methods with other settings" in table.notes
+    assert shown == {"GradPruner, merge_count=3": "0.225 ±0.025 (n=2) [0.849]"}
+    assert "GradPruner, merge_count=3: merge_rule=sign_average; it has runs with others" in table.notes
+    assert "left out: 2 runs of these methods with other settings" in table.notes
+    [other] = appendix_tables([load_published(PAPER, "table1")], records)
+    assert sorted(row[1] for row in other.rows) == ["0.100 ±0.020", "0.300 ±0.020", "0.400 ±0.020"]
+    assert not any("[" in cell for row in other.rows for cell in row)
+    # With as many runs the paper's rule, Eq. 5, is the one.
+    assert cells(scores("table1", runs[:2]))["GradPruner, merge_count=3"]["ARC-Easy ↑"] == "0.100 ±0.020 [0.849]"
+
+
+def test_two_names_of_one_sparsity_are_one_row():
+    runs = [gradpruner(0.4), gradpruner(0.4, sparsity=13 / 32)]  # 12 of 30 layers
+    rows = [row for row in scores("table1", runs).rows if row[0].startswith("GradPruner")]
+    assert [row[7] for row in rows] == ["0.400 ±0.020 [0.849]"]
+    assert appendix_tables([load_published(PAPER, "table1")], runs) == []
+    [row] = [row for row in comparisons(runs)[0].rows if row[0].startswith("GradPruner")]
+    assert row[0] == "GradPruner"
+
+
+def test_models_of_the_paper_stand_where_the_paper_has_them():
+    def of(path, **settings):
+        return gradpruner(config={"model": {"path": path}}, **settings)
+
+    llama, small = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"
+    medmcqa = dataset("medmcqa")
+    runs = [of(llama), of(small, data=medmcqa), of("someone/else"), of(llama, mode="lora")]
+    titles = [table.title for table in tables("table1", runs) if "difference" not in table.title]
+    assert len(titles) == 3  # Llama full and lora, the other model
+    [table] = tables("table3", [*runs, of(llama, mode="lora", merge_count=1, sparsity=11 / 32)])[:1]
+    assert ", full" in table.title
 
 
 def test_similarity_where_the_paper_has_it_and_runs_do():
-    metrics = {"num_examples": 9, "accuracy": 0.1, "accuracy_stderr": 0.0, "accuracy_mode": "generate"}
+    metrics = {
+        "num_examples": 9,
+        "accuracy": 0.1,
+        "accuracy_stderr": 0.0,
+        "accuracy_mode": "generate",
+        "accuracy_match": "raw",
+    }
     text = {"similarity": 0.7, "similarity_stderr": 0.0, "bertscore_encoder": "e", "bertscore_layer": 1}
     runs = [
         gradpruner(data=dataset("medmcqa"), metrics=metrics | text),
@@ -162,13 +239,70 @@ def test_similarity_where_the_paper_has_it_and_runs_do():
     assert any(note.startswith("FinGPT: accuracy, fingpt") for note in table.notes)
 
 
-def test_encoders_are_not_mixed():
-    def billsum(seed, encoder):
-        text = {"similarity": 0.7, "similarity_stderr": 0.0, "bertscore_encoder": encoder, "bertscore_layer": 1}
-        return gradpruner(data=dataset("billsum"), seed=seed, metrics=text | {"num_examples": 9})
+def similar(encoder, stemming=True, data="billsum", **settings):
+    text = {
+        "similarity": 0.7,
+        "similarity_stderr": 0.0,
+        "bertscore_encoder": encoder,
+        "bertscore_layer": 1,
+        "rouge_stemming": stemming,
+    }
+    return gradpruner(data=dataset(data), metrics=text | {"num_examples": 9}, **settings)
 
-    row = cells(scores("table1", [billsum(0, "a"), billsum(1, "b")]))["GradPruner, merge_count=3"]
-    assert {"BillSum, bertscore_encoder=a ↑", "BillSum, bertscore_encoder=b ↑"} <= row.keys()
+
+def test_encoders_are_not_mixed():
+    row = cells(scores("table1", [similar("roberta-large"), similar("b", seed=1)]))["GradPruner, merge_count=3"]
+    assert row["BillSum ↑"] in ("0.700 ±0.000 [0.687]", "0.700 ±0.000 [-]")
+
+
+GENERATED = {"num_examples": 9, "accuracy": 0.5, "accuracy_stderr": 0.1, "accuracy_mode": "generate"}
+
+
+@pytest.mark.parametrize(
+    ("made", "column", "expected", "reason"),
+    [
+        (gradpruner, "ARC-Easy ↑", "[0.849]", None),
+        (lambda: similar("roberta-large"), "BillSum ↑", "[0.687]", None),
+        (lambda: similar("roberta-large", False), "BillSum ↑", "[-]", "our ROUGE-L is of words, the paper's of"),
+        (lambda: similar("minilm"), "BillSum ↑", "[-]", "our BERTScore is of minilm, the paper's of roberta-large"),
+        (
+            lambda: gradpruner(metrics={**GENERATED, "accuracy_mode": "likelihood"}),
+            "ARC-Easy ↑", "[-]", "ours is the likeliest option, the paper's the exact match of a generated answer",
+        ),
+        (
+            lambda: gradpruner(data=dataset("fingpt")),
+            "FinGPT ↑", "[-]", "ours is the accuracy of the chosen option, the paper's the mean of BERTScore and ROUGE",
+        ),
+    ],
+)  # fmt: skip
+def test_the_papers_value_stands_beside_the_same_measure_only(made, column, expected, reason):
+    table = scores("table1", [made()])
+    cell = cells(table)["GradPruner, merge_count=3"][column]
+    assert cell.endswith(expected) and cells(table)["LaCo"][column].startswith("- [")
+    said = [note for note in table.notes if note.startswith("[-]: not the same measure: ")]
+    assert len(said) == (reason is not None) and all(reason in note for note in said)
+    assert cells(table)["LaCo"]["PubMedQA ↑"] == "- [0.556]"  # no run of ours, so nothing is beside it
+
+
+def test_a_lenient_match_of_answers_is_not_the_papers():
+    metrics = {"num_examples": 9, "accuracy": 0.5, "accuracy_stderr": 0.1, "accuracy_mode": "generate"}
+    for match in ({}, {"accuracy_match": "lenient"}):
+        table = scores("table1", [gradpruner(metrics=metrics | match)])
+        assert "[-]: not the same measure: our match of answers is lenient, the paper's exact" in table.notes
+
+
+def test_a_task_that_was_not_the_papers_has_no_value_of_it(monkeypatch):
+    monkeypatch.setattr(MedMcqa, "paper_comparable", False, raising=False)
+    table = scores("table1", [gradpruner(data=dataset("medmcqa"))])
+    assert cells(table)["GradPruner, merge_count=3"]["MedMCQA ↑"].endswith("[-]")
+    assert "[-]: not the same measure: the paper's task on medmcqa was another one" in table.notes
+
+
+def test_an_average_has_the_papers_only_if_every_column_has():
+    likelihood = {"num_examples": 9, "accuracy": 0.5, "accuracy_stderr": 0.1, "accuracy_mode": "likelihood"}
+    runs = [gradpruner(), gradpruner(data=dataset("piqa"), metrics=likelihood)]
+    row = cells(scores("table1", runs))["GradPruner, merge_count=3"]
+    assert row["average of 2 ↑"].endswith("[-]") and row["ARC-Easy ↑"].endswith("[0.849]")
 
 
 def test_likelihood_has_a_table_without_the_papers_values():
@@ -224,7 +358,7 @@ def test_sparsities():
     assert list(rows["Dense"].values()) == ["0.900 ±0.020", *["0.900 ±0.020 [0.943]"] * 2]
     assert list(rows["SAT (ends dense)"].values()) == ["-", "0.100 ±0.020 [0.934]", "- [0.940]"]
     assert list(rows["GradPruner"].values()) == [
-        *("0.400 ±0.020", "**0.300 ±0.020** [0.940]", "0.200 ±0.020 [0.942]"),
+        *("0.400 ±0.020", "0.300 ±0.020 [0.940]", "0.200 ±0.020 [0.942]"),  # SAT does not compete
     ]
 
 
@@ -276,7 +410,7 @@ def test_tested_on_other_data():
     assert table.headers[1:] == ["test mmlu_clinical_knowledge ↑"] and len(table.rows) == 6
     assert table.rows[0][1] == "0.500 ±0.020 [0.735]" and table.rows[-1][1] == "0.400 ±0.020 [0.717]"
     [main] = tables("table1", runs)
-    assert cells(main)["GradPruner, merge_count=3"]["MedMCQA ↑"] == "0.900 ±0.020 [0.586]"
+    assert cells(main)["GradPruner, merge_count=3"]["MedMCQA ↑"] == "0.900 ±0.020 [-]"  # chosen option
 
 
 def test_scale_of_the_model():
@@ -322,5 +456,57 @@ def test_no_table_of_quantities_or_pictures_alone(name):
     assert tables(name, [gradpruner(), run("dense")]) == []
 
 
+def scored(method, right, **settings):
+    """Makes a run with the scores of its rows."""
+    value = sum(right) / len(right)
+    metrics = {
+        "num_examples": len(right),
+        "accuracy": value,
+        "accuracy_stderr": 0.05,
+        "accuracy_mode": "generate",
+        "accuracy_match": "raw",
+    }
+    make = gradpruner if method == "gradpruner" else lambda **kwargs: run(method, **kwargs)
+    made = make(metrics=metrics, **settings)
+    scores = {"accuracy": "".join(str(int(each)) for each in right)}
+    return dataclasses.replace(made, row_scores=scores, content={"test_rows": "same"})
+
+
+def test_what_a_paired_test_tells_apart_is_not_bold():
+    best = [1] * 60 + [0] * 40
+    worse = [1] * 52 + [0] * 48  # eight rows less and none more: McNemar's p is 2 / 2^8
+    level = [0] * 8 + [1] * 60 + [0] * 32  # eight rows less, eight others more
+    runs = [scored("dense", [1] * 70 + [0] * 30), scored("laco", best), scored("llm_pruner", worse)]
+    table = scores("table1", [*runs, scored("gradpruner", level)])
+    assert [row[0] for row in table.rows if "**" in row[7]] == ["LaCo", "GradPruner, merge_count=3"]
+    assert any("a test on the same rows cannot tell" in note for note in table.notes)
+    unpaired = [dataclasses.replace(each, row_scores={}) for each in [*runs, scored("gradpruner", level)]]
+    table = scores("table1", unpaired)
+    assert [row[0] for row in table.rows if "**" in row[7]] == ["LLM-Pruner", "LaCo", "GradPruner, merge_count=3"]
+    assert any("unpaired where records have no scores of their rows) cannot tell" in note for note in table.notes)
+
+
+def test_differences_from_dense_have_intervals():
+    dense, worse = [1] * 70 + [0] * 30, [1] * 60 + [0] * 40
+    table = differences("table1", [scored("dense", dense), scored("laco", worse)])
+    [[label, cell]] = table.rows
+    assert table.headers == ["method", "ARC-Easy"] and label == "LaCo"
+    value, low, high = (float(part) for part in re.findall(r"[+-][\d.]+", cell))
+    assert value == -0.1 and -0.17 < low < -0.14 and -0.06 < high < -0.03 and cell.endswith("≠")
+    assert "paired on the same test rows" in table.notes[0]
+    table = differences("table1", [dataclasses.replace(scored("dense", dense), row_scores={}), scored("laco", worse)])
+    assert "as all of these" in table.notes[0] and not table.rows[0][1].endswith("≠")  # 0.05 each
+
+
 def test_only_finished_runs():
     assert tables("table1", [dataclasses.replace(gradpruner(), status="failed"), run("dense")]) == []
+
+
+def test_settings_that_depend_on_the_dataset_are_one_row_and_a_note():
+    cuts = {"arc_easy": 1, "piqa": 1, "hellaswag": 2}
+    runs = [run("apt", 0.5, data=dataset(name), mode="lora", num_cuts=cuts[name]) for name in cuts]
+    runs.append(run("apt", 0.9, data=dataset("piqa"), mode="lora", num_cuts=2))
+    table = scores("table1", runs)
+    [row] = [row for row in table.rows if row[0] == "APT"]
+    assert [cell.split(" ")[0] for cell in row[1:]] == ["-"] * 4 + ["0.500", "-", "0.500", "0.500", "0.500"]
+    assert "APT: num_cuts=1 on arc_easy, piqa; num_cuts=2 on hellaswag; it has runs with others" in table.notes

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradpruner.record import RunRecord
+from gradpruner.reporting.comparing import SPREAD_NOTE
 from gradpruner.reporting.labels import METHOD_LABELS
 from gradpruner.reporting.tables import comparisons, row_labels
 
@@ -96,11 +97,11 @@ def test_titles_say_in_what_settings_of_one_dataset_differ():
     ]
 
 
-def test_seeds_are_one_row_with_mean_and_deviation():
+def test_seeds_are_one_row_with_mean_and_its_error():
     [table] = comparisons([record("random", seed, accuracy) for seed, accuracy in ((0, 0.2), (1, 0.4), (2, 0.6))])
     [row] = table.rows
-    assert row[table.headers.index("accuracy")] == "0.400 ±0.200 (n=3)"
-    assert "standard deviation over seeds" in table.notes[0]
+    assert row[table.headers.index("accuracy")] == "0.400 ±0.115 (n=3)"
+    assert SPREAD_NOTE in table.notes
 
 
 def test_a_caveat_stands_beside_every_number_of_its_method():

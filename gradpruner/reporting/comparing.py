@@ -1,0 +1,139 @@
+"""Errors of means over seeds, and differences between two methods with their intervals.
+
+Two methods that were tested on the same rows are compared row by row: a question that is hard for one is hard for the
+other, so the difference is known far better than either value.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradpruner.record import RunRecord
+from gradpruner.reporting.row_scores import read_row_scores
+
+SPREAD_NOTE = (
+    "± is the standard error of the mean: where n is given, the standard deviation over n seeds / √n, "
+    "else the error over test rows"
+)
+LEVEL = 0.05
+QUANTILE = statistics.NormalDist().inv_cdf(1 - LEVEL / 2)
+NUM_RESAMPLES = 2000
+BOOTSTRAP_SEED = 0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of a metric between two methods, or its mean over datasets.
+
+    Attributes:
+        value: first minus second.
+        low: lower end of the 95 % interval.
+        high: upper end.
+        is_paired: whether the values were compared row by row.
+        p_value: of McNemar's exact test; None where the interval decides.
+    """
+
+    value: float
+    low: float
+    high: float
+    is_paired: bool
+    p_value: float | None = None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the two can be told apart at a level of 5 %."""
+        return self.p_value < LEVEL if self.p_value is not None else not self.low <= 0 <= self.high
+
+
+def seeds_error(runs: Sequence[RunRecord], metric: str) -> float:
+    """Returns the standard error of the mean over seeds; 0 for a single run, whose seeds' deviation is not known."""
+    values = [value for run in runs if (value := run.metric(metric)) is not None]
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def mean_error(runs: Sequence[RunRecord], metric: str) -> float:
+    """Returns the standard error of a mean over seeds; for a single run, its standard error over test rows."""
+    return seeds_error(runs, metric) if len(runs) > 1 else runs[0].stderr(metric)
+
+
+def difference(first: Sequence[RunRecord], second: Sequence[RunRecord], metric: str) -> Difference:
+    """Returns the difference between the means of two methods.
+
+    With scores of the same test rows it is paired: McNemar's exact test for single runs and right or wrong answers, and
+    for the interval a bootstrap over the rows, in which each row has its mean over the seeds. Without, the errors over
+    test rows count as independent, which makes the interval too wide. The error over seeds is added to both.
+
+    Args:
+        first: runs of one method on one dataset, which differ in the seed; all have measured `metric`.
+        second: runs of the other on that dataset.
+        metric: key in the records' metrics.
+    """
+    value = _mean(first, metric) - _mean(second, metric)
+    of_seeds = math.hypot(seeds_error(first, metric), seeds_error(second, metric))
+    scores = _paired_scores([*first, *second], metric)
+    if scores is None:
+        of_rows = [statistics.mean(run.stderr(metric) for run in runs) for runs in (first, second)]
+        reach = QUANTILE * math.hypot(of_seeds, *of_rows)
+        return Difference(value, value - reach, value + reach, is_paired=False)
+    sums, weights = scores
+    gains = sums[: len(first)].mean(0) - sums[len(first) :].mean(0)  # (N,)
+    low, high = _bootstrap(gains, weights, of_seeds)
+    p_value = None
+    if len(first) == len(second) == 1 and bool(np.isin(sums, (0.0, 1.0)).all()):
+        p_value = mcnemar(int((gains > 0).sum()), int((gains < 0).sum()))
+    return Difference(value, low, high, is_paired=True, p_value=p_value)
+
+
+def mean_difference(differences: Sequence[Difference]) -> Difference:
+    """Returns the mean of differences on several datasets, which are independent of each other."""
+    value = statistics.mean(each.value for each in differences)
+    reach = math.hypot(*((each.high - each.low) / 2 for each in differences)) / len(differences)
+    return Difference(value, value - reach, value + reach, all(each.is_paired for each in differences))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Returns the p-value of McNemar's exact test, two-sided: a binomial test of the rows on which two runs differ.
+
+    Args:
+        only_first: rows that only the first run got right.
+        only_second: rows that only the second run got right.
+    """
+    count = only_first + only_second
+    ways = tail = 1  # binomial coefficients, one from the other: thousands of rows may differ
+    for right in range(min(only_first, only_second)):
+        ways = ways * (count - right) // (right + 1)
+        tail += ways
+    return min(1.0, float(2 * tail / 2**count))
+
+
+def _mean(runs: Sequence[RunRecord], metric: str) -> float:
+    return statistics.mean(value for run in runs if (value := run.metric(metric)) is not None)
+
+
+def _paired_scores(runs: Sequence[RunRecord], metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Returns the runs' scores (runs, N) and the rows' weights (N,); None unless all have those of the same rows."""
+    known = [read_row_scores(run, metric) for run in runs]
+    rows = {run.content.get("test_rows") for run in runs}
+    if len(rows) > 1 or None in rows:
+        return None
+    scores = [each for each in known if each is not None]
+    if len(scores) < len(runs) or any(not np.array_equal(weights, scores[0][1]) for _, weights in scores):
+        return None
+    return np.stack([sums for sums, _ in scores]), scores[0][1]
+
+
+def _bootstrap(gains: NDArray[np.float64], weights: NDArray[np.float64], of_seeds: float) -> tuple[float, float]:
+    """Returns the 95 % interval of sum(gains) / sum(weights) over resampled rows, with the error over seeds added."""
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    # Equal rows are drawn together: right and wrong answers are three kinds of row.
+    kinds, counts = np.unique(np.stack([gains, weights]), axis=1, return_counts=True)
+    drawn = generator.multinomial(len(gains), counts / len(gains), size=NUM_RESAMPLES)  # (resamples, kinds)
+    means = drawn @ kinds[0] / (drawn @ kinds[1])
+    if of_seeds:
+        means = means + generator.normal(0, of_seeds, NUM_RESAMPLES)
+    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
