@@ -41,6 +41,7 @@ from baselines.sat_units import (
     find_blocks,
     select_units,
 )
+from gradpruner.caveats import CAVEATS
 from gradpruner.checks import check_choice
 from gradpruner.files import content_hash
 from gradpruner.method import Compressed, Method
@@ -71,10 +72,6 @@ class Sat(Method):
     """
 
     name: ClassVar[str] = "sat"
-    caveat: ClassVar[str] = (
-        "SAT: no code of its authors exists, so schedule and formulas are ours. With a dense tail it ends level with "
-        "dense here, in the paper 3 to 5 points below; sat_constant, without one, is the other end of the range"
-    )
 
     omission_rate: float = 0.4
     rungs: int = 4
@@ -114,7 +111,7 @@ class Sat(Method):
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
         """Leaves the model unchanged; see `Method.prune`."""
         note = "SAT leaves units out in training only: the model that comes out, and its inference, is dense."
-        return dataclasses.replace(super().prune(model, directory), report={"notes": [note, f"{self.caveat}."]})
+        return dataclasses.replace(super().prune(model, directory), report={"notes": [note, f"{CAVEATS[self.name]}."]})
 
     def callbacks(self) -> list[TrainerCallback]:
         """Returns the callback that omits units; none at rate 0."""

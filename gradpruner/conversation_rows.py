@@ -10,9 +10,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gradpruner.encoding import Encoder, TrainingRow, encode_training_rows, split_tokens
+from gradpruner.encoding import Encoder, TrainingRow, encode_training_rows, split_tokens, without_too_long
 from gradpruner.models.chat_template import render_exchanges
-from gradpruner.tasks import ChatExample, DataError, Example
+from gradpruner.tasks import ChatExample, Example
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +46,7 @@ def encode_rows(examples: Sequence[Example], encoder: Encoder) -> list[TrainingR
         return encode_training_rows(examples, encoder)
     drafts = [draft for chat in chats for draft in _drafts(chat, encoder)]
     rows = [draft.finish(encoder.tokenizer.eos_token_id) for draft in drafts]
-    fitting = [row for row in rows if len(row.input_ids) <= encoder.max_length]
-    if not fitting:
-        raise DataError(
-            f"No training row fits into dataset.max_length={encoder.max_length} tokens, got {len(rows)} that are "
-            "longer. Raise dataset.max_length."
-        )
-    if len(fitting) < len(rows):
-        logger.warning(
-            "%d of %d training rows left out: they have more than %d tokens",
-            *(len(rows) - len(fitting), len(rows), encoder.max_length),
-        )
+    fitting = without_too_long(rows, encoder.max_length)
     if len(rows) > len(chats):
         logger.info(
             "%d conversations make %d training rows: in some, earlier turns are rendered in another way than the last",

@@ -263,21 +263,29 @@ def encode_training_rows(examples: Sequence[Example], encoder: Encoder) -> list[
     encoded = encoder.encode(examples, [(example.answer,) for example in examples], extra=1)
     eos = encoder.tokenizer.eos_token_id
     rows = [
-        TrainingRow((*row.prompt, *row.completions[0], eos), len(row.completions[0]) + 1)
+        None if row is None else TrainingRow((*row.prompt, *row.completions[0], eos), len(row.completions[0]) + 1)
         for row in encoded
-        if row is not None
     ]
-    if not rows:
+    return without_too_long(rows, encoder.max_length)
+
+
+def without_too_long(rows: Sequence[TrainingRow | None], max_length: int) -> list[TrainingRow]:
+    """Returns the rows of at most `max_length` tokens, or raises DataError; the log says how many do not fit.
+
+    A None among the rows stands for one that is known not to fit.
+    """
+    fitting = [row for row in rows if row is not None and len(row.input_ids) <= max_length]
+    if not fitting:
         raise DataError(
-            f"No training row fits into dataset.max_length={encoder.max_length} tokens, got {len(examples)} that are "
-            "longer. Raise dataset.max_length."
+            f"No training row fits into dataset.max_length={max_length} tokens, got {len(rows)} that are longer. Raise "
+            "dataset.max_length."
         )
-    if len(rows) < len(examples):
+    if len(fitting) < len(rows):
         logger.warning(
             "%d of %d training rows left out: they have more than %d tokens outside of any context",
-            *(len(examples) - len(rows), len(examples), encoder.max_length),
+            *(len(rows) - len(fitting), len(rows), max_length),
         )
-    return rows
+    return fitting
 
 
 def collate(rows: Sequence[TrainingRow], pad_token_id: int) -> Batch:

@@ -97,11 +97,9 @@ class Method:
 
     Attributes:
         name: name of the method, as in `conf/method/`.
-        caveat: sentence that stands beside every number of the method; empty if nothing must be said.
     """
 
     name: ClassVar[str]
-    caveat: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Does nothing; subclasses check their values and call this one."""

@@ -149,7 +149,10 @@ def _needed_keys(data: dict[str, Any]) -> list[str]:
     needed = ["status", "config", "identity", "seed"]
     if data.get("status") == "finished":
         needed += ["metrics", "config.model", "config.dataset", "config.method", "config.finetune"]
-        needed += [f"{name}.{key}" for name, section in SECTIONS.items() for key in sorted(section.__required_keys__)]
+        keys = {name: sorted(section.__required_keys__) for name, section in SECTIONS.items()}
+        if data.get("finetune") == {} and data.get("metrics") == {}:  # timings alone
+            keys |= {"finetune": [], "efficiency": ["layer_ratio", "parameter_ratio", "speed"]}
+        needed += [f"{name}.{key}" for name in keys for key in keys[name]]
     return needed
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 from transformers import MistralConfig
 
-from gradpruner.models import counting, memory
+from gradpruner.models import counting, hub, memory
 from gradpruner.models.architectures import count_parameters, empty_model, shrink_config
 from gradpruner.models.counting import TABLE_11, count_model
 from gradpruner.models.memory import estimate_training_memory, saved_activation_bytes
@@ -333,21 +334,35 @@ def test_measured_matmul_rate_is_a_rate():
 # ---- offline configs ----
 
 
-def test_a_hub_model_without_the_hub(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr("gradpruner.models.offline_configs.unreachable_reason", lambda: "no route")
+@pytest.fixture
+def no_hub(tmp_path, monkeypatch):
+    """Without network, and with an empty cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "unreachable_reason", lambda: "no route")
+    functions = (hub.resolve_commit, hub.use_cache_without_hub)
+    for function in functions:
+        function.cache_clear()
+    yield
+    for function in functions:
+        function.cache_clear()
+
+
+def test_a_hub_model_without_the_hub(no_hub, tmp_path, caplog):
     model = for_dry_run(ModelSpec(LLAMA_8B, dtype="bfloat16"), tmp_path)
     assert isinstance(model, OfflineModelSpec) and model.dtype == "bfloat16" and model.name == "Llama-3.1-8B"
     assert model.load_config(tmp_path).num_hidden_layers == 32
-    assert "cannot be read (no route): using the config that ships here" in caplog.text
+    assert "cannot be reached (no route), and the cache" in caplog.text
+    assert "using the config that ships here" in caplog.text
     with pytest.raises(ValueError, match=r"was made for a dry run and has no weights"):
         model.load(tmp_path)
 
 
-def test_a_readable_model_is_left_alone(monkeypatch, tmp_path, tiny_spec):
+def test_a_readable_model_is_left_alone(no_hub, monkeypatch, tmp_path, tiny_spec):
     assert for_dry_run(tiny_spec, tmp_path) is tiny_spec
     unknown = ModelSpec("org/Unknown")
     assert for_dry_run(unknown, tmp_path) is unknown  # the error of the model itself says more
-    monkeypatch.setattr("gradpruner.models.offline_configs.unreachable_reason", lambda: None)
+    # A model in the cache is read without network.
     monkeypatch.setattr(ModelSpec, "load_config", lambda self, folder: None)
     monkeypatch.setattr(ModelSpec, "load_tokenizer", lambda self, folder: None)
     readable = ModelSpec(LLAMA_8B)
@@ -358,7 +373,6 @@ def test_a_gated_model_has_a_stand_in(monkeypatch, tmp_path, caplog):
     def gated(self, folder):
         raise OSError("You are trying to access a gated repo.\nLog in.")
 
-    monkeypatch.setattr("gradpruner.models.offline_configs.unreachable_reason", lambda: None)
     monkeypatch.setattr(ModelSpec, "load_config", gated)
     assert isinstance(for_dry_run(ModelSpec(LLAMA_8B), tmp_path), OfflineModelSpec)
     assert "(You are trying to access a gated repo.)" in caplog.text

@@ -1,5 +1,6 @@
 """The output of a dry run, for models with and without the Hub; a dry run loads no weights."""
 
+import dataclasses
 import importlib.util
 import io
 from pathlib import Path
@@ -33,7 +34,7 @@ def show(tmp_path, *overrides, offline=False):
         cfg = compose("config", overrides=[f"cache_dir={tmp_path}/cache", *overrides])
     pipeline = build_pipeline(cfg)
     if offline:
-        fields = {name: getattr(pipeline.model, name) for name in ModelSpec.__dataclass_fields__}
+        fields = {field.name: getattr(pipeline.model, field.name) for field in dataclasses.fields(ModelSpec)}
         object.__setattr__(pipeline, "model", OfflineModelSpec(**fields))
     console = Console(record=True, width=140, file=io.StringIO())
     dry_run.show_dry_run(pipeline, Path("the/run/folder"), console)

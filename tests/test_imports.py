@@ -30,7 +30,8 @@ LAYERS = {
         *(f"gradpruner.{name}" for name in ("plan", "igia", "merge", "gradients")),
     ),
     "ground": tuple(
-        f"gradpruner.{name}" for name in ("checks", "files", "runtime", "cost", "record_sections", "waiting")
+        f"gradpruner.{name}"
+        for name in ("caveats", "checks", "files", "runtime", "cost", "messages", "record_sections", "waiting")
     ),
 }
 LIBRARIES_OF_EXPERIMENTS = ("hydra", "omegaconf", "wandb")

@@ -110,6 +110,7 @@ DAMAGES = [
     ("a record without metrics", without("metrics"), r"with missing or unknown keys \(metrics\)\. Delete it to run"),
     ("a record without a key of a section", without("pruning", "shape"), r"unknown keys \(pruning\.shape\)\. Delete"),
     ("a record with an unknown key", change(flavour="mild"), r"missing or unknown keys \(flavour\)\. Delete it"),
+    ("a record with metrics and no fine-tune", change(finetune={}), r"unknown keys \(finetune\.loss, finetune\.peak"),
     ("a record whose section is a list", change(model=[]), r"unknown keys \(model\.name, model\.num_hidden_layers"),
 ]  # fmt: skip
 
@@ -160,6 +161,7 @@ def test_nested_json(folder):
 
 @tried("a history that was cut in half", "the report draws the other figures and names it")
 def test_a_damaged_history(folder):
+    without("finetune", "losses")(only_run(folder) / "record.json")  # as in older records; newer ones hold the losses
     (only_run(folder) / "history.json").write_text('[{"step"')
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         overrides = [f"runs_dir={folder}/runs", f"figures_dir={folder}/figures", "figure=plans"]

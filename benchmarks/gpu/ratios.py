@@ -109,8 +109,14 @@ def _record(scale: Scale, workload: Workload, method: str, shape: ModelShape, sp
     )
     name = f"random-{config.model_type}-{counts.num_parameters / 1e9:.2g}B"
     settings = {
-        "model": {"name": name, "config": config.to_diff_dict(), "dtype": workload.dtype},
+        "model": {
+            "name": name,
+            "path": f"random:{config.model_type}",
+            "config": config.to_diff_dict(),
+            "dtype": workload.dtype,
+        },
         "dataset": {},
+        "evaluation": {},
         "finetune": dataclasses.asdict(training),
         "method": {"name": method, "num_pruned_layers": len(dense.layers) - len(shape.layers)},
         "seed": 0,

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from gradpruner.messages import first_few
+
 # Model types that tests/test_architectures.py compresses, generates with, saves, reloads and compresses again.
 SUPPORTED_MODEL_TYPES = (
     "llama",
@@ -124,11 +126,16 @@ def _check_layers(model: PreTrainedModel) -> None:
     shapes = [{name: tuple(value.shape) for name, value in layer.named_parameters()} for layer in layers]
     experts = sorted(name for name in shapes[0].keys() | shapes[-1].keys() if "experts." in name)
     if experts:
-        _refuse(config, f"it is a mixture of experts ({_some(experts)}), and only one dense MLP a layer is known here")
+        _refuse(
+            config,
+            f"it is a mixture of experts ({first_few(experts, 4)}), and only one dense MLP a layer is known here",
+        )
     for layer, found in enumerate(shapes):
         different = sorted(name for name in shapes[0].keys() | found.keys() if shapes[0].get(name) != found.get(name))
         if different:
-            _refuse(config, f"its layers differ from each other: layer {layer} from layer 0 in {_some(different)}")
+            _refuse(
+                config, f"its layers differ from each other: layer {layer} from layer 0 in {first_few(different, 4)}"
+            )
     # All layers have the same parameters, so checking the first is enough.
     linears = {f"{name}.weight" for name in linear_sublayers(layers[0])}
     unknown = [
@@ -137,7 +144,7 @@ def _check_layers(model: PreTrainedModel) -> None:
         if value.ndim > 1 and name not in linears
     ]
     if unknown:
-        part = f"its layers hold parameters that are neither weights of nn.Linear nor 1-D: {_some(unknown)}"
+        part = f"its layers hold parameters that are neither weights of nn.Linear nor 1-D: {first_few(unknown, 4)}"
         _refuse(config, part)
     if not linears:
         _refuse(config, "its layers have no nn.Linear sublayers")
@@ -148,12 +155,6 @@ def _check_layers(model: PreTrainedModel) -> None:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    """Returns the first few of many names as text."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _refuse(config: PreTrainedConfig, part: str, advice: str = "Choose a model of a supported type.") -> NoReturn:

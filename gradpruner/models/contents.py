@@ -6,6 +6,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from gradpruner.messages import first_few
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
@@ -13,7 +15,6 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 JSON_FILES = (CONFIG_FILE, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", INDEX_FILE)
 POINTER_START = b"version https://git-lfs.github.com/spec/"
 MAX_POINTER_BYTES = 1024  # of the Git LFS specification
-NUM_NAMED = 3  # files that a message names
 # Beside weights in a folder that a training run wrote, or an adapter's own; they hold no model.
 NOT_WEIGHTS = ("adapter_model.*", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "training_args.*")
 # File names -> what they are, and what to do. The first line that a file name fits counts.
@@ -103,7 +104,7 @@ def check_names(names: Collection[str], place: str) -> None:
     for patterns, what, own_advice in KINDS:
         found = sorted({_matched(name, patterns) for name in names} - {""})
         if found:
-            raise AssetError(f"No model in {place}: it holds {what} ({_some(found)}). {own_advice}")
+            raise AssetError(f"No model in {place}: it holds {what} ({first_few(found)}). {own_advice}")
     lacks = "no weights" if has_config else f"neither {CONFIG_FILE} nor weights"
     raise AssetError(f"No model in {place}: it holds {lacks}. {advice}")
 
@@ -142,7 +143,7 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise AssetError(
             f"All files that the checkpoint's index names must be there, got {len(files) - len(missing)} of "
-            f"{len(files)} in {folder}: {_some(missing)} missing. Download or save the checkpoint again."
+            f"{len(files)} in {folder}: {first_few(missing)} missing. Download or save the checkpoint again."
         )
     return files
 
@@ -155,7 +156,7 @@ def _no_folder(folder: Path) -> AssetError:
         )
     parent = folder.absolute().parent
     siblings = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
-    there = f"{parent} holds the folders {_some(siblings)}" if siblings else f"{parent} holds no folders"
+    there = f"{parent} holds the folders {first_few(siblings)}" if siblings else f"{parent} holds no folders"
     there = there if parent.is_dir() else f"{parent} does not exist either"
     return AssetError(
         f"No model in {folder.absolute()}: there is no such folder, and {there}. Correct the path; a relative one "
@@ -178,7 +179,8 @@ def _check_links(folder: Path) -> None:
     if broken:
         raise AssetError(
             f"A checkpoint must hold the files themselves, got links to files that are missing in {folder}: "
-            f"{_some(broken)}. Copy the folder again with its links followed (`cp -L`), or download the model again."
+            f"{first_few(broken)}. Copy the folder again with its links followed (`cp -L`), or download the model "
+            "again."
         )
 
 
@@ -187,12 +189,6 @@ def _check_no_pointers(folder: Path) -> None:
     pointers = [file.name for file in small if file.read_bytes().startswith(POINTER_START)]
     if pointers:
         raise AssetError(
-            f"A checkpoint must hold the files themselves, got Git LFS pointers in {folder}: {_some(pointers)}. Run "
-            "`git lfs install` and then `git lfs pull` there, or download the model with `hf download`."
+            f"A checkpoint must hold the files themselves, got Git LFS pointers in {folder}: {first_few(pointers)}. "
+            "Run `git lfs install` and then `git lfs pull` there, or download the model with `hf download`."
         )
-
-
-def _some(names: list[str]) -> str:
-    """Returns the first few names as text."""
-    rest = len(names) - NUM_NAMED
-    return ", ".join(names[:NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")

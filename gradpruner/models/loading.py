@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from gradpruner.messages import first_few, warn_once
 from gradpruner.models.architectures import empty_model
 from gradpruner.models.contents import ADAPTER_CONFIG_FILE
 from gradpruner.models.read_config import tied_names
@@ -43,7 +43,6 @@ WRAPPERS = {
         "Such names come from a classifier or reward model: use the language model that it was made from."
     ),
 }
-NUM_NAMED = 3  # tensors that a message names
 
 
 def check_checkpoint(folder: Path, config: PreTrainedConfig, source: str | None = None) -> None:
@@ -115,15 +114,14 @@ def check_loading_report(report: Mapping[str, Any], source: str, config: PreTrai
     )
 
 
-@cache  # a run loads its model several times
 def warn_of_adapter(folder: Path, source: str) -> None:
     """Logs that an adapter beside the weights is not applied, if there is one."""
     if (folder / ADAPTER_CONFIG_FILE).is_file():
-        logger.warning(
-            "%s holds the weights of a whole model and an adapter beside them (%s). The weights are used without the "
-            "adapter. If it is not merged into them yet, merge it with peft's merge_and_unload() first.",
-            source,
-            ADAPTER_CONFIG_FILE,
+        warn_once(
+            logger,
+            f"{source} holds the weights of a whole model and an adapter beside them ({ADAPTER_CONFIG_FILE}). The "
+            "weights are used without the adapter. If it is not merged into them yet, merge it with peft's "
+            "merge_and_unload() first.",
         )
 
 
@@ -154,9 +152,7 @@ def _common_prefix(missing: Iterable[str], unexpected: Iterable[str]) -> str:
 
 def _some(names: list[str]) -> str:
     """Returns the number of the names and the first few of them as text."""
-    rest = len(names) - NUM_NAMED
-    more = f" and {rest} more" if rest > 0 else ""
-    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(names[:NUM_NAMED])}{more})"
+    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({first_few(names)})"
 
 
 @contextmanager

@@ -6,15 +6,15 @@ is one file per model in `hub_configs/`, named by Hub id with `--` for `/`.
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradpruner.files import user_path
 from gradpruner.models.architectures import check_supported
 from gradpruner.models.assets import PACKAGED_MODELS, find_wheel
-from gradpruner.models.hub import unreachable_reason
 from gradpruner.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ STAND_IN_TOKENIZER = "smollm2-135m"  # name in assets.PACKAGED_MODELS
 @dataclass(frozen=True)
 class OfflineModelSpec(ModelSpec):
     """Hub model without the Hub: its shipped config and another model's tokenizer, so token counts are estimates."""
+
+    has_own_tokenizer: ClassVar[bool] = False
 
     def load_config(self, assets_dir: Path) -> PreTrainedConfig:
         """Returns the shipped config; raises ValueError as `ModelSpec.load_config` does."""
@@ -78,12 +80,10 @@ def for_dry_run(model: ModelSpec, assets_dir: Path) -> ModelSpec:
     if model.path not in shipped_ids() or user_path(model.path).is_dir():
         return model
     try:
-        if (unreachable := unreachable_reason()) is not None:
-            raise OSError(unreachable)
         model.load_config(assets_dir)
         model.load_tokenizer(assets_dir)
     except OSError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         logger.warning("%s cannot be read (%s): using the config that ships here", model.path, reason)
-        return OfflineModelSpec(**{name: getattr(model, name) for name in ModelSpec.__dataclass_fields__})
+        return OfflineModelSpec(**{field.name: getattr(model, field.name) for field in fields(ModelSpec)})
     return model

@@ -2,9 +2,10 @@
 
 import copy
 import logging
-from functools import cache
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from gradpruner.messages import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,12 @@ def add_special_tokens(
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= config.vocab_size:
         if tokenizer.pad_token_id is not None:
-            _warn_once(
+            warn_once(
+                logger,
                 f"The model in {source} has no embedding for the padding token {tokenizer.pad_token!r} (id "
                 f"{tokenizer.pad_token_id}, vocab_size={config.vocab_size}): it was added without "
                 f"resize_token_embeddings. {tokenizer.eos_token!r} pads instead; padding is masked, so no result "
-                "depends on it."
+                "depends on it.",
             )
         replaced["pad_token"] = tokenizer.pad_token
         tokenizer.pad_token = tokenizer.eos_token
@@ -76,12 +78,9 @@ def _eos_token(tokenizer: PreTrainedTokenizerBase, eos_token_id: int | list[int]
             f"Every answer ends with an end-of-text token, got a tokenizer without one (eos_token) in {source} and "
             f"eos_token_id={eos_token_id} in its config.json. Set eos_token in tokenizer_config.json."
         )
-    _warn_once(
-        f"The tokenizer in {source} has no end-of-text token (eos_token): {known[0]!r} is used, which config.json names"
+    warn_once(
+        logger,
+        f"The tokenizer in {source} has no end-of-text token (eos_token): {known[0]!r} is used, which config.json "
+        "names",
     )
     return str(known[0])
-
-
-@cache  # a tokenizer may be loaded more than once in a run
-def _warn_once(message: str) -> None:
-    logger.warning(message)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from gradpruner.messages import one_line, warn_once
 from gradpruner.models.architectures import SUPPORTED_MODEL_TYPES, check_supported
 from gradpruner.models.contents import AssetError
 from gradpruner.models.tensor_files import StoredTensor, read_tensors
@@ -45,7 +45,7 @@ def read_config(
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise AssetError(
             f"A model's config must have values that transformers {transformers.__version__} can use, got an error for "
-            f"the config.json of {source} ({_one_line(error)}). Get the file again, as it was saved with the weights."
+            f"the config.json of {source} ({one_line(error)}). Get the file again, as it was saved with the weights."
         ) from error
     check_supported(config)
     if folder is not None:
@@ -81,9 +81,10 @@ def settle_tying(config: PreTrainedConfig, folder: Path) -> None:
         pair = [_find(tensors, name, config) for name in (head, embedding)]
         if pair[0] is not None and pair[1] is not None and not pair[0].equals(pair[1]):
             config.tie_word_embeddings = False
-            _warn_once(
+            warn_once(
+                logger,
                 f"{folder} holds {pair[0].name} with other values than {pair[1].name}, although its config.json says "
-                "tie_word_embeddings=true. Both are used as they are, and the config is corrected to false."
+                "tie_word_embeddings=true. Both are used as they are, and the config is corrected to false.",
             )
 
 
@@ -119,12 +120,3 @@ def _find(tensors: Mapping[str, StoredTensor], name: str, config: PreTrainedConf
     """Returns a stored tensor by its name in the model; checkpoints of a bare decoder lack the model's own prefix."""
     prefix = AutoModelForCausalLM._model_mapping[type(config)].base_model_prefix
     return tensors.get(name) or tensors.get(name.removeprefix(f"{prefix}."))
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")

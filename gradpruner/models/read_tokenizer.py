@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from gradpruner.messages import one_line
 from gradpruner.models.contents import AssetError, read_json
 from gradpruner.models.padding import add_special_tokens
 
@@ -33,10 +34,9 @@ def read_tokenizer(
     except OSError:
         raise
     except Exception as error:  # `tokenizers` raises plain Exceptions
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
         raise AssetError(
-            f"Cannot load the tokenizer of {source}, got {reason}. Save it again with a recent transformers, which "
-            "writes tokenizer.json, and put its files beside the model."
+            f"Cannot load the tokenizer of {source}, got {one_line(error)}. Save it again with a recent "
+            "transformers, which writes tokenizer.json, and put its files beside the model."
         ) from error
     values, _ = PreTrainedConfig.get_config_dict(source, revision=commit)
     add_special_tokens(tokenizer, config, values.get("eos_token_id"), source)

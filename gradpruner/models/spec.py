@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import (
@@ -40,6 +40,8 @@ class ModelSpec:
         config: config values of a `random:` model, such as num_hidden_layers.
         chat_template: put prompts into the tokenizer's chat template.
     """
+
+    has_own_tokenizer: ClassVar[bool] = True  # False: of another model, so its token ids mean nothing to this one
 
     path: str
     revision: str | None = None

@@ -29,6 +29,7 @@ CANNOT_CHANGE_RESULTS = {
     "gradpruner.finetune": "imports for users",
     "gradpruner.models": "imports for users",
     "gradpruner.checks": "refuses settings or lets them pass, unchanged",
+    "gradpruner.messages": "makes texts for people",
     "gradpruner.conversation_rows": "makes rows, which are in the keys themselves",
     "gradpruner.data_warnings": "warns",
     "gradpruner.checkpoints*": "writes files from the results of stages",

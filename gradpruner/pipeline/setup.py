@@ -17,7 +17,6 @@ from gradpruner.files import content_hash
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.method import Method, Recovery
 from gradpruner.models.architectures import count_parameters, empty_model
-from gradpruner.models.offline_configs import OfflineModelSpec
 from gradpruner.models.shape import ModelShape
 from gradpruner.models.spec import ModelSpec
 from gradpruner.tasks import Example, Task
@@ -175,12 +174,17 @@ class Setup:
     # ---- checks ----
 
     def check(self) -> None:
-        """Reads config and data and resolves the method; raises what `ModelSpec`, `Task` and `Method` raise.
+        """Reads config and data and resolves the method, once; raises what `ModelSpec`, `Task` and `Method` raise.
 
         Raises:
             ValueError: also if started by torchrun, if `max_length` is over the model's positions, or if the data have
                 tokens that the model has no embedding for.
         """
+        _ = self._checked
+
+    @cached_property
+    def _checked(self) -> bool:
+        """Whether `check` has passed: `Pipeline.run` checks again what a command has checked before."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 f"A run is one process, got WORLD_SIZE={os.environ['WORLD_SIZE']} from torchrun or accelerate. "
@@ -194,6 +198,7 @@ class Setup:
         warn_of_leaked_rows(self.train_examples, self.test_examples)
         warn_of_second_bos(self.train_examples, self.rows, self.encoder(self.task))
         self.cache_dir.mkdir(parents=True, exist_ok=True)
+        return True
 
     def _check_positions(self) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)
@@ -209,8 +214,8 @@ class Setup:
         """Raises ValueError if rows or questions have token ids beyond the model's vocabulary."""
         rows = [row.input_ids for row in (*self.rows, *self.recovery_rows)]
         rows += [(*question.prompt, *itertools.chain(*question.completions)) for question in self.questions]
-        if isinstance(self.base_model, OfflineModelSpec):
-            return  # its tokenizer is another model's
+        if not self.base_model.has_own_tokenizer:
+            return
         size = self.config.vocab_size
         beyond = [{token for token in row if token >= size} for row in rows]
         if tokens := sorted(set().union(*beyond)):

@@ -47,12 +47,18 @@ def coordinates(record: RunRecord) -> dict[str, Any]:
     return own | {
         "model": config["model"]["path"],
         "finetune": config["finetune"]["mode"],
-        "dataset": config["dataset"]["_target_"].rsplit(".", 2)[-2],
+        "dataset": dataset_module(record),
         "test": config["dataset"].get("test"),
         "train_fraction": config["dataset"].get("train_fraction") or 1.0,
         "method": VARIANT_OF.get(record.pruning["method"], record.pruning["method"]),
         "num_hidden_layers": num_layers,
     }
+
+
+def dataset_module(record: RunRecord) -> str | None:
+    """Returns the name of a dataset's module in `gradpruner.tasks`; None for records of timings alone."""
+    dataset = record.config["dataset"]
+    return dataset["_target_"].rsplit(".", 2)[-2] if dataset else None
 
 
 def fits(record: RunRecord, row: PublishedRow, axis: str) -> bool:

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baselines.sat import Sat
-from baselines.sat_constant import SatConstant
+from gradpruner.caveats import CAVEATS
 from gradpruner.record import RunRecord
 from gradpruner.record_sections import Metrics, metric_stderr, metric_value
 
@@ -43,7 +42,6 @@ METHOD_LABELS = {
 }
 # Variants of a method of the paper that are shown beside its published values, as rows of their own.
 VARIANT_OF = {"sat_constant": "sat"}
-CAVEATS = {method.name: method.caveat for method in (Sat, SatConstant)}
 # Dense in the end, or beyond the paper: these do not compete with the paper's pruning methods for the best value.
 NOT_COMPETING = ("dense", "sat", "gradpruner_plus")
 WITH_ENCODER = ("similarity", "bertscore_f1")
@@ -63,7 +61,7 @@ def method_place(name: str) -> tuple[int, str]:
 
 
 def caveats(records: Sequence[RunRecord]) -> list[str]:
-    """Returns what must be said beside any number of the methods of these runs (`Method.caveat`), each once."""
+    """Returns what must be said beside any number of the methods of these runs, each once."""
     return list(dict.fromkeys(CAVEATS[name] for record in records if (name := record.pruning["method"]) in CAVEATS))
 
 

@@ -10,6 +10,7 @@ from gradpruner.files import content_hash
 from gradpruner.models.counting import ROW_LENGTH
 from gradpruner.record import NOT_IDENTITY, RunRecord
 from gradpruner.reporting.comparing import SPREAD_NOTE, mean_error
+from gradpruner.reporting.coordinates import dataset_module
 from gradpruner.reporting.labels import (
     METHOD_LABELS,
     MetricColumn,
@@ -67,10 +68,12 @@ def comparisons(records: Sequence[RunRecord]) -> list[Table]:
 def dataset_name(record: RunRecord) -> str:
     """Returns the name of a run's dataset and, if it was tested on another dataset, the name of that one."""
     dataset = record.config["dataset"]
+    if not dataset:  # timings alone
+        return "random rows"
     tested = f", tested on {dataset['test']}" if dataset["test"] else ""
     if dataset.get("validation_fraction"):
         tested += ", validation rows"
-    return f"{dataset['_target_'].rsplit('.', 2)[-2]}{tested}"
+    return f"{dataset_module(record)}{tested}"
 
 
 def setting(record: RunRecord) -> dict[str, Any]:

@@ -1,0 +1,22 @@
+"""Pieces of messages: a few of many names, an error on one line, and a warning that is given once."""
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+
+
+def first_few(names: Sequence[str], limit: int = 3) -> str:
+    """Returns the first names, separated by commas, and how many more there are."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the class and the message of an error on one line, without a full stop at the end."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+
+
+@cache
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Logs a warning the first time in this process: a run reads its model several times."""
+    logger.warning(message)
