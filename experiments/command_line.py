@@ -29,6 +29,7 @@ from experiments.arguments import HELP, check_arguments, quote
 from experiments.config import CONF, options
 from experiments.schema import ConfigError
 from experiments.sweep import cells, describe_broken_off, forget_sweep
+from gradpruner import processes
 from gradpruner.checks import guess
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # with 1, hydra lets exceptions pass instead of printing them
@@ -36,24 +37,32 @@ INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 FREE_KEYS = ("model.config", "dataset.test_settings", "method.recover_settings")  # mappings that take any key
 
 
-def run_command(main: Callable[[], None], config_name: str, module: str) -> None:
+def run_command(main: Callable[[], None], config_name: str, module: str, check: bool = True) -> None:
     """Calls a function decorated with `hydra.main`, after checks of the command line's arguments.
 
     Args:
         main: the function.
         config_name: its primary config.
         module: the entry point, for the command that continues an interrupted one.
+        check: whether the arguments are hydra's.
 
     Raises:
         SystemExit: with 1 if the arguments are refused or a worker of a sweep was killed, with 130 after Ctrl-C.
     """
-    again = f"To continue: {shlex.join(['python', '-m', module, *sys.argv[1:]])}"
+    several = ["torchrun", f"--nproc-per-node={processes.count_on_machine()}"]
+    start = ["python"] if processes.count() == 1 else several
+    again = f"To continue: {shlex.join([*start, '-m', module, *sys.argv[1:]])}"
     try:
-        sys.argv[1:] = check_arguments(sys.argv[1:], config_name)
+        _join_processes()
+        if check:
+            sys.argv[1:] = check_arguments(sys.argv[1:], config_name)
         with _passing_exceptions():
             main()
     except KeyboardInterrupt:
+        if not processes.report("Interrupted"):
+            raise SystemExit(INTERRUPTED) from None
         print(f"\nInterrupted; finished stages are kept.{describe_broken_off()}\n{again}", file=sys.stderr)
+        processes.leave()
         raise SystemExit(INTERRUPTED) from None
     except BrokenProcessPool as error:
         print(
@@ -62,16 +71,54 @@ def run_command(main: Callable[[], None], config_name: str, module: str) -> None
             file=sys.stderr,
         )
         raise SystemExit(1) from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("submitit."):
+            raise
+        print(
+            f"\nError: a job of the sweep ended without a result, got {type(error).__name__}: {first_line(error)} Its "
+            "log is in the folder .submitit of the sweep; jobs that are killed may need more hydra.launcher.mem_gb or "
+            f"timeout_min.{describe_broken_off()}\n{again}",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from error
     except ConfigError as error:
+        if not processes.report(str(error)):
+            raise SystemExit(1) from error
         print(f"\nError: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except (HydraException, OmegaConfBaseException) as error:
         if os.environ.get(FULL_ERROR) == "1":
             raise
+        if not processes.report(str(error)):
+            raise SystemExit(1) from error
         print(f"\nError: {_explain(error, config_name)}", file=sys.stderr)
         raise SystemExit(1) from error
     finally:
         forget_sweep()
+
+
+def _join_processes() -> None:
+    """Joins the other processes of a run, so that one of them says what is wrong; refuses a sweep on several.
+
+    Raises:
+        ConfigError: for a sweep, or if the launcher's variables do not fit this machine.
+    """
+    if processes.count() == 1:
+        return
+    try:
+        processes.start()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if get_args_parser().parse_known_args()[0].multirun:
+        raise ConfigError(
+            f"A sweep is one process that starts its runs, got -m on {processes.count()} processes. Start every run "
+            "with torchrun of its own, or start the sweep with plain python."
+        )
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Turns hydra's config into the pipeline of a run, the settings that results depend on, and the run's folder."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from experiments.paths import path_setting
 from gradpruner.checks import guess
 from gradpruner.files import content_hash
 from gradpruner.pipeline.run import Pipeline
-from gradpruner.record import NOT_IDENTITY
+from gradpruner.record import NOT_IDENTITY, evaluation_settings
 from gradpruner.tasks import Task
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -21,6 +22,8 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 SETTINGS_OF = {"dataset.test": "dataset.test_settings", "method.recover_on": "method.recover_settings"}
 
 schema.register()
+# Our YAML of a launcher replaces the plugin's defaults of the same name: `hydra/launcher=submitit_slurm`.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/.*' is validated against ConfigStore schema")
 
 
 def build_pipeline(cfg: DictConfig) -> Pipeline:
@@ -146,7 +149,10 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """Returns the settings that results depend on."""
-    return {key: value for key, value in resolve(cfg).items() if key not in NOT_IDENTITY}
+    resolved = resolve(cfg)
+    settings = {key: value for key, value in resolved.items() if key not in NOT_IDENTITY}
+    finetune = {key: value for key, value in settings["finetune"].items() if key != "parallel"}
+    return {**settings, "finetune": finetune, "evaluation": evaluation_settings(resolved)}
 
 
 def run_directory(cfg: DictConfig, pipeline: Pipeline) -> Path:

@@ -1,4 +1,6 @@
-"""Spreads the jobs of a joblib sweep over the visible GPUs: each worker process has one GPU for all of its jobs.
+"""Spreads the jobs of a joblib sweep over the visible GPUs: a worker process keeps its GPU for all its jobs.
+
+With `num_processes`, it keeps as many GPUs as a run has processes.
 
 The sweep's own process offers the GPUs in an environment variable, which its workers inherit. A worker takes the GPU
 that the fewest workers have when it imports this package. That is before it imports torch: CUDA reads
@@ -27,18 +29,19 @@ _taken: list[tuple[str, FileLock]] = []  # GPU of this worker, and its lock, whi
 
 
 def offer_gpus(config: "DictConfig") -> None:
-    """Offers the visible GPUs to the workers of a sweep; does nothing without joblib or with fewer than two GPUs.
+    """Offers the visible GPUs to the workers of a sweep; does nothing without joblib or with GPUs for one worker.
 
     Args:
         config: the sweep's config, with hydra's own node.
     """
     import torch
 
-    count = torch.cuda.device_count()
-    if count < 2 or not str(config.hydra.launcher._target_).endswith(".JoblibLauncher"):
+    count, size = torch.cuda.device_count(), config.num_processes
+    if count < 2 * size or not str(config.hydra.launcher._target_).endswith(".JoblibLauncher"):
         return
     listed = os.environ.get(VISIBLE)
     gpus = listed.split(",")[:count] if listed else [str(index) for index in range(count)]
+    gpus = [",".join(gpus[start : start + size]) for start in range(0, count - count % size, size)]
     folder = Path(config.hydra.sweep.dir).absolute()
     os.environ[OFFER] = json.dumps({"folder": str(folder), "gpus": gpus})
 

@@ -22,6 +22,7 @@ HISTORY_FILE = "history.json"  # loss and learning rate per optimizer step, besi
 LOSS_PICTURE = "loss.png"
 IMPORTANCE_PICTURE = "importance.png"
 CHECKPOINT = "checkpoint"  # folder
+RUNNING_FILE = "running.lease"  # there while a process runs into the folder, see gradpruner.lease
 RESULTS = (RECORD_FILE, PLAN_FILE, PREDICTIONS_FILE, HISTORY_FILE, LOSS_PICTURE, IMPORTANCE_PICTURE, CHECKPOINT)
 # Key of a record's content -> name in messages.
 CONTENT_NAMES = {
@@ -100,6 +101,15 @@ def changed_stages(record: RunRecord, pipeline: Pipeline) -> list[str]:
     return [name for name, id_ in pipeline.stage_ids().items() if record.stage_ids.get(name) != id_]
 
 
+def is_complete(record: RunRecord, run_dir: Path, cfg: DictConfig) -> bool:
+    """Returns whether a run has finished and has the checkpoint and the speed that `cfg` asks for."""
+    if cfg.save_checkpoint and not (run_dir / CHECKPOINT).is_dir():
+        return False
+    if cfg.measure_speed and not record.efficiency.get("speed"):
+        return False
+    return record.status == "finished"
+
+
 def remove_results(run_dir: Path) -> None:
     """Deletes what a finished run wrote into its folder, except its log; other files of the folder are unchanged."""
     for path in (run_dir / name for name in RESULTS):
@@ -139,6 +149,8 @@ def _training_section(training: TrainingAccount) -> TrainingSection:
         "precision": training["precision"],
         "micro_batch_size": training["micro_batch_size"],
     }
+    if "num_processes" in training:
+        section["num_processes"] = training["num_processes"]
     if "update_survival" in training:
         section["update_survival"] = training["update_survival"]
     return section

@@ -2,6 +2,7 @@
 
     python -m experiments.run experiment=quickstart
     python -m experiments.run -m sparsity=0.2,0.3,0.4 merge_count=0,1,3
+    torchrun --nproc-per-node=4 -m experiments.run finetune=full
 
 Builds what the config names, runs it with `gradpruner.pipeline`, and writes the results.
 """
@@ -11,6 +12,7 @@ import logging
 import shutil
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
@@ -25,6 +27,7 @@ from experiments.command_line import run_command
 from experiments.config import CONF, build_pipeline, identity, reference_config, resolve, run_directory
 from experiments.devices import taken_gpu
 from experiments.dry_run import show_dry_run
+from experiments.launch import run_with_torchrun, starts_torchrun
 from experiments.paths import check_writable
 from experiments.preview import show_example
 from experiments.recording import (
@@ -32,14 +35,17 @@ from experiments.recording import (
     HISTORY_FILE,
     IMPORTANCE_PICTURE,
     LOSS_PICTURE,
+    RUNNING_FILE,
     changed_content,
     changed_stages,
     finished_record,
+    is_complete,
     remove_results,
 )
 from experiments.summary import show_summary
 from experiments.sweep import arguments_of, is_left_out, note_failure, note_finished
 from experiments.tracker import Tracker
+from gradpruner import processes
 from gradpruner.checkpoints.checkpoint import save_checkpoint
 from gradpruner.cost import process_memory_bytes
 from gradpruner.evaluate.base import PREDICTIONS_FILE
@@ -52,13 +58,17 @@ from gradpruner.pipeline.run import Pipeline
 from gradpruner.record import RunRecord
 from gradpruner.reporting.figures import plot_importance, plot_loss
 from gradpruner.runtime import quiet_libraries
+from gradpruner.waiting import leased
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Runs the command."""
-    run_command(hydra_job, "config", "experiments.run")
+    try:
+        run_command(hydra_job, "config", "experiments.run")
+    finally:
+        processes.finish()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -69,22 +79,32 @@ def hydra_job(cfg: DictConfig) -> None:
     if (gpu := taken_gpu()) is not None:
         logger.info("Job %s runs on GPU %s", job.job.num, gpu)
     try:
+        if not processes.is_main():
+            logging.disable(logging.WARNING)  # rank 0 says it
         if is_sweep and is_left_out(cfg):
             logger.info("Left out of the sweep: %s", " ".join(arguments_of(job.overrides)))
         else:
             _check_launch(cfg)
-            run_job(cfg)
+            if starts_torchrun(cfg):
+                run_with_torchrun(arguments_of(job.overrides), cfg.num_processes)
+            else:
+                run_job(cfg)
     except Exception as error:
-        reason = _explain_memory(error)
-        is_expected = reason is not error or isinstance(error, (ValueError, DivergedError, OSError))
+        reason = _explain_memory(processes.cause_of(error))
+        if not processes.report(str(reason)):
+            raise SystemExit(1) from error  # the process that failed first says why
+        expected = (ValueError, DivergedError, OSError, processes.PeerFailedError)
+        is_expected = reason is not error or isinstance(error, expected)
         if is_sweep:
             note_failure(reason, is_expected)
         elif is_expected:
             logger.debug("", exc_info=True)
-            print(f"\nError: {reason}", file=sys.stderr)
+            print(f"\nError: {reason}", file=sys.stderr, flush=True)
+            processes.leave()
             raise SystemExit(1) from error
         else:
             traceback.print_exception(error)  # here, because `run_command` takes some classes for mistakes of the user
+            processes.leave()
             raise SystemExit(1) from error
     else:
         if is_sweep:
@@ -118,7 +138,7 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     """Runs what `cfg` describes, after its reference method, and prints the summary.
 
     Returns:
-        The record, or None for a dry run.
+        The record; None for a dry run, and on all processes but rank 0.
 
     Raises:
         ValueError: if anything is wrong with config or data; raised before any weight is loaded.
@@ -135,17 +155,35 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
         pipeline = dataclasses.replace(pipeline, model=model)
     pipeline.check(resources=not cfg.dry_run, save_to=run_dir / CHECKPOINT if cfg.save_checkpoint else None)
     check_prunes(pipeline)
+    if not processes.is_main():
+        _follow(cfg, pipeline)
+        return None
     show_example(pipeline)
     if cfg.dry_run:
         show_dry_run(pipeline, run_dir)
+        processes.wait_for_all()
         return None
-    records = []
-    if cfg.reference is not None and cfg.reference != pipeline.method.name:
-        reference = reference_config(cfg)
-        records.append(_run_arm(reference, build_pipeline(reference), tracker))
-    records.append(_run_arm(cfg, pipeline, tracker))
+    records = [_run_arm(*arm, tracker) for arm in _arms(cfg, pipeline)]
+    processes.wait_for_all()
     show_summary(records, run_dir, f"{pipeline.model.name} on {pipeline.dataset_name}")
     return records[-1]
+
+
+def _arms(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[DictConfig, Pipeline]]:
+    """Yields config and pipeline of the reference method, if there is one, and of the run itself."""
+    if cfg.reference is not None and cfg.reference != pipeline.method.name:
+        reference = reference_config(cfg)
+        yield reference, build_pipeline(reference)
+    yield cfg, pipeline
+
+
+def _follow(cfg: DictConfig, pipeline: Pipeline) -> None:
+    """Takes part in what rank 0 runs; writes no results."""
+    if not cfg.dry_run:
+        for _, arm in _arms(cfg, pipeline):
+            if processes.broadcast(False):
+                arm.run()
+    processes.wait_for_all()
 
 
 def check_prunes(pipeline: Pipeline) -> None:
@@ -158,8 +196,16 @@ def check_prunes(pipeline: Pipeline) -> None:
 
 
 def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord:
+    """Runs one method and writes its folder; waits for another process that runs the same."""
+    run_dir = run_directory(cfg, pipeline)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with leased(run_dir / RUNNING_FILE, "runs the same"):
+        return _run_alone(run_dir, cfg, pipeline, tracker)
+
+
+def _run_alone(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord:
     """Runs one method and writes its folder; a finished folder of the same config, weights and data is unchanged."""
-    run_dir, identity_hash = run_directory(cfg, pipeline), content_hash(identity(cfg))
+    identity_hash = content_hash(identity(cfg))
     record = RunRecord.load(run_dir)
     if record is not None and record.identity != identity_hash:
         raise ValueError(
@@ -167,7 +213,7 @@ def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord
             "Give output_dir another folder, or delete that one."
         )
     changed = [] if record is None else changed_content(record, pipeline)
-    if record is not None and not changed and _is_complete(record, run_dir, cfg):
+    if record is not None and not changed and is_complete(record, run_dir, cfg):
         logger.info("Already finished: %s", run_dir)
         if stages := changed_stages(record, pipeline):
             logger.info(
@@ -175,8 +221,8 @@ def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord
                 "%s. Delete that folder to run it again.",
                 ", ".join(stages),
             )
+        processes.broadcast(False)
         return record
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     handler = logging.FileHandler(run_dir / "run.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -191,27 +237,20 @@ def _run_arm(cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord
             remove_results(run_dir)
         return _run_into(run_dir, cfg, pipeline, tracker)
     except Exception as error:
-        failed = RunRecord("failed", resolve(cfg), identity_hash, cfg.seed, error=f"{type(error).__name__}: {error}")
+        cause = processes.cause_of(error)
+        failed = RunRecord("failed", resolve(cfg), identity_hash, cfg.seed, error=f"{type(cause).__name__}: {cause}")
         failed.save(run_dir)
-        raise
+        raise cause from error
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
-
-
-def _is_complete(record: RunRecord, run_dir: Path, cfg: DictConfig) -> bool:
-    """Whether a run has finished and has the checkpoint and the speed that `cfg` asks for."""
-    if cfg.save_checkpoint and not (run_dir / CHECKPOINT).is_dir():
-        return False
-    if cfg.measure_speed and not record.efficiency.get("speed"):
-        return False
-    return record.status == "finished"
 
 
 def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Tracker) -> RunRecord:
     logger.info("%s on %s: %s", pipeline.method.name, pipeline.task.name, run_dir)
     own_memory = process_memory_bytes()
     _ = pipeline.content  # of before the run: data that change meanwhile are not what it was made from
+    processes.broadcast(True)  # the others run it, too
     outcome = pipeline.run()
     outcome.plan.save(run_dir / PLAN_FILE)
     shutil.copyfile(outcome.predictions, run_dir / PREDICTIONS_FILE)

@@ -33,6 +33,7 @@ class RunConfig:
         merge_count: number of pruned layers that merge into kept layers.
         seed: seed of data order, adapters and draws.
         show_options: list the choices in the prompt, if the dataset has a template for it.
+        num_processes: processes per node that share the run, started by torchrun if there are several.
         reference: method to run first, from the same cache, and to show in the summary; null for none.
         evaluate_before: also evaluate before fine-tuning.
         measure_speed: time training steps and inference of the result and of the dense model.
@@ -53,6 +54,7 @@ class RunConfig:
     merge_count: int = MISSING
     seed: int = MISSING
     show_options: bool = MISSING
+    num_processes: int = MISSING
     reference: str | None = MISSING
     evaluate_before: bool = MISSING
     measure_speed: bool = MISSING

@@ -20,6 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.devices import offer_gpus, withdraw_gpus
+from experiments.launch import check_launcher, describe_going_on, is_first_node, outlives_sweep
 from experiments.paths import check_writable
 from experiments.schema import ConfigError
 from gradpruner.files import write_json
@@ -47,9 +48,11 @@ class SweepReport(Callback):
         """Deletes what jobs of an earlier sweep left in the same folder, and offers GPUs to joblib's workers.
 
         Raises:
-            SystemExit: if the folder cannot be written to; hydra turns other exceptions of callbacks into warnings.
+            SystemExit: if the folder cannot be written to, or if the launcher cannot start jobs here; hydra turns other
+                exceptions of callbacks into warnings.
         """
         try:
+            check_launcher(config.hydra.launcher)
             check_writable(**{"hydra.sweep.dir": Path(config.hydra.sweep.dir)})
         except ConfigError as error:
             print(f"\nError: {error}", file=sys.stderr)
@@ -130,7 +133,9 @@ def describe_broken_off() -> str:
     if len(left) > NUM_LISTED:
         lines.append(f"  and {len(left) - NUM_LISTED} more")
     listed = "".join(f"\n{line}" for line in lines)
-    return f"\n{len(finished)} of {len(jobs)} runs of this sweep have finished and are kept. Not finished:{listed}"
+    done = f"\n{len(finished)} of {len(jobs)} runs of this sweep have finished and are kept. Not finished:{listed}"
+    folder = Path(config.hydra.sweep.dir, ".submitit")
+    return done + (describe_going_on(str(folder)) if outlives_sweep(config.hydra.launcher) else "")
 
 
 def forget_sweep() -> None:
@@ -141,6 +146,8 @@ def forget_sweep() -> None:
 
 def note_finished() -> None:
     """Records that this job needs no more work."""
+    if not is_first_node():
+        return
     job = HydraConfig.get()
     write_json(Path(job.runtime.output_dir) / FINISHED_FILE, {"overrides": arguments_of(job.overrides)})
 
@@ -149,6 +156,8 @@ def note_failure(error: Exception, is_expected: bool) -> None:
     """Logs and records that this job failed, so that the sweep can continue; logs a traceback for unexpected errors."""
     job = HydraConfig.get()
     logger.error("Job %s failed: %s", job.job.num, error, exc_info=None if is_expected else error)
+    if not is_first_node():
+        return
     write_json(
         Path(job.runtime.output_dir) / FAILURE_FILE,
         {

@@ -6,6 +6,7 @@ import json
 import platform
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypedDict
@@ -13,6 +14,7 @@ from typing import Self, TypedDict
 import psutil
 import torch
 
+from gradpruner import processes
 from gradpruner.files import write_json
 
 
@@ -108,10 +110,13 @@ def process_memory_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _cuda_devices() -> range:
-    """Returns the numbers of all CUDA devices, whose allocators answer only once CUDA is initialized."""
+def _cuda_devices() -> Sequence[int]:
+    """Returns the numbers of the CUDA devices that this process uses: all, or of several processes its own.
+
+    Their allocators answer only once CUDA is initialized.
+    """
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    return range(torch.cuda.device_count())
+    return range(torch.cuda.device_count()) if processes.count() == 1 else [processes.local_rank()]
 
 
 def _release_memory() -> None:

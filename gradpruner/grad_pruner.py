@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gradpruner import stability
+from gradpruner import processes, stability
 from gradpruner.auto_sparsity import search
 from gradpruner.checks import AUTO, check_choice
 from gradpruner.encoding import Batch
@@ -61,6 +61,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
     """
 
     name: ClassVar[str] = "gradpruner"
+    measures_together: ClassVar[bool] = True
     finds_sparsity: ClassVar[bool] = True
 
     merge_count: int = 3
@@ -187,7 +188,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
         gradients = record_early_gradients(
             model, taken, self._importance_spec(), directory, has_settled if self.steps == AUTO else None
         )
-        if self.sparsity != AUTO:
+        if self.sparsity != AUTO or not processes.is_main():
             return
         found = search(
             model,

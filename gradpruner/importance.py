@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gradpruner import processes
 from gradpruner.cost import PeakMemory
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.files import write_json
+from gradpruner.finetune.parallel import check_folder, parallel_arguments, whole
 from gradpruner.finetune.trainer import CHECKPOINTING, CompletionTrainer
 from gradpruner.gradients import RESULT_FILE, EarlyGradients, factor_names, step_file
 from gradpruner.igia import Factors, simulated_gradient, squared_frobenius
@@ -38,7 +40,9 @@ def record_early_gradients(
 ) -> EarlyGradients:
     """Fine-tunes LoRA adapters for `spec.steps` steps and writes every step's gradient factors to `directory`.
 
-    Factors go to disk after every step, so that the run needs no more memory than plain LoRA training.
+    Factors go to disk after every step, so that the run needs no more memory than plain LoRA training. Started by
+    torchrun or accelerate, all processes call this with the same arguments; each takes some rows of every batch, and
+    rank 0 writes.
 
     Args:
         model: base model; its weights, flags and mode are unchanged on return.
@@ -64,6 +68,7 @@ def record_early_gradients(
             "Label the answer tokens."
         )
     check_finite_weights(model)
+    check_folder(directory)
     directory.mkdir(parents=True, exist_ok=True)
     set_seed(spec.seed)
     device, is_spread = model.device, getattr(model, "hf_device_map", None) is not None
@@ -73,7 +78,7 @@ def record_early_gradients(
             tuned,
             _training_arguments(spec, Path(scratch)),
             description="importance",
-            train_dataset=taken,
+            train_dataset=[piece for batch in taken for piece in split_batch(batch, processes.count())],
             data_collator=lambda batch: batch[0],
             callbacks=[recorder],
         )
@@ -90,17 +95,31 @@ def record_early_gradients(
             f"All gradients were exactly zero in {len(energies)} importance steps, so no layer can be told from "
             "another. Raise method.learning_rate, or check the dtype of the model."
         )
-    write_json(
-        directory / RESULT_FILE,
-        {
-            "sublayers": recorder.sublayers,
-            "energies": energies.tolist(),
-            "losses": losses,
-            "train_seconds": seconds,
-            "peak_memory_bytes": memory.peak_bytes,
-        },
-    )
+    result = {
+        "sublayers": recorder.sublayers,
+        "energies": energies.tolist(),
+        "losses": losses,
+        "train_seconds": seconds,
+        "peak_memory_bytes": memory.peak_bytes,
+    }
+    if processes.is_main():
+        write_json(directory / RESULT_FILE, result)
+    processes.wait_for_all()
     return EarlyGradients.load(directory)
+
+
+def split_batch(batch: Batch, num_pieces: int) -> list[Batch]:
+    """Returns the rows of a batch in pieces of about equal size, one per process.
+
+    Gradients are sums over tokens, so that pieces may be unequal. A process without a row gets one without labels.
+    """
+    pieces = []
+    for rows in torch.tensor_split(torch.arange(len(batch["input_ids"])), num_pieces):
+        piece = {name: values[rows if len(rows) else [0]] for name, values in batch.items()}
+        if not len(rows):
+            piece["labels"] = torch.full_like(piece["labels"], IGNORED)
+        pieces.append(piece)
+    return pieces
 
 
 class _ImportanceTrainer(CompletionTrainer):
@@ -152,16 +171,19 @@ class _GradientRecorder(TrainerCallback):
                 left_name, right_name = factor_names(layer, name)
                 factors[left_name] = left.float().cpu().contiguous()
                 factors[right_name] = right.float().cpu().contiguous()
-        save_file(factors, self._directory / step_file(len(self.energies)))
+        if processes.is_main():
+            save_file(factors, self._directory / step_file(len(self.energies)))
         self.energies.append(energies)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._has_settled is not None and self._has_settled(torch.stack(self.energies)):
+        if self._has_settled is not None and processes.broadcast(self._has_settled(torch.stack(self.energies))):
             control.should_training_stop = True
 
     def _factors(self, module: LoraLayer) -> Factors:
         a, b = (adapter["default"].weight for adapter in (module.lora_A, module.lora_B))
-        return simulated_gradient(a.detach(), b.detach(), a.grad, b.grad, self._spec.gradient_estimate)
+        # A model that FSDP divides has its gradients in pieces, which all processes put together.
+        a_grad, b_grad, estimate = whole(a.grad), whole(b.grad), self._spec.gradient_estimate
+        return simulated_gradient(whole(a.detach()), whole(b.detach()), a_grad, b_grad, estimate)
 
 
 @contextmanager
@@ -281,5 +303,6 @@ def _training_arguments(spec: ImportanceSpec, scratch: Path) -> TrainingArgument
         dataloader_pin_memory=False,
         use_cpu=default_device().type == "cpu",
         seed=spec.seed,
+        **parallel_arguments(),
         **{CHECKPOINTING: spec.gradient_checkpointing},
     )

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
+from gradpruner import processes
 from gradpruner.checks import AUTO, check_choice
 from gradpruner.encoding import Batch
 from gradpruner.finetune.distill import Distillation
@@ -100,6 +101,7 @@ class Method:
     """
 
     name: ClassVar[str]
+    measures_together: ClassVar[bool] = False  # with several processes, all of them call `measure`, not only rank 0
 
     def __post_init__(self) -> None:
         """Does nothing; subclasses check their values and call this one."""
@@ -191,9 +193,13 @@ class Method:
         repairs = method.repair_calibration() is not None
         taken: Iterable[Batch] = list(batches) if repairs else batches
         dense = sharing_copy(model) if repairs else None
-        with tempfile.TemporaryDirectory() as scratch:
-            method.measure(model, taken, Path(scratch))
-            compressed = method.prune(model, Path(scratch))
+        with tempfile.TemporaryDirectory() as own:
+            scratch = Path(processes.broadcast(own))
+            if method.measures_together or processes.is_main():
+                method.measure(model, taken, scratch)
+            processes.wait_for_all()
+            compressed = method.prune(model, scratch)
+            processes.wait_for_all()
         compressed.log_warnings()
         if dense is None:
             return compressed

@@ -6,6 +6,7 @@ Each section of the record is a `TypedDict`, so mypy checks the keys that tables
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -30,8 +31,10 @@ RECORD_FILE = "record.json"
 # are here because a method's own settings repeat the values that it uses.
 NOT_IDENTITY = (
     *("sparsity", "merge_count", "tracker", "reference", "dry_run", "save_checkpoint", "measure_speed"),
-    *("results_dir", "output_dir", "cache_dir"),
+    *("results_dir", "output_dir", "cache_dir", "num_processes"),
 )
+# Settings of the evaluation that older records lack, with the value that those runs had.
+LATER_EVALUATION = {"engine": "transformers", "vllm_dtype": "auto"}
 SECTIONS: dict[str, Any] = {  # those that every finished run has
     "model": ModelSection,
     "pruning": PruningSection,
@@ -142,6 +145,18 @@ class RunRecord:
                 f"({', '.join(wrong)}). Delete it to run again."
             )
         return cls(**data)
+
+
+def evaluation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the evaluation settings of a config that results depend on.
+
+    Settings that older records lack are left out where they have the value that those runs had.
+    """
+    return {
+        key: value
+        for key, value in config["evaluation"].items()
+        if key != "vllm_python" and (key, value) not in LATER_EVALUATION.items()
+    }
 
 
 def _needed_keys(data: dict[str, Any]) -> list[str]:

@@ -52,6 +52,7 @@ class TrainingSection(TypedDict):
         losses: loss of each optimizer step, numbers with spaces between them; older records lack it.
         precision: how weights were held and updated, see `finetune.precision`; older records lack it.
         micro_batch_size: rows per forward pass, the number chosen where the setting is `auto`; older records lack it.
+        num_processes: number of processes, if there were several; times and memory are those of rank 0.
         update_survival: fraction of a LoRA update that a merged checkpoint keeps, see `finetune.result`.
     """
 
@@ -63,6 +64,7 @@ class TrainingSection(TypedDict):
     losses: NotRequired[str]
     precision: NotRequired[str]
     micro_batch_size: NotRequired[int]
+    num_processes: NotRequired[int]
     update_survival: NotRequired[float]
 
 
@@ -174,6 +176,9 @@ class Metrics(TypedDict):
         bertscore_layer: layer of that encoder.
         similarity: mean of BERTScore F1 and ROUGE-L (the paper's Section 4.1).
         finished: fraction of generated answers that the model ended by itself.
+        engine: what generated the answers, `vllm`; transformers' own generation is not named.
+        engine_versions: of that engine and what it computes with.
+        engine_dtype: dtype that it computes in.
     """
 
     num_examples: int
@@ -202,6 +207,9 @@ class Metrics(TypedDict):
     similarity: NotRequired[float]
     similarity_stderr: NotRequired[float]
     finished: NotRequired[float]
+    engine: NotRequired[str]
+    engine_versions: NotRequired[str]
+    engine_dtype: NotRequired[str]
 
 
 class PhaseSection(TypedDict):

@@ -10,13 +10,16 @@ import torch
 from transformers import set_seed as _set_seed
 from transformers.utils import logging as transformers_logging
 
+from gradpruner import processes
 from gradpruner.record_sections import EnvironmentSection
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "hydra-core")
 
 
 def default_device() -> torch.device:
-    """Returns the first CUDA device if there is one, else the CPU."""
+    """Returns the first CUDA device if there is one, of several processes each its own, else the CPU."""
+    if torch.cuda.is_available() and processes.count() > 1:
+        return torch.device("cuda", processes.local_rank())
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

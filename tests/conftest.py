@@ -1,7 +1,12 @@
 """Fixtures that all tests share: seeds, tiny random models made on the spot, and token batches for them."""
 
+import contextlib
 import gc
+import io
 import json
+import subprocess
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,7 @@ from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.method import Method
 from gradpruner.models.spec import ModelSpec
+from gradpruner.pipeline import speed, speed_process
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.tasks import JsonLines
 
@@ -156,6 +162,22 @@ def make_batches() -> Callable[..., Batches]:
         return batches
 
     return make
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times models in this process: a fresh one takes seconds to start, and tests/test_speed.py has one."""
+
+    def run(command: list[str], *, input: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+        assert command == [sys.executable, "-m", speed_process.__name__]
+        output = io.StringIO()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        with contextlib.redirect_stdout(output):
+            speed_process._main()
+        return subprocess.CompletedProcess(command, 0, output.getvalue(), "")
+
+    monkeypatch.setattr(speed, "subprocess", types.SimpleNamespace(run=run))
+    monkeypatch.setattr(speed_process, "process_memory_bytes", lambda: 0)
 
 
 def _factory(config_class: type, model_class: type, **defaults: Any) -> Callable[..., PreTrainedModel]:

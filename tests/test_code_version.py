@@ -135,7 +135,8 @@ def all_modules_of_stages():
             found |= set(modules_of(make, method))
     for evaluation in (Likelihood, Generation):
         found |= set(modules_of(stages.predict_stage, evaluation)) | set(modules_of(stages.evaluate_stage, evaluation))
-    return found | set(modules_of(stages.recover_stage)) | set(modules_of(stages.speed_stage))
+    others = (stages.recover_stage, stages.speed_stage, stages.vllm_stage)
+    return found.union(*(modules_of(make) for make in others))
 
 
 def test_every_module_is_part_of_a_stage_or_said_not_to_matter():

@@ -86,6 +86,16 @@ def test_identity_is_what_results_depend_on():
     assert key("method=dense") == key("method=dense", "sparsity=0.3", "merge_count=0")  # one dense run per sweep
 
 
+def test_engines_are_part_of_the_identity_but_not_where_one_is_or_what_older_runs_had():
+    def key(*overrides):
+        return content_hash(identity(config("evaluation=generate", *overrides)))
+
+    assert key() == key("evaluation.vllm_python=/x/python")
+    assert not {"engine", "vllm_dtype", "vllm_python"} & set(identity(config("evaluation=generate"))["evaluation"])
+    vllm = "evaluation.engine=vllm"
+    assert len({key(), key(vllm), key(vllm, "evaluation.vllm_dtype=bfloat16")}) == 3
+
+
 def test_unknown_option_lists_the_known_ones():
     with pytest.raises(MissingConfigException, match=r"(?s)method/gradprunr.*gradpruner"):
         config("method=gradprunr")

@@ -1,11 +1,7 @@
 """The rehearsal of `make test-gpu` on a CPU, and what it says where it cannot run or a check fails."""
 
-import contextlib
 import importlib.util
-import io
 import subprocess
-import sys
-import types
 
 import pytest
 import torch
@@ -15,27 +11,10 @@ from benchmarks.gpu import common, evaluation, pruning, ratios, training
 from experiments.report import PAPER, read_records, runs_of
 from gradpruner import runtime
 from gradpruner.models.memory import MemoryEstimate
-from gradpruner.pipeline import speed, speed_process
 from gradpruner.reporting.efficiency import efficiency_tables
 from gradpruner.reporting.published import load_published
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal is for machines without a GPU")
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Times models in this process: a fresh one takes seconds to start, and tests/test_speed.py has one."""
-
-    def run(command, *, input, **settings):
-        assert command == [sys.executable, "-m", speed_process.__name__]
-        output = io.StringIO()
-        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
-        with contextlib.redirect_stdout(output):
-            speed_process._main()
-        return subprocess.CompletedProcess(command, 0, output.getvalue(), "")
-
-    monkeypatch.setattr(speed, "subprocess", types.SimpleNamespace(run=run))
-    monkeypatch.setattr(speed_process, "process_memory_bytes", lambda: 0)
 
 
 def test_the_rehearsal_passes_and_its_records_make_table_2(in_process, tmp_path, capsys):

@@ -31,7 +31,20 @@ LAYERS = {
     ),
     "ground": tuple(
         f"gradpruner.{name}"
-        for name in ("caveats", "checks", "files", "runtime", "cost", "messages", "record_sections", "waiting")
+        for name in (
+            *(
+                "caveats",
+                "checks",
+                "files",
+                "runtime",
+                "cost",
+                "messages",
+                "record_sections",
+                "waiting",
+                "processes",
+                "lease",
+            ),
+        )
     ),
 }
 LIBRARIES_OF_EXPERIMENTS = ("hydra", "omegaconf", "wandb")

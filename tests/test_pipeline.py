@@ -3,20 +3,24 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from baselines.apt.method import Apt
 from baselines.dense import Dense
+from baselines.sat import Sat
 from gradpruner.evaluate.base import predict_all
 from gradpruner.evaluate.generate import Generation
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.files import read_jsonl
+from gradpruner.finetune.parallel import check_parallel
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.spec import ModelSpec
-from gradpruner.pipeline import stages
+from gradpruner.pipeline import runner, stages
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.tasks import DataError, JsonLines
 
@@ -105,6 +109,25 @@ def test_a_sweep_measures_once(make, tmp_path):
         make(method).run()
     assert len(entries(tmp_path / "cache", "measure")) == 1
     assert len(entries(tmp_path / "cache", "finetune")) == 5
+
+
+def test_the_time_of_a_stage_is_its_own(make, monkeypatch):
+    clock, lengths = [0.0], {"finetune": 300.0, "predict_all": 20.0}  # nothing else takes any time
+
+    def slow(name):
+        real = getattr(stages, name)
+
+        def call(*args, **kwargs):
+            clock[0] += lengths[name]
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for name in lengths:
+        monkeypatch.setattr(stages, name, slow(name))
+    seconds = make(evaluate_before=False).run().seconds
+    assert seconds == {"measure": 0.0, "finetune": 300.0, "predict": 20.0, "evaluate": 0.0}
 
 
 def test_a_second_run_computes_nothing(make, monkeypatch):
@@ -292,10 +315,49 @@ def test_bad_data_is_refused_before_weights(make, task, monkeypatch):
         make().run()
 
 
-def test_several_processes_are_refused(make, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"A run is one process, got WORLD_SIZE=2.*hydra/launcher=joblib"):
-        make().check()
+@pytest.mark.parametrize("method", [Sat(), Apt(sparsity=0.4)])
+def test_methods_that_act_while_training_are_refused_on_several_processes(make, monkeypatch, method):
+    monkeypatch.setattr("gradpruner.processes.count", lambda: 2)
+    with pytest.raises(ValueError, match=r"trains on one process, got 2: it .* of its own rows.*Start it with plain"):
+        check_parallel(make(method).training, make(method).resolved_method.callbacks())
+
+
+@pytest.mark.parametrize(
+    ("training", "count", "match"),
+    [
+        ({"parallel": "fsdp"}, 1, r"finetune.parallel=fsdp divides the model among processes, got one process\. Start"),
+        ({"parallel": "fsdp"}, 2, r"parallel=fsdp needs GPUs, got a machine without CUDA.*Set finetune.parallel=ddp"),
+        ({"parallel": "fspd"}, 1, r"finetune.parallel must be one of ddp, fsdp, deepspeed_zero3, got 'fspd'"),
+    ],
+)
+def test_models_are_divided_among_gpus_only(monkeypatch, training, count, match):
+    monkeypatch.setattr("gradpruner.processes.count", lambda: count)
+    with pytest.raises(ValueError, match=match):
+        check_parallel(dataclasses.replace(TRAINING, **training))
+
+
+@pytest.mark.parametrize(
+    ("changes", "distils", "match"),
+    [
+        ({"parallel": "deepspeed_zero3"}, False, r"needs DeepSpeed, got an environment without it\. Run `pip install"),
+        ({"parallel": "deepspeed_zero3"}, True, r"Distillation is not offered with DeepSpeed, got .*parallel=fsdp"),
+        (
+            {"parallel": "fsdp", "precision": "bf16_stochastic", "mode": "full"},
+            False,
+            r"keeps float32 weights, got",
+        ),
+    ],
+)
+def test_what_a_divided_model_cannot_do_is_refused(monkeypatch, changes, distils, match):
+    monkeypatch.setattr("gradpruner.processes.count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=match):
+        check_parallel(dataclasses.replace(TRAINING, **changes), (), distils)
+
+
+def test_parallel_is_part_of_no_key(make):
+    divided = make(training=dataclasses.replace(TRAINING, parallel="fsdp"))
+    assert divided.stage_ids() == make().stage_ids()
 
 
 @pytest.mark.parametrize(

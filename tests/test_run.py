@@ -329,7 +329,9 @@ def test_sweep_with_joblib_measures_once(tmp_path):
 @pytest.mark.bad_input(
     "Sweeps and records", "a sweep with impossible runs", "the others go on; exit code 1; the failures are listed"
 )
-@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
+@pytest.mark.parametrize(
+    "launcher", [[], pytest.param(["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], marks=pytest.mark.slow)]
+)
 def test_a_sweep_goes_on_after_a_failure(tmp_path, launcher):
     arguments = (
         *("-m", *launcher, f"hydra.sweep.dir={tmp_path}/sweep", "debug=smoke", "reference=null", "method=last"),
@@ -399,7 +401,7 @@ def test_runs_of_a_sweep_share_a_group(tmp_path, monkeypatch):
     assert _sweep_name() == "mine"
 
 
-def test_a_run_that_lacks_speed_is_completed(folders):
+def test_a_run_that_lacks_speed_is_completed(folders, in_process):
     assert run("reference=null", *folders).efficiency["speed"] == {}
     assert run("reference=null", "measure_speed=true", *folders).efficiency["speed"]["ratios"]
 

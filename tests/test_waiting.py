@@ -1,6 +1,7 @@
 """Waits are named after two seconds, and nothing waits long for a Hub that cannot be reached."""
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from huggingface_hub import close_session, constants
 
 from gradpruner import waiting
 from gradpruner.evaluate.encoders import TextEncoder
+from gradpruner.lease import own_host
 from gradpruner.models import assets, hub, spec
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline.cache import StageCache
@@ -91,9 +93,8 @@ def test_a_stage_that_another_process_computes(soon, caplog, tmp_path):
     other.join()
     assert (entry / "x").is_file()
     lock = f"{cache.path('prune', key)}.lock"
-    assert (
-        f"another process that computes the stage prune in this cache; it holds {lock} (no time limit)" in caplog.text
-    )
+    holder = f"process {os.getpid()} on {own_host()}"
+    assert f"that computes the stage prune in this cache; {holder} holds {lock} (no time limit)" in caplog.text
 
 
 @tried("a model that is converted on first use", "the conversion is named")

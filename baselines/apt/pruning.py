@@ -1,6 +1,7 @@
 """Shared code of APT's two variants: which parameters a budget counts, and how small the model gets."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -20,7 +21,10 @@ class AptPruning(WidthPruning):
         gamma: fraction of the parameters outside the embedding and output head to keep, for `match=native`.
         growth: adapter parameters after the last growth, as a multiple of those at the start.
         max_rank: rank beyond which no adapter grows.
+        widths_depend_on_data: `narrower_shape` is not the shape that comes out.
     """
+
+    widths_depend_on_data: ClassVar[bool] = True
 
     gamma: float = 0.6
     growth: float = 4.0

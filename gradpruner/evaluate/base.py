@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from gradpruner import processes
 from gradpruner.encoding import Encoder
 from gradpruner.files import write_jsonl
 from gradpruner.tasks import DataError, Example, Task
@@ -143,57 +144,80 @@ def predict_all(
         evaluation: how to answer.
         encoder: the encoder that made the questions.
         questions: the questions to answer.
-        directory: folder to write to; batches that an interrupted call finished there are not answered again.
+        directory: folder to write to; batches that an interrupted call finished there are not answered again, whatever
+            its number of processes. Of several processes, each answers every n-th batch, and rank 0 puts all together.
     """
     lengths = [question.length for question in questions]
     order = sorted(
         range(len(questions)), key=lambda index: (-lengths[index], index)
     )  # longest first: memory shows at once
     batches = [order[start : start + evaluation.batch_size] for start in range(0, len(order), evaluation.batch_size)]
-    journal = directory / JOURNAL_FILE
-    done = _whole_batches(journal, [[questions[index].example.id for index in batch] for batch in batches])
+    ids = [[questions[index].example.id for index in batch] for batch in batches]
+    done = _whole_batches(directory, ids)
+    own = range(processes.rank(), len(batches), processes.count())
+    missing = [index for index in own if index not in done]
     if done:
-        logger.info("Going on after %d of %d batches in %s", len(done), len(batches), journal)
-    model = load_model() if len(done) < len(batches) else None
+        logger.info("Going on after %d of %d batches in %s", len(done), len(batches), directory)
+    model = load_model() if missing else None
     with (
-        tqdm(total=len(questions), initial=sum(map(len, done)), desc="evaluate", unit="row") as bar,
-        journal.open("a", encoding="utf-8") as stream,
+        tqdm(
+            total=sum(len(batches[index]) for index in own),
+            initial=sum(len(batches[index]) for index in own if index in done),
+            desc="evaluate",
+            unit="row",
+            disable=not processes.is_main(),
+        ) as bar,
+        (directory / _journal(processes.rank())).open("a", encoding="utf-8") as stream,
     ):
-        for batch in batches[len(done) :]:
+        for index in missing:
             assert model is not None
             with torch.inference_mode():
-                rows = evaluation.predict(model, encoder, [questions[index] for index in batch])
+                rows = evaluation.predict(model, encoder, [questions[question] for question in batches[index]])
             stream.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
             stream.flush()
-            done.append(rows)
+            done[index] = rows
             bar.update(len(rows))
-    in_order: dict[int, dict[str, Any]] = {}
-    for batch, rows in zip(batches, done, strict=True):
-        in_order.update(zip(batch, rows, strict=True))
     path = directory / PREDICTIONS_FILE
-    write_jsonl(path, [in_order[index] for index in range(len(questions))])
-    journal.unlink()
+    processes.wait_for_all()
+    if processes.is_main():
+        done |= _whole_batches(directory, ids) if processes.count() > 1 else {}
+        in_order: dict[int, dict[str, Any]] = {}
+        for index, batch in enumerate(batches):
+            in_order.update(zip(batch, done[index], strict=True))
+        write_jsonl(path, [in_order[index] for index in range(len(questions))])
+        for journal in directory.glob(_journal("*")):
+            journal.unlink()
+    processes.wait_for_all()
     return path
 
 
-def _whole_batches(journal: Path, expected: list[list[str]]) -> list[list[dict[str, Any]]]:
-    """Returns the batches that are complete in the journal, and truncates the file after them."""
-    done: list[list[dict[str, Any]]] = []
-    if not journal.is_file():
-        return done
-    lines = journal.read_bytes().splitlines(keepends=True)
-    size = 0
-    for ids in expected:
-        own, lines = lines[: len(ids)], lines[len(ids) :]
-        try:
-            rows = [json.loads(line) for line in own]
-        except ValueError:  # a torn line, or half a character
-            break
-        if [row["id"] for row in rows] != ids or not own[-1].endswith(b"\n"):
-            break
-        done.append(rows)
-        size += sum(map(len, own))
-    os.truncate(journal, size)
+def _journal(rank: int | str) -> str:
+    """Returns the name of a process's journal; rank `*` gives a pattern for all."""
+    return JOURNAL_FILE if rank == 0 else JOURNAL_FILE.replace(".partial", f".partial{rank}")
+
+
+def _whole_batches(directory: Path, expected: list[list[str]]) -> dict[int, list[dict[str, Any]]]:
+    """Returns the batches that are complete in the journals, by index; truncates this process's journal after them."""
+    starts: dict[str, list[int]] = {}  # batches by their first id
+    for index, ids in enumerate(expected):
+        starts.setdefault(ids[0], []).append(index)
+    done: dict[int, list[dict[str, Any]]] = {}
+    for journal in sorted(directory.glob(_journal("*"))):
+        lines, size = journal.read_bytes().splitlines(keepends=True), 0
+        while lines:
+            try:
+                first = json.loads(lines[0])["id"]
+                index = next(index for index in starts.get(first, []) if index not in done)
+                own, lines = lines[: len(expected[index])], lines[len(expected[index]) :]
+                rows = [json.loads(line) for line in own]
+            except (ValueError, StopIteration):  # a torn line, half a character, or a batch of other rows
+                break
+            if [row["id"] for row in rows] != expected[index] or not own[-1].endswith(b"\n"):
+                break
+            done[index] = rows
+            size += sum(map(len, own))
+        if journal.name == _journal(processes.rank()):
+            os.truncate(journal, size)
     return done
 
 

@@ -7,7 +7,7 @@ evaluation does.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -15,15 +15,19 @@ from typing import Any, ClassVar, Self
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
-from gradpruner.checks import guess
+from gradpruner.checks import AUTO, guess
 from gradpruner.encoding import Encoder
 from gradpruner.evaluate.accuracy import LENIENT, MATCHES
 from gradpruner.evaluate.base import Evaluation, Question, encode_questions, pad
 from gradpruner.evaluate.encoders import TextEncoder, choose_encoder
 from gradpruner.evaluate.likelihood import score_completions
 from gradpruner.evaluate.metrics import answer_nll, baselines, text_metrics
+from gradpruner.evaluate.vllm_python import find_vllm
 from gradpruner.runtime import default_device
 from gradpruner.tasks import Example, Task
+
+TRANSFORMERS, VLLM = ENGINES = ("transformers", "vllm")
+VLLM_DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Generation(Evaluation):
             once both are normalised (`accuracy.normalise`). Both are measured.
         rouge_stemming: whether ROUGE-L compares stems of words.
         max_new_tokens: maximum number of tokens of an answer; None: the task's.
+        engine: one of `ENGINES`, which generates; see `vllm_engine`.
+        vllm_python: Python of an environment that has vLLM; results do not depend on where it is.
+        vllm_dtype: dtype that vLLM computes in, one of `VLLM_DTYPES`; `auto`: that of the checkpoint, which a run puts
+            in its place.
+        vllm_versions: of vLLM and what it computes with; set by `resolve`.
         answer_room: tokens that prompts leave free for an answer; set by `resolve` from the task. It does not grow with
             `max_new_tokens`, so that the latter changes no prompt.
         metrics: names of the metrics; set by `resolve` from the task.
@@ -56,6 +65,10 @@ class Generation(Evaluation):
     accuracy: str = LENIENT
     rouge_stemming: bool = False
     max_new_tokens: int | None = None
+    engine: str = TRANSFORMERS
+    vllm_python: str | None = None
+    vllm_dtype: str = AUTO
+    vllm_versions: str | None = None
     answer_room: int | None = None
     metrics: tuple[str, ...] | None = None
 
@@ -72,12 +85,18 @@ class Generation(Evaluation):
                 f"max_new_tokens must be 1 or more, got {self.max_new_tokens}. Raise evaluation.max_new_tokens, or set "
                 "it to null for the dataset's."
             )
+        for setting, choices in (("engine", ENGINES), ("vllm_dtype", VLLM_DTYPES)):
+            if (value := getattr(self, setting)) not in choices:
+                raise ValueError(
+                    f"{setting} must be one of {', '.join(choices)}, got {value!r}{guess(value, choices)}. Change "
+                    f"evaluation.{setting}."
+                )
 
     def resolve(self, task: Task, examples: Sequence[Example]) -> Self:
         """Returns a copy with the task's answer length and metrics, and with an encoder chosen if one is needed.
 
         Raises:
-            ValueError: if the encoder's layer is unknown.
+            ValueError: if the encoder's layer is unknown, or if vLLM is to generate and there is none.
         """
         has_choices = all(example.choices for example in examples)
         metrics = task.metrics or (("accuracy",) if has_choices else ("rouge_l", "bertscore_f1"))
@@ -86,6 +105,7 @@ class Generation(Evaluation):
             max_new_tokens=self.max_new_tokens or task.max_new_tokens,
             answer_room=task.max_new_tokens,
             metrics=metrics,
+            vllm_versions=find_vllm(self.vllm_python) if self.engine == VLLM else None,
         )
         if "bertscore_f1" not in metrics:
             return resolved
@@ -101,40 +121,27 @@ class Generation(Evaluation):
 
     def predict(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[dict[str, Any]]:
         """Generates answers to a batch, and scores the reference answers."""
+        scores = self.score_references(model, batch)
+        answers = self.generate(model, encoder, batch)
+        return prediction_rows(encoder, batch, scores, answers, end_tokens(model, encoder))
+
+    def score_references(self, model: PreTrainedModel, batch: Sequence[Question]) -> list[tuple[float, int]]:
+        """Returns the log-likelihood and the number of tokens of each reference answer, of `answer_room` at most."""
+        answers = [question.completions[0][: self.answer_room] for question in batch]
         references = [
-            dataclasses.replace(question, completions=[question.completions[0][: self.answer_room]])
-            for question in batch
+            dataclasses.replace(question, completions=[answer]) for question, answer in zip(batch, answers, strict=True)
         ]
         scores = score_completions(model, references)
-        answers = self._generate(model, encoder, batch)
-        tokenizer = encoder.tokenizer
-        ends = _ends(model, encoder)
-        rows = []
-        for question, [score], tokens in zip(references, scores, answers, strict=True):
-            end = next((index for index, token in enumerate(tokens) if token in ends), None)
-            own = tokens[:end]
-            rows.append(
-                {
-                    "id": question.example.id,
-                    "label": question.example.label,
-                    "generated": tokenizer.decode(own, skip_special_tokens=True).strip(),
-                    "reference": question.example.reference.strip(),
-                    "generated_tokens": len(own),
-                    "is_finished": end is not None,
-                    "answer_nll": -score,
-                    "answer_tokens": len(question.completions[0]),
-                }
-            )
-        return rows
+        return [(score, len(answer)) for [score], answer in zip(scores, answers, strict=True)]
 
-    def _generate(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[list[int]]:
+    def generate(self, model: PreTrainedModel, encoder: Encoder, batch: Sequence[Question]) -> list[list[int]]:
         """Returns the new tokens of every question; padding follows an end of sequence."""
         pad_token_id = encoder.tokenizer.pad_token_id
         ids, mask = pad([question.prompt for question in batch], model.device, left=True, pad_token_id=pad_token_id)
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            eos_token_id=sorted(_ends(model, encoder)),
+            eos_token_id=sorted(end_tokens(model, encoder)),
             pad_token_id=pad_token_id,
         )
         with _own_generation_config(model, config):
@@ -145,7 +152,7 @@ class Generation(Evaluation):
     def prediction_settings(self) -> dict[str, Any]:
         """Returns all settings except those of `measure`."""
         lengths = {"max_new_tokens": self.max_new_tokens, "answer_room": self.answer_room}
-        return {"batch_size": self.batch_size, **lengths}
+        return {"batch_size": self.batch_size, **lengths, **self._engine_metrics()}
 
     def measurement_settings(self) -> dict[str, Any]:
         """Returns metrics, their variants, and the encoder, down to its weights."""
@@ -175,6 +182,7 @@ class Generation(Evaluation):
         measured, scores = text_metrics(self.metrics, generated, [row["reference"] for row in predictions], arguments)
         metrics: dict[str, Any] = {"num_examples": len(predictions), **measured, **answer_nll(predictions)}
         metrics["finished"] = sum(row["is_finished"] for row in predictions) / len(predictions)
+        metrics |= self._engine_metrics()
         if encoder is not None:
             metrics |= {"bertscore_encoder": encoder.name, "bertscore_layer": encoder.layer}
         if "accuracy" in self.metrics and all(example.label is not None for example in examples):
@@ -185,6 +193,12 @@ class Generation(Evaluation):
         ]
         return metrics, rows
 
+    def _engine_metrics(self) -> dict[str, Any]:
+        """Returns what a record says of another engine than transformers; older records have no such engine."""
+        if self.engine == TRANSFORMERS:
+            return {}
+        return {"engine": self.engine, "engine_versions": self.vllm_versions, "engine_dtype": self.vllm_dtype}
+
     @property
     def _encoder(self) -> TextEncoder | None:
         if self.metrics is None or self.bertscore_layer is None or "bertscore_f1" not in self.metrics:
@@ -192,7 +206,42 @@ class Generation(Evaluation):
         return TextEncoder(self.bertscore_model, self.bertscore_layer)
 
 
-def _ends(model: PreTrainedModel, encoder: Encoder) -> set[int]:
+def prediction_rows(
+    encoder: Encoder,
+    batch: Sequence[Question],
+    scores: Sequence[tuple[float, int]],
+    answers: Sequence[Sequence[int]],
+    ends: Collection[int],
+) -> list[dict[str, Any]]:
+    """Returns the predictions of a batch; for their keys see `Generation`.
+
+    Args:
+        encoder: the encoder that made the questions.
+        batch: the questions.
+        scores: what `Generation.score_references` returns for them.
+        answers: generated tokens; what follows the first of `ends` does not count.
+        ends: ids that end an answer.
+    """
+    rows = []
+    for question, (score, num_tokens), tokens in zip(batch, scores, answers, strict=True):
+        end = next((index for index, token in enumerate(tokens) if token in ends), None)
+        own = tokens[:end]
+        rows.append(
+            {
+                "id": question.example.id,
+                "label": question.example.label,
+                "generated": encoder.tokenizer.decode(own, skip_special_tokens=True).strip(),
+                "reference": question.example.reference.strip(),
+                "generated_tokens": len(own),
+                "is_finished": end is not None,
+                "answer_nll": -score,
+                "answer_tokens": num_tokens,
+            }
+        )
+    return rows
+
+
+def end_tokens(model: PreTrainedModel, encoder: Encoder) -> set[int]:
     """Returns the ids that end an answer: the one used in fine-tuning, and those of the original model."""
     own = model.generation_config.eos_token_id
     ids = [] if own is None else own if isinstance(own, list) else [own]

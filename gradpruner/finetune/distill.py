@@ -95,7 +95,7 @@ class DistillationLoss:
         num_tokens = int(chosen.sum())
         if self._settings.states:
             per_token = states_loss(student_states, teacher_states, self._plan, real)
-            total = add_states_loss(total / num_tokens, per_token) * num_tokens
+            total = add_states_loss(total / max(1, num_tokens), per_token) * num_tokens
         return total, num_tokens
 
     def _chunk(self, student: PreTrainedModel, student_last: Tensor, teacher_last: Tensor) -> Tensor:

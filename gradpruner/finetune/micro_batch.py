@@ -13,10 +13,11 @@ import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gradpruner import processes
 from gradpruner.checks import AUTO
 from gradpruner.encoding import TrainingRow
 from gradpruner.finetune.precision import resolve_precision
-from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.finetune.spec import SHARDED, TrainingSpec
 from gradpruner.models.memory import MemoryEstimate, allocator_overhead, estimate_training_memory
 from gradpruner.models.shape import ModelShape, model_shape
 from gradpruner.runtime import default_device
@@ -63,13 +64,14 @@ def training_memory(
         attn_implementation=attn_implementation,
         overhead=allocator_overhead(),
         shape=shape,
+        shards=processes.count() if training.parallel in SHARDED else 1,
     )
 
 
 def free_bytes(device: torch.device) -> int:
     """Returns the memory that this process can get on a device, what torch holds unused included."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return psutil.virtual_memory().available // processes.count_on_machine()
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -86,11 +88,12 @@ def settle_micro_batch(
         device: where it trains.
 
     Returns:
-        The largest divisor of `batch_size` that fits, 1 if none does.
+        The largest divisor of the rows that a process has of a batch that fits, 1 if none does.
     """
     if training.micro_batch_size != AUTO:
         return training
-    sizes = [size for size in range(training.batch_size, 0, -1) if training.batch_size % size == 0]
+    share = training.batch_size // processes.count()
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
     tried = [dataclasses.replace(training, micro_batch_size=size) for size in sizes]
     return next((spec for spec in tried if num_bytes(spec) <= USABLE[device.type] * free), tried[-1])
 
@@ -110,7 +113,8 @@ def settle_for(
         return training
     if checkpoint is not None:
         size = json.loads((checkpoint / "trainer_state.json").read_text())["train_batch_size"]
-        return dataclasses.replace(training, micro_batch_size=size)
+        if training.batch_size % (size * processes.count()) == 0:  # unless it was made by fewer processes
+            return dataclasses.replace(training, micro_batch_size=size)
     dtype, attention, shape = model.dtype, model.config._attn_implementation, model_shape(model)
     device = default_device()
     held = sum(parameter.nbytes for parameter in model.parameters() if parameter.device.type == device.type)
@@ -118,4 +122,6 @@ def settle_for(
     def num_bytes(spec: TrainingSpec) -> int:
         return training_memory(spec, rows, model.config, dtype, attention, shape).total
 
-    return settle_micro_batch(training, num_bytes, free_bytes(device) + held, device)
+    settled = settle_micro_batch(training, num_bytes, free_bytes(device) + held, device)
+    smallest = min(processes.gather(int(settled.micro_batch_size)))  # all processes have the same accumulation
+    return dataclasses.replace(settled, micro_batch_size=smallest)

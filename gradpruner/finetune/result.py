@@ -43,6 +43,7 @@ class TrainingAccount(TypedDict):
         loss: mean over the last tenth of the steps.
         precision: one of `spec.PRECISIONS`, never `auto`.
         micro_batch_size: rows per forward pass, never `auto`.
+        num_processes: number of processes, if there were several.
         update_survival: see `update_survival`; only of LoRA adapters that are to be merged.
         history: one dict per step, with step, epoch, loss, learning rate and norm of the gradient.
     """
@@ -54,6 +55,7 @@ class TrainingAccount(TypedDict):
     loss: float
     precision: str
     micro_batch_size: int
+    num_processes: NotRequired[int]
     update_survival: NotRequired[float]
     history: list[dict[str, float]]
 

@@ -9,21 +9,24 @@ import math
 import shutil
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from gradpruner import processes
 from gradpruner.cost import PeakMemory
 from gradpruner.encoding import TrainingRow, collate
 from gradpruner.files import write_json
 from gradpruner.finetune.micro_batch import settle_for
+from gradpruner.finetune.order import make_dataset, make_sampler, num_blank_rows, read_row, with_blank_row
+from gradpruner.finetune.parallel import check_folder, check_parallel, gathered_weights, parallel_arguments
 from gradpruner.finetune.precision import prepare_weights, resolve_precision, training_arguments
 from gradpruner.finetune.result import (
     ADAPTER_FOLDER,
@@ -63,6 +66,7 @@ class PruningCallback(TrainerCallback):
     plan: PruningPlan
     report: dict[str, Any]
     loss: Loss | None = None
+    one_process_because = "it prunes by statistics of its own rows, so that processes would prune differently"
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel, checkpoint: Path | None) -> None:
@@ -97,7 +101,8 @@ def finetune(
 ) -> TrainingAccount:
     """Fine-tunes `model` and writes the trained weights and an account of the run to `directory`.
 
-    A folder that holds the result already is left unchanged.
+    A folder that holds the result already is left unchanged. Started by torchrun or accelerate, all processes call this
+    with the same arguments; they share each batch, and rank 0 writes.
 
     Args:
         model: the (compressed) model; trained in place, and wrapped in place for LoRA. Do not use it afterwards: load
@@ -115,14 +120,18 @@ def finetune(
         The account, as written to `directory`.
 
     Raises:
+        ValueError: if the processes of the run cannot share a batch, or a callback works on one process only.
         DivergedError: if loss or gradient become NaN or infinite; the last good checkpoint is kept.
     """
-    if (directory / RESULT_FILE).is_file():  # written last: a run that was killed just after it is finished
+    check_parallel(spec, callbacks, loss is not None)
+    check_folder(directory)
+    # Written last: a run that was killed just after it is finished.
+    if processes.broadcast((directory / RESULT_FILE).is_file()):
         return read_result(directory)
     set_seed(seed)
     precision = resolve_precision(spec)
     checkpoints = directory / CHECKPOINTS_FOLDER
-    resume_from, seconds_before = _last_whole_checkpoint(checkpoints)
+    resume_from, seconds_before = processes.broadcast(_last_whole_checkpoint(checkpoints))
     pruning = [callback for callback in callbacks if isinstance(callback, PruningCallback)]
     for callback in pruning:
         callback.prepare(model, None if resume_from is None else Path(resume_from))
@@ -136,14 +145,15 @@ def finetune(
         model = get_peft_model(model, _lora_config(model, spec, resume_from))
     elif not all(parameter.requires_grad for parameter in model.parameters()):
         model.requires_grad_(True)
-    clock = _Clock(seconds_before)
+    clock = _Clock(seconds_before, -(-len(rows) // spec.batch_size), num_blank_rows(spec, len(rows)))
     trainer = _FinetuneTrainer(
         model,
-        _training_arguments(spec, checkpoints, seed, precision),
+        _training_arguments(spec, checkpoints, seed, precision, parallel_arguments(model, spec)),
         description=f"{description} ({spec.mode})",
         loss=loss,
-        train_dataset=_dataset(rows),
-        data_collator=lambda items: collate([_row(item) for item in items], pad_token_id),
+        train_dataset=make_dataset(with_blank_row(rows, pad_token_id)),
+        make_order=lambda: make_sampler(spec, [len(row.input_ids) for row in rows], seed),
+        data_collator=lambda items: collate([read_row(item) for item in items], pad_token_id),
         callbacks=[*callbacks, clock],  # the clock is last: it marks a checkpoint as whole
     )
     try:
@@ -153,9 +163,21 @@ def finetune(
         kept, _ = _last_whole_checkpoint(checkpoints)
         where = f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet."
         raise DivergedError(f"{error} {where}") from None
-    _save(model, spec, directory)
-    for callback in pruning:
-        callback.save(directory)
+    weights = _gathered(trainer, spec)
+    if processes.is_main():
+        _write_result(directory, model, weights, spec, pruning, _account(trainer, spec, precision, clock, memory))
+    processes.wait_for_all()
+    return read_result(directory)
+
+
+def _account(
+    trainer: CompletionTrainer,
+    spec: TrainingSpec,
+    precision: str,
+    clock: "_Clock",
+    memory: PeakMemory,
+) -> TrainingAccount:
+    """Returns the account of a finished training."""
     history: list[dict[str, float]] = [
         {key: entry[key] for key in HISTORY_KEYS if key in entry}
         for entry in trainer.state.log_history
@@ -172,46 +194,46 @@ def finetune(
         "micro_batch_size": int(spec.micro_batch_size),
         "history": history,
     }
-    if spec.mode == "lora" and spec.merge_adapter:
-        account["update_survival"] = update_survival(model, spec)
-    write_json(directory / RESULT_FILE, account)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if processes.count() > 1:
+        account["num_processes"] = processes.count()
     return account
 
 
+def _write_result(
+    directory: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor] | None,
+    spec: TrainingSpec,
+    pruning: Sequence[PruningCallback],
+    account: TrainingAccount,
+) -> None:
+    """Writes weights and account, and deletes the checkpoints."""
+    _save(model, weights, spec, directory)
+    for callback in pruning:
+        callback.save(directory)
+    if spec.mode == "lora" and spec.merge_adapter and weights is None:
+        account["update_survival"] = update_survival(model, spec)
+    write_json(directory / RESULT_FILE, account)
+    shutil.rmtree(directory / CHECKPOINTS_FOLDER, ignore_errors=True)
+
+
 class _FinetuneTrainer(CompletionTrainer):
-    """Length-grouped batches whose order depends on seed and epoch only, so that a resumed run sees the same ones."""
+    """Batches whose order depends on seed and epoch only, so that a resumed run sees the same ones."""
+
+    def __init__(self, *args: Any, make_order: Callable[[], Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._make_order = make_order
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        return _SeededLengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            lengths=self.train_dataset["length"],
-            seed=self.args.seed,
-        )
-
-
-class _SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Length-grouped sampler with a seed; transformers' own uses the global random state, which a resume lacks."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=list(lengths))
-        self._seed, self._epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return super().__iter__()  # type: ignore[no-any-return]
+        return self._make_order() or super()._get_train_sampler(train_dataset)
 
 
 class _Clock(TrainerCallback):
-    """Counts training time across interruptions, marks whole checkpoints, stops before a bad gradient is saved."""
+    """Counts training time and tokens, marks whole checkpoints, stops before a bad gradient is saved."""
 
-    def __init__(self, seconds_before: float) -> None:
+    def __init__(self, seconds_before: float, steps_per_epoch: int, num_blank: int) -> None:
         self._before, self._start = seconds_before, time.perf_counter()
+        self._steps_per_epoch, self._num_blank = steps_per_epoch, num_blank
 
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._start
@@ -220,6 +242,10 @@ class _Clock(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self._steps_per_epoch == 0:  # the blank rows, of one token each, end an epoch
+            state.num_input_tokens_seen -= self._num_blank
 
     def on_log(
         self,
@@ -237,8 +263,10 @@ class _Clock(TrainerCallback):
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(folder / COMPLETE_MARK, {"train_seconds": self.seconds()})
+        processes.wait_for_all()  # every process writes its part of a checkpoint
+        if processes.is_main():
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / COMPLETE_MARK, {"train_seconds": self.seconds()})
 
 
 def _last_whole_checkpoint(checkpoints: Path) -> tuple[str | None, float]:
@@ -252,7 +280,8 @@ def _last_whole_checkpoint(checkpoints: Path) -> tuple[str | None, float]:
 def _lora_config(model: PreTrainedModel, spec: TrainingSpec, resume_from: str | None) -> LoraConfig:
     """Returns adapters for all linear sublayers; on resuming with saved ranks, which a `PruningCallback` may change."""
     patterns = ("rank_pattern", "alpha_pattern")
-    saved = None if resume_from is None else LoraConfig.from_pretrained(resume_from)
+    has_saved = resume_from is not None and (Path(resume_from) / "adapter_config.json").is_file()  # shards have none
+    saved = LoraConfig.from_pretrained(resume_from) if has_saved else None
     return LoraConfig(
         **{name: getattr(saved, name) for name in patterns if saved is not None},
         r=spec.lora_rank,
@@ -263,31 +292,27 @@ def _lora_config(model: PreTrainedModel, spec: TrainingSpec, resume_from: str | 
     )
 
 
-def _save(model: PreTrainedModel, spec: TrainingSpec, directory: Path) -> None:
+def _gathered(trainer: CompletionTrainer, spec: TrainingSpec) -> dict[str, Tensor] | None:
+    """Returns the whole trained weights if processes hold pieces of them; all processes call this together."""
+    if spec.parallel == "fsdp":
+        return gathered_weights(trainer.model, trained_only=spec.mode == "lora")
+    if spec.parallel == "deepspeed_zero3":
+        weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.deepspeed)
+        return weights
+    return None
+
+
+def _save(model: PreTrainedModel, weights: dict[str, Tensor] | None, spec: TrainingSpec, directory: Path) -> None:
     if spec.mode == "lora":
-        model.save_pretrained(directory / ADAPTER_FOLDER)
+        model.save_pretrained(directory / ADAPTER_FOLDER, state_dict=weights)
+    elif weights is not None:
+        save_file({name: value.contiguous() for name, value in weights.items()}, directory / WEIGHTS_FILE)
     else:
         save_model(model, str(directory / WEIGHTS_FILE))
 
 
-def _dataset(rows: Sequence[TrainingRow]) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids for row in rows],
-            "num_answer_tokens": [row.num_answer_tokens for row in rows],
-            "gaps": [[list(gap) for gap in row.gaps] for row in rows],
-            "length": [len(row.input_ids) for row in rows],
-        }
-    )
-
-
-def _row(item: dict[str, Any]) -> TrainingRow:
-    gaps = tuple((start, end) for start, end in item["gaps"])
-    return TrainingRow(tuple(item["input_ids"]), item["num_answer_tokens"], gaps)
-
-
 def _training_arguments(
-    spec: TrainingSpec, checkpoints: Path, seed: int, precision: str = "float32"
+    spec: TrainingSpec, checkpoints: Path, seed: int, precision: str = "float32", parallel: dict[str, Any] | None = None
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -314,6 +339,7 @@ def _training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=default_device().type == "cpu",
         seed=seed,
-        **{CHECKPOINTING: spec.gradient_checkpointing},
+        **{CHECKPOINTING: spec.gradient_checkpointing and spec.parallel != "fsdp"},  # which has its own
         **training_arguments(precision),
+        **(parallel or {}),
     )

@@ -3,15 +3,20 @@
 Defaults are the paper's (Appendix C.2) and, where it is silent, those of the authors' scripts.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from gradpruner import processes
 from gradpruner.checks import AUTO, check_choice
 
 MODES = ("full", "lora")
 PRECISIONS = ("auto", "float32", "bf16_mixed", "bf16_stochastic")
+PARALLELS = ("ddp", "fsdp", "deepspeed_zero3")
+SHARDED = PARALLELS[1:]  # those that divide the model among the processes
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -22,9 +27,9 @@ class TrainingSpec:
     Attributes:
         mode: `full` or `lora`.
         learning_rate: peak rate of AdamW.
-        batch_size: rows per optimizer step.
-        micro_batch_size: rows per forward pass; gradients accumulate up to `batch_size`. `auto`: as many as the memory
-            of the device holds, see `micro_batch`.
+        batch_size: rows per optimizer step, on all processes together.
+        micro_batch_size: rows per forward pass of a process; gradients accumulate up to `batch_size`. `auto`: as many
+            as the memory of the device holds, see `micro_batch`.
         epochs: passes over the training rows.
         max_steps: optimizer steps, instead of `epochs`.
         warmup_fraction: fraction of the steps in which the rate rises.
@@ -41,6 +46,8 @@ class TrainingSpec:
         merge_dtype: dtype of the trained weights that are evaluated and saved; `auto`: the model's.
         group_by_length: batch rows of similar length.
         gradient_checkpointing: recompute activations, for less memory and more time.
+        parallel: what each of several processes holds, one of `PARALLELS`: with `ddp` a whole model, else a piece of
+            it, see `parallel`. Results do not depend on it.
         save_steps: optimizer steps between checkpoints, from which an interrupted run resumes.
     """
 
@@ -63,12 +70,14 @@ class TrainingSpec:
     merge_dtype: str = "auto"
     group_by_length: bool = True
     gradient_checkpointing: bool = False
+    parallel: str = "ddp"
     save_steps: int = 50
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work."""
         check_choice("finetune.mode", self.mode, MODES)
         check_choice("finetune.merge_dtype", self.merge_dtype, ("auto", *MERGE_DTYPES))
+        check_choice("finetune.parallel", self.parallel, PARALLELS)
         self._check_precision()
         self._check_micro_batch()
         for name in ("learning_rate", "batch_size", "epochs", "lora_rank", "save_steps"):
@@ -112,10 +121,25 @@ class TrainingSpec:
                 "and small. Use finetune.precision=auto."
             )
 
+    def check_processes(self) -> None:
+        """Raises ValueError if the batch cannot be divided equally among the processes of this run."""
+        num_processes = processes.count()
+        size = 1 if self.micro_batch_size == AUTO else int(self.micro_batch_size)
+        if self.batch_size % (size * num_processes):
+            raise ValueError(
+                "batch_size counts the rows of all processes, so it must be a multiple of micro_batch_size times "
+                f"processes, got {self.batch_size}, {self.micro_batch_size} and {num_processes} processes. Change "
+                "finetune.batch_size or finetune.micro_batch_size, or start another number of processes."
+            )
+
+    def result_settings(self) -> dict[str, Any]:
+        """Returns the settings that results depend on; part of the cache key of the fine-tune."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "parallel"}
+
     @property
     def accumulation(self) -> int:
-        """Micro batches per optimizer step; needs a `micro_batch_size` that is a number."""
-        return self.batch_size // int(self.micro_batch_size)
+        """Micro batches per optimizer step on each process; needs a `micro_batch_size` that is a number."""
+        return self.batch_size // (int(self.micro_batch_size) * processes.count())
 
     def num_steps(self, num_rows: int) -> int:
         """Returns the optimizer steps of a run over `num_rows` rows, counted as the Trainer does."""

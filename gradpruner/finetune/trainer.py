@@ -16,13 +16,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from gradpruner import processes
 from gradpruner.encoding import Batch, trim_to_answers
 
 # Name of activation checkpointing in arguments and models; older transformers call it gradient checkpointing.
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
-# Maps a batch to its loss, summed over tokens, and the number of tokens with labels after the first column.
+# Maps a batch to its loss, summed over tokens, and the number of tokens with labels after the first column. On several
+# processes it stands in for the model's `forward`, so it calls parts of the model only.
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 
@@ -40,6 +42,9 @@ class CompletionTrainer(Trainer):
         args._n_gpu = 1  # with several GPUs in one process the Trainer would silently split batches
         super().__init__(model, args, **kwargs)
         self._loss = loss
+        if loss is not None and processes.count() > 1:
+            # Gradients are shared only if the model is called, not parts of it.
+            model.forward = lambda **batch: loss(model, batch)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_ProgressBar(description))
@@ -54,8 +59,9 @@ class CompletionTrainer(Trainer):
             with (
                 self.accelerator.autocast()
             ):  # accelerate wraps forward alone, and these losses call parts of the model
-                total, num_tokens = self._loss(model, inputs)
+                total, num_tokens = model(**inputs) if processes.count() > 1 else self._loss(model, inputs)
             result = total / (num_tokens if num_items_in_batch is None else num_items_in_batch)
+            result = result * processes.count()  # the mean over processes follows
         loss = result[0] if return_outputs else result
         if not torch.isfinite(loss):
             raise DivergedError(
@@ -75,7 +81,8 @@ class _ProgressBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._description, unit="step")
+        if processes.is_main():
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._description, unit="step")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:

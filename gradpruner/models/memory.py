@@ -65,6 +65,7 @@ def estimate_training_memory(
     attn_implementation: str = "auto",
     overhead: float = 0.0,
     shape: ModelShape | None = None,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """Estimates the peak memory of fine-tuning.
 
@@ -85,6 +86,8 @@ def estimate_training_memory(
         attn_implementation: as in `ModelSpec`; `eager` keeps attention matrices.
         overhead: memory that the allocator keeps, as a fraction of all activations; see `allocator_overhead`.
         shape: shape of the trained model; None is the dense one.
+        shards: processes among which weights, gradients and moments are divided. Each also holds two whole layers, the
+            embedding and the output head.
     """
     shape = shape or config_shape(config)
     if attn_implementation == "eager":
@@ -127,10 +130,15 @@ def estimate_training_memory(
             missing += counts.num_embedding_parameters
         in_first = (trained - missing * dtype.itemsize, layer, inside)
         gradients, activations, transient = max((0, activations, transient), in_first, (trained, 0, 0), key=sum)
+    moments = 2 * (_bytes_8bit(counts.num_parameters) if precision == "bf16_stochastic" else trained)
+    gathered = 0
+    if shards > 1:
+        heads = 1 if config.tie_word_embeddings else 2
+        gathered = 2 * max(part.num_parameters for part in counts.layers) + heads * counts.num_embedding_parameters
     return MemoryEstimate(
-        weights=weights + adapters,
-        gradients=gradients,
-        moments=2 * (_bytes_8bit(counts.num_parameters) if precision == "bf16_stochastic" else trained),
+        weights=-(-(weights + adapters) // shards) + gathered * activation_dtype.itemsize,
+        gradients=-(-gradients // shards),
+        moments=-(-moments // shards),
         activations=activations,
         transient=transient,
         factors=adapters if keep_factors else 0,

@@ -2,7 +2,8 @@
 
 The key of an entry is everything its result depends on, code included; its folder is named by the key's hash. An entry
 is computed into a `.partial` folder and renamed when it is whole, with a checksum of every file. A damaged entry is
-computed again, and said so. Two processes may share a cache: one computes, the other waits.
+computed again, and said so. Processes may share a cache, on hosts that share a file system, too: one computes, the
+others wait.
 """
 
 import errno
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.files import content_hash, write_json
+from gradpruner.lease import Lease
 from gradpruner.waiting import locked
 
 logger = logging.getLogger(__name__)
@@ -52,25 +54,37 @@ class StageCache:
         """
         entry = self.path(stage, key)
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with locked(f"{entry}.lock", f"computes the stage {stage} in this cache"):
-            if entry.is_dir():
-                problem = _problem(entry)
-                if problem is None:
-                    logger.info("%s: cached (%s)", stage, entry.name)
-                    return entry
-                logger.warning("%s: cache entry %s is damaged (%s), computing it again", stage, entry, problem)
-                shutil.rmtree(entry)
-            partial = entry.with_name(f"{entry.name}.partial")
-            if partial.is_dir() and not resumable:
-                shutil.rmtree(partial)
-            partial.mkdir(exist_ok=True)
-            try:
-                compute(partial)
-                write_json(partial / ENTRY_FILE, {"key": key, "checksums": _checksums(partial)})
-            except Exception as error:
-                _explain_full_disk(error, self.root)
-                raise
-            os.replace(partial, entry)
+        try:
+            with locked(f"{entry}.lock", f"computes the stage {stage} in this cache") as lock:
+                return self._get_locked(entry, stage, key, compute, resumable, lock)
+        except Exception as error:
+            _explain_full_disk(error, self.root)
+            raise
+
+    def _get_locked(
+        self,
+        entry: Path,
+        stage: str,
+        key: Mapping[str, Any],
+        compute: Callable[[Path], None],
+        resumable: bool,
+        lock: Lease,
+    ) -> Path:
+        if entry.is_dir():
+            problem = _problem(entry)
+            if problem is None:
+                logger.info("%s: cached (%s)", stage, entry.name)
+                return entry
+            logger.warning("%s: cache entry %s is damaged (%s), computing it again", stage, entry, problem)
+            shutil.rmtree(entry)
+        partial = entry.with_name(f"{entry.name}.partial")
+        if partial.is_dir() and not resumable:
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        compute(partial)
+        write_json(partial / ENTRY_FILE, {"key": key, "checksums": _checksums(partial)})
+        lock.check()
+        os.replace(partial, entry)
         return entry
 
     def path(self, stage: str, key: Mapping[str, Any]) -> Path:

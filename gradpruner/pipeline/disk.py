@@ -18,6 +18,7 @@ from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.counting import ModelCounts, count_model
 from gradpruner.models.shape import ModelShape, config_shape
 from gradpruner.pipeline.setup import Setup
+from gradpruner.pipeline.vllm_checks import uses_vllm
 
 SMALL_BYTES = 2**20  # what any stage writes besides: plans, reports, scores, answers; about one MB
 KEPT_CHECKPOINTS = 2  # of a fine-tune; the Trainer deletes an older one only after the next one is written
@@ -106,7 +107,8 @@ def stage_writes(setup: Setup) -> dict[str, Writes]:
         writes["recover"] = training_writes(counts, setup.recovery.training, len(setup.recovery_rows))
     trained = count_model(setup.config, trained_shape(setup))
     writes["finetune"] = training_writes(trained, setup.training, len(setup.rows))
-    return writes | {"predict": Writes(), "evaluate": Writes()}
+    predict = Writes(peak=SMALL_BYTES + saved_model_bytes(setup)) if uses_vllm(setup) else Writes()
+    return writes | {"predict": predict, "evaluate": Writes()}
 
 
 def trained_shape(setup: Setup) -> ModelShape:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from gradpruner import processes
 from gradpruner.checks import AUTO
 from gradpruner.encoding import TrainingRow
 from gradpruner.finetune import micro_batch
@@ -55,7 +56,7 @@ def importance_memory(setup: Setup, method: GradPruner) -> MemoryEstimate:
     length, positions = micro_batch.longest(setup.rows)
     return estimate_training_memory(
         setup.config,
-        method.batch_size,
+        -(-method.batch_size // processes.count()),  # each process takes some rows of a batch
         length,
         positions,
         setup.base_model.torch_dtype,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from gradpruner import processes
 from gradpruner.cost import TotalCost, total_cost
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.finetune.result import PLAN_FILE, REPORT_FILE, TrainingAccount, merge_for_checkpoint, read_result
@@ -32,7 +33,9 @@ from gradpruner.pipeline.stages import (
     recover_stage,
     repair_stage,
     speed_stage,
+    vllm_stage,
 )
+from gradpruner.pipeline.vllm_checks import check_vllm, uses_vllm
 from gradpruner.plan import PruningPlan
 from gradpruner.record_sections import ContentSection, MethodReport, Metrics, SpeedSection, empty_section
 from gradpruner.repair import read_fits
@@ -97,12 +100,15 @@ class Pipeline(Setup):
             save_to: folder that the final model is saved to after the run, or None if it is not saved.
 
         Raises:
-            ValueError: also if the disk or the GPU cannot hold what the run needs.
+            ValueError: also if vLLM cannot generate the answers that it is to, or if the disk or the GPU cannot hold
+                what the run needs.
         """
         super().check()
+        check_vllm(self)
         if resources:
             folders = self._folders()
-            check_disk(self, folders, save_to)
+            if processes.is_main():
+                check_disk(self, folders, save_to)
             check_memory(self, [stage for stage, folder in folders.items() if folder.is_dir()])
 
     def _folders(self) -> dict[str, Path]:
@@ -187,12 +193,16 @@ class Pipeline(Setup):
         recovered = recover_stage(self, runner, pruned, repaired or pruned) if self.recovery else None
         untuned = recovered or repaired or pruned
         finetuned = finetune_stage(self, runner, untuned)
-        predicted = predict_stage(self, runner, finetuned)
+        predicted = self._predictions_of(finetuned)
         evaluated = evaluate_stage(self, runner, predicted)
         return _Chain(measured, pruned, repaired, recovered, untuned, finetuned, predicted, evaluated)
 
     def _evaluation_of(self, weights: ModelStage) -> Stage:
-        return evaluate_stage(self, self._runner, predict_stage(self, self._runner, weights))
+        return evaluate_stage(self, self._runner, self._predictions_of(weights))
+
+    def _predictions_of(self, weights: ModelStage) -> Stage:
+        stage = vllm_stage if uses_vllm(self) else predict_stage
+        return stage(self, self._runner, weights)
 
     def _speed(self, shape: ModelShape) -> SpeedSection:
         folder = self._runner.folder(speed_stage(self, shape))

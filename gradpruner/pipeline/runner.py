@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from gradpruner import processes
 from gradpruner.files import content_hash, write_json
 from gradpruner.pipeline.cache import StageCache
 
@@ -26,12 +27,16 @@ class Stage:
         key: everything that the result depends on, and nothing else.
         compute: writes the result into the folder that it is given.
         resumable: give `compute` what an interrupted call left behind, instead of an empty folder.
+        together: with several processes, all of them compute; otherwise rank 0 does, and the others wait.
+        needs: stages whose folders `compute` asks for; they are made beforehand, and their time is not its own.
     """
 
     name: str
     key: Key
     compute: Callable[[Path], None]
     resumable: bool = False
+    together: bool = False
+    needs: "tuple[Stage, ...]" = ()
 
     @property
     def id(self) -> str:
@@ -55,6 +60,9 @@ class ModelStage(Stage):
 class StageRunner:
     """Computes the stages that the cache lacks, and holds at most one model for the stages that start from it.
 
+    Of several processes, rank 0 alone goes through the cache and tells the others what it found. All of them ask for
+    the same stages in the same order.
+
     Args:
         cache: of finished stages.
     """
@@ -71,15 +79,37 @@ class StageRunner:
     def folder(self, stage: Stage) -> Path:
         """The folder of the stage's result; computes it unless it is cached."""
 
-        def timed(directory: Path) -> None:
+        def compute(directory: Path) -> None:
+            processes.broadcast(directory)  # which tells the others to compute, too
+            for need in stage.needs:  # before the clock starts
+                self.folder(need)
             start = time.perf_counter()
             stage.compute(directory)
             write_json(directory / SECONDS_FILE, time.perf_counter() - start)
+            processes.wait_for_all()
 
         place = (stage.name, stage.id)
-        if place not in self._folders:  # once a run: looking an entry up verifies its checksums
-            self._folders[place] = self._cache.get(stage.name, stage.key, timed, stage.resumable)
+        if place in self._folders:  # once a run: looking an entry up verifies its checksums
+            return self._folders[place]
+        if processes.is_main():
+            folder = self._cache.get(stage.name, stage.key, compute, stage.resumable)
+            self._folders[place] = processes.broadcast(folder)
+        else:
+            self._folders[place] = self._followed(stage)
         return self._folders[place]
+
+    def _followed(self, stage: Stage) -> Path:
+        """Returns the folder of a stage that rank 0 goes through; takes part if all processes compute it."""
+        entry = self._cache.path(stage.name, stage.key)
+        told = processes.broadcast(entry)
+        if told == entry:
+            return entry  # it was cached
+        for need in stage.needs:
+            self.folder(need)
+        if stage.together:
+            stage.compute(told)
+        processes.wait_for_all()
+        return processes.broadcast(entry)
 
     def seconds(self, stage: Stage) -> float:
         """Wall time of the stage when it was computed."""

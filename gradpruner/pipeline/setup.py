@@ -2,19 +2,22 @@
 
 import dataclasses
 import itertools
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from gradpruner import processes
+from gradpruner.checks import AUTO
 from gradpruner.conversation_rows import encode_rows
 from gradpruner.data_warnings import warn_of_leaked_rows, warn_of_second_bos
 from gradpruner.encoding import Encoder, TrainingRow
 from gradpruner.evaluate.base import Evaluation, Question
+from gradpruner.evaluate.generate import VLLM, Generation
 from gradpruner.files import content_hash
-from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.finetune.parallel import check_parallel
+from gradpruner.finetune.spec import MERGE_DTYPES, TrainingSpec
 from gradpruner.method import Method, Recovery
 from gradpruner.models.architectures import count_parameters, empty_model
 from gradpruner.models.shape import ModelShape
@@ -164,12 +167,20 @@ class Setup:
     @cached_property
     def recovery(self) -> Recovery | None:
         """The method's training between pruning and the fine-tune; None without data for it."""
-        return self.resolved_method.recovery() if self.recovery_task is not None else None
+        recovery = self.resolved_method.recovery() if self.recovery_task is not None else None
+        if recovery is None:
+            return None
+        training = dataclasses.replace(recovery.training, parallel=self.training.parallel)
+        return dataclasses.replace(recovery, training=training)
 
     @cached_property
     def resolved_evaluation(self) -> Evaluation:
-        """The evaluation with everything that depends on the task and this machine made definite."""
-        return self.evaluation.resolve(self.tested_task, self.test_examples)
+        """The evaluation with everything that depends on the task, the model and this machine made definite."""
+        resolved = self.evaluation.resolve(self.tested_task, self.test_examples)
+        if isinstance(resolved, Generation) and resolved.engine == VLLM and resolved.vllm_dtype == AUTO:
+            dtype = MERGE_DTYPES.get(self.training.merge_dtype, self.base_model.torch_dtype)
+            return dataclasses.replace(resolved, vllm_dtype=str(dtype).removeprefix("torch."))
+        return resolved
 
     # ---- checks ----
 
@@ -177,28 +188,31 @@ class Setup:
         """Reads config and data and resolves the method, once; raises what `ModelSpec`, `Task` and `Method` raise.
 
         Raises:
-            ValueError: also if started by torchrun, if `max_length` is over the model's positions, or if the data have
-                tokens that the model has no embedding for.
+            ValueError: also if the processes of the run cannot share a batch, if `max_length` is over the model's
+                positions, or if the data have tokens that the model has no embedding for.
         """
         _ = self._checked
 
     @cached_property
     def _checked(self) -> bool:
         """Whether `check` has passed: `Pipeline.run` checks again what a command has checked before."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"A run is one process, got WORLD_SIZE={os.environ['WORLD_SIZE']} from torchrun or accelerate. "
-                "Start it with plain python; spread a sweep over processes with hydra/launcher=joblib."
-            )
+        processes.start()
+        with processes.main_first():
+            self._check()
+        return True
+
+    def _check(self) -> None:
         self._check_positions()
         self.base_model.check_weights(self.assets_dir, self.config)
         self.method.check_training(self.training)
         _ = self.resolved_method, self.shape
+        check_parallel(self.training, self.resolved_method.callbacks())
+        if self.recovery is not None:
+            check_parallel(self.recovery.training, (), self.recovery.distillation is not None)
         self._check_vocabulary()
         warn_of_leaked_rows(self.train_examples, self.test_examples)
         warn_of_second_bos(self.train_examples, self.rows, self.encoder(self.task))
         self.cache_dir.mkdir(parents=True, exist_ok=True)
-        return True
 
     def _check_positions(self) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
+from gradpruner import processes
 from gradpruner.checks import AUTO
 from gradpruner.encoding import TrainingRow
 from gradpruner.finetune.spec import TrainingSpec
@@ -113,6 +114,7 @@ def _in_fresh_process(role: str, config: PreTrainedConfig, shape: ModelShape, wo
         [sys.executable, "-m", speed_process.__name__],
         input=json.dumps(request),
         cwd=Path(__file__).resolve().parents[2],
+        env=processes.alone(),
         capture_output=True,
         text=True,
         check=False,

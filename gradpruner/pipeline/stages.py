@@ -12,9 +12,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from gradpruner import processes
 from gradpruner.cost import Cost
 from gradpruner.encoding import Batch, training_batches
 from gradpruner.evaluate.base import PREDICTIONS_FILE, predict_all
+from gradpruner.evaluate.generate import Generation
+from gradpruner.evaluate.vllm_engine import generate_with_vllm
 from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.finetune.distill import DistillationLoss
 from gradpruner.finetune.precision import resolve_precision
@@ -51,7 +54,8 @@ def measure_stage(setup: Setup) -> Stage:
         dense = model.load(setup.assets_dir)
         with Cost() as cost:
             method.measure(dense, calibration_batches(setup, calibration), directory)
-        cost.save(directory / COST_FILE)
+        if processes.is_main():
+            cost.save(directory / COST_FILE)
 
     key = {
         "model": setup.fingerprint,
@@ -63,7 +67,7 @@ def measure_stage(setup: Setup) -> Stage:
         "code": code_version(measure_stage, method.measured_as),
         "libraries": _libraries(),
     }
-    return Stage("measure", key, compute)
+    return Stage("measure", key, compute, together=method.measures_together)
 
 
 def prune_stage(setup: Setup, runner: StageRunner, measured: Stage) -> ModelStage:
@@ -97,7 +101,7 @@ def prune_stage(setup: Setup, runner: StageRunner, measured: Stage) -> ModelStag
         "code": code_version(prune_stage, type(method)),
         "libraries": _libraries(),
     }
-    return ModelStage("prune", key, compute, load=load)
+    return ModelStage("prune", key, compute, needs=(measured,), load=load)
 
 
 def repair_stage(setup: Setup, runner: StageRunner, measured: Stage, pruned: ModelStage) -> ModelStage:
@@ -129,7 +133,7 @@ def repair_stage(setup: Setup, runner: StageRunner, measured: Stage, pruned: Mod
         "code": code_version(repair_stage, type(method)),
         "libraries": _libraries(),
     }
-    return ModelStage("repair", key, compute, load=load)
+    return ModelStage("repair", key, compute, needs=(measured, pruned), load=load)
 
 
 def recover_stage(setup: Setup, runner: StageRunner, pruned: ModelStage, compressed: ModelStage) -> ModelStage:
@@ -168,14 +172,15 @@ def recover_stage(setup: Setup, runner: StageRunner, pruned: ModelStage, compres
 
     key = {
         "compressed": compressed.id,
-        "recovery": dataclasses.asdict(recovery),
+        "recovery": dataclasses.asdict(recovery) | {"training": recovery.training.result_settings()},
         "precision": resolve_precision(recovery.training),
         "rows": hash_rows(setup.recovery_rows),
         "seed": setup.seed,
         "code": code_version(recover_stage),
         "libraries": _libraries(),
     }
-    return ModelStage("recover", key, compute, resumable=True, load=load)
+    needs = (pruned, compressed)
+    return ModelStage("recover", key, compute, resumable=True, together=True, needs=needs, load=load)
 
 
 def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage) -> ModelStage:
@@ -199,14 +204,16 @@ def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage) -> Mo
 
     key = {
         "untuned": untuned.id,
-        "training": dataclasses.asdict(setup.training),
+        "training": setup.training.result_settings(),
         "precision": resolve_precision(setup.training),
         "rows": setup.rows_hash,
         "seed": setup.seed,
         "code": code_version(finetune_stage, type(method)),
         "libraries": _libraries(),
     }
-    return ModelStage("finetune", key, compute, resumable=True, load=load, is_final=True)
+    return ModelStage(
+        "finetune", key, compute, resumable=True, together=True, needs=(untuned,), load=load, is_final=True
+    )
 
 
 def predict_stage(setup: Setup, runner: StageRunner, weights: ModelStage) -> Stage:
@@ -226,7 +233,24 @@ def predict_stage(setup: Setup, runner: StageRunner, weights: ModelStage) -> Sta
         "code": code_version(predict_stage, type(evaluation)),
         "libraries": _libraries(),
     }
-    return Stage("predict", key, compute, resumable=True)
+    return Stage("predict", key, compute, resumable=True, together=True, needs=(weights,))
+
+
+def vllm_stage(setup: Setup, runner: StageRunner, weights: ModelStage) -> Stage:
+    """What a model answers to the test examples, as `predict_stage`, where vLLM generates the answers."""
+    evaluation = setup.resolved_evaluation
+    assert isinstance(evaluation, Generation)
+
+    def load_model() -> PreTrainedModel:
+        # Taken, although the fine-tune may start from it: vLLM needs the memory.
+        return merge_for_checkpoint(runner.take(weights), setup.training)
+
+    def compute(directory: Path) -> None:
+        encoder = setup.encoder(setup.tested_task)
+        generate_with_vllm(load_model, evaluation, encoder, setup.questions, directory)
+
+    key = {**predict_stage(setup, runner, weights).key, "code": code_version(vllm_stage, type(evaluation))}
+    return Stage("predict", key, compute, resumable=True, needs=(weights,))
 
 
 def evaluate_stage(setup: Setup, runner: StageRunner, predicted: Stage) -> Stage:
@@ -245,7 +269,7 @@ def evaluate_stage(setup: Setup, runner: StageRunner, predicted: Stage) -> Stage
         "code": code_version(evaluate_stage, type(evaluation)),
         "libraries": _libraries(),
     }
-    return Stage("evaluate", key, compute)
+    return Stage("evaluate", key, compute, needs=(predicted,))
 
 
 def speed_stage(setup: Setup, shape: ModelShape) -> Stage:

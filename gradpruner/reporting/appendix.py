@@ -11,7 +11,7 @@ from gradpruner.record import RunRecord
 from gradpruner.reporting.cells import value_of
 from gradpruner.reporting.comparing import SPREAD_NOTE
 from gradpruner.reporting.coordinates import coordinates
-from gradpruner.reporting.labels import METRIC_LABELS, describe_origins
+from gradpruner.reporting.labels import METRIC_LABELS, describe_origins, engine_in_title, engine_of
 from gradpruner.reporting.measures import paper_metrics
 from gradpruner.reporting.paper_rows import DATASETS, full_setting
 from gradpruner.reporting.paper_tables import other_runs
@@ -37,7 +37,8 @@ def appendix_tables(published: Sequence[Published], records: Sequence[RunRecord]
 
 
 def _shared(record: RunRecord) -> str:
-    return json.dumps({"model": record.config["model"], "mode": record.config["finetune"]["mode"]}, sort_keys=True)
+    shared = {"model": record.config["model"], "mode": record.config["finetune"]["mode"], **engine_of(record)}
+    return json.dumps(shared, sort_keys=True)
 
 
 def _tables(runs: list[RunRecord], known: list[RunRecord]) -> list[Table]:
@@ -81,7 +82,8 @@ def _tables(runs: list[RunRecord], known: list[RunRecord]) -> list[Table]:
         if not measured:
             notes += [f"{header}: {METRIC_LABELS[metric]}" for header, metric in zip(headers, metrics, strict=True)]
             notes += describe_origins([record.metrics for record in ordered])
-        title = f"Other settings: {first.model['name']}, {first.config['finetune']['mode']}{measured}"
+        engine = engine_in_title(first)
+        title = f"Other settings: {first.model['name']}, {first.config['finetune']['mode']}{engine}{measured}"
         tables.append(Table(title, ["method", *headers], cells, notes))
     return tables
 

@@ -67,7 +67,7 @@ def plot_sensitivity(curves: Mapping[str, NDArray[np.float64]], num_top_layers: 
             percent = 100 * np.arange(1, len(curve) + 1) / len(curve)
             style = LINE_STYLES[index % len(LINE_STYLES)]
             axes.plot(percent, 100 * curve, label=label, markevery=max(1, len(curve) // 8), **style)
-            early = int(np.argmax(percent >= 10))
+            early = int(np.argmax((percent >= 10) & np.isfinite(curve)))  # the first steps may have no gradient
             alt.append(f"{label}: {100 * curve[early]:.0f} % at {percent[early]:.0f} % of {len(curve)} steps")
         axes.set_xscale("log")  # the claim is about the first percent
         axes.xaxis.set_major_formatter("{x:g}")

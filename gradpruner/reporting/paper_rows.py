@@ -12,7 +12,7 @@ from typing import Any
 
 from gradpruner.record import RunRecord
 from gradpruner.reporting.coordinates import coordinates, fits, is_usual, same, scaled
-from gradpruner.reporting.labels import METHOD_LABELS, VARIANT_OF
+from gradpruner.reporting.labels import METHOD_LABELS, VARIANT_OF, engine_of
 from gradpruner.reporting.published import Coordinate, Published, PublishedRow
 from gradpruner.reporting.tables import depth_settings, setting
 
@@ -182,7 +182,7 @@ def _shared_setting(record: RunRecord, axis: str) -> dict[str, Any]:
     """Returns the settings that all runs of one table with this axis share."""
     if axis == "dataset":
         # Each dataset has training settings of its own.
-        return {"model": record.config["model"], "mode": record.config["finetune"]["mode"]}
+        return {"model": record.config["model"], "mode": record.config["finetune"]["mode"], **engine_of(record)}
     shared = full_setting(record)
     # The axis may be a setting of the dataset, such as `train_fraction`, which then varies within the table.
     return shared | {"dataset": {key: value for key, value in shared["dataset"].items() if key != axis}}

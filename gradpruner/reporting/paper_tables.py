@@ -8,7 +8,7 @@ from gradpruner.record import RunRecord
 from gradpruner.reporting.cells import DASH, FEWER, Value, average, paper_average, value_of
 from gradpruner.reporting.comparing import SPREAD_NOTE, Difference, difference, mean_difference
 from gradpruner.reporting.coordinates import coordinates
-from gradpruner.reporting.labels import METRIC_LABELS, NOT_COMPETING, caveats, describe_origins
+from gradpruner.reporting.labels import METRIC_LABELS, NOT_COMPETING, caveats, describe_origins, engine_in_title
 from gradpruner.reporting.measures import paper_metrics, why_not_comparable
 from gradpruner.reporting.paper_rows import PlacedColumn, PlacedRow, Placement, placements
 from gradpruner.reporting.published import Published, PublishedRow
@@ -137,7 +137,7 @@ def _title(published: Published, placement: Placement, measured: str) -> str:
     own = coordinates(first)
     place = "" if published.axis == "dataset" else f" on {own['dataset']}"
     parameters = f"{first.model['num_parameters'] / 1e6:.1f} M parameters"
-    name = f"{first.model['name']} with {parameters}{place}, {own['finetune']}"
+    name = f"{first.model['name']} with {parameters}{place}, {own['finetune']}{engine_in_title(first)}"
     return f"{published.label}: {published.title}; {name}{measured}"
 
 

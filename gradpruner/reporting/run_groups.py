@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gradpruner.files import slug
 from gradpruner.record import RunRecord
-from gradpruner.reporting.labels import method_place
+from gradpruner.reporting.labels import engine_in_title, method_place
 from gradpruner.reporting.tables import data_settings, dataset_name, row_labels, setting
 
 
@@ -85,7 +85,7 @@ def comparable_groups(records: Sequence[RunRecord]) -> list[tuple[str, list[RunR
         choice = ranked[dataset_name(record)].index(_data_key(record))
         groups.setdefault((json.dumps(shared, sort_keys=True), choice), []).append(record)
     return [
-        (f"{group[0].model['name']}, {group[0].config['finetune']['mode']}", group)
+        (f"{group[0].model['name']}, {group[0].config['finetune']['mode']}{engine_in_title(group[0])}", group)
         for _, group in sorted(groups.items(), key=lambda item: item[0][1])
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradpruner.files import content_hash
 from gradpruner.models.counting import ROW_LENGTH
-from gradpruner.record import NOT_IDENTITY, RunRecord
+from gradpruner.record import NOT_IDENTITY, RunRecord, evaluation_settings
 from gradpruner.reporting.comparing import SPREAD_NOTE, mean_error
 from gradpruner.reporting.coordinates import dataset_module
 from gradpruner.reporting.labels import (
@@ -16,6 +16,7 @@ from gradpruner.reporting.labels import (
     MetricColumn,
     caveats,
     describe_origins,
+    engine_in_title,
     method_place,
     metric_columns,
 )
@@ -27,7 +28,7 @@ COUNTS = ("w/o embedding", "GMACs")
 DEPTH = ("sparsity", "num_pruned_layers")
 LONGEST_TEXT = 40  # characters of a setting in a title
 # Settings of the fine-tune that change its speed and memory, not its result but for rounding: methods differ in them.
-OF_SPEED = ("micro_batch_size", "gradient_checkpointing", "save_steps")
+OF_SPEED = ("micro_batch_size", "gradient_checkpointing", "save_steps", "parallel")
 # Config keys that may differ between the rows of one table; a difference in any other key makes another table.
 NOT_SETTING = (*NOT_IDENTITY, "method", "seed", "evaluate_before")
 
@@ -88,7 +89,7 @@ def setting(record: RunRecord) -> dict[str, Any]:
         for key, value in record.config["finetune"].items()
         if (key, value) not in LATER_SETTINGS.items() and key not in OF_SPEED
     }
-    evaluation = {key: value for key, value in record.config["evaluation"].items() if key != "batch_size"}
+    evaluation = {key: value for key, value in evaluation_settings(record.config).items() if key != "batch_size"}
     return shared | {"dataset": data_settings(record), "finetune": finetune, "evaluation": evaluation}
 
 
@@ -156,7 +157,7 @@ def _comparison(records: list[RunRecord]) -> Table:
     headers += ["compress s", "compress GiB", "train s", "train GiB"]
     first = records[0]
     return Table(
-        f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}",
+        f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}{engine_in_title(first)}",
         headers,
         [[label, *_cells(group, columns, has_counts, has_before)] for label, group in zip(labels, rows, strict=True)],
         _notes(records),

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 from gradpruner.checks import guess
 from gradpruner.files import user_path
 from gradpruner.tasks.columns import DataError, RowError
-from gradpruner.tasks.example import ChatExample, Example, Parsed, fingerprint
+from gradpruner.tasks.example import ChatExample, Example, Parsed, Rendered, fingerprint
 from gradpruner.tasks.local_files import read_local
 from gradpruner.tasks.sampling import stratified_sample
 from gradpruner.tasks.sources import SourceRow, read_hub, read_packaged
 from gradpruner.tasks.template import Template
 
-__all__ = ["ChatExample", "DataError", "Example", "Parsed", "RowError", "Task", "fingerprint"]
+__all__ = ["ChatExample", "DataError", "Example", "Parsed", "Rendered", "RowError", "Task", "fingerprint"]
 
 SPLITS = ("train", "test")
 TEXT_METRICS = ("accuracy", "rouge_l", "bertscore_f1")
@@ -214,11 +214,15 @@ class Task(ABC):
             DataError: if the source cannot be read, has no rows, or has bad rows (ten are shown); up to one in a
                 hundred rows of a published dataset are skipped with a warning instead.
         """
+        return [rendered.example for rendered in self.load_rendered(split, seed)]
+
+    def load_rendered(self, split: str, seed: int) -> list[Rendered]:
+        """Returns what `load` does, each example with the template and the fields that its prompt was made from."""
         if split not in SPLITS:
             raise DataError(f"There is no such split, got {split!r}{guess(split, SPLITS)}. Choose from: train, test.")
         if self.validation_fraction is None:
-            return self._sample(self._examples(split), split, seed)
-        examples = self._examples("train")
+            return self._sample(self._rendered(split), split, seed)
+        examples = self._rendered("train")
         count = round(self.validation_fraction * len(examples))
         if not 0 < count < len(examples):
             raise DataError(
@@ -229,9 +233,9 @@ class Task(ABC):
         part = [each for index, each in enumerate(examples) if (index in held_out) == (split == "test")]
         return self._sample(part, split, seed)
 
-    def _examples(self, split: str) -> list[Example]:
+    def _rendered(self, split: str) -> list[Rendered]:
         """Returns every row of a split, rendered."""
-        examples: list[Example] = []
+        examples: list[Rendered] = []
         every: list[Parsed] = []
         places: dict[str, str] = {}  # id -> where
         problems: list[str] = []
@@ -240,14 +244,14 @@ class Task(ABC):
                 if row.problem is not None:
                     raise RowError(row.problem)
                 parsed = self.parse(row.columns)
-                example = self._render(parsed, default_id=f"{split}-{len(examples) + len(problems)}")
-                if example.id in places:
-                    raise RowError(f"id {example.id!r} is taken by {places[example.id]}")
+                rendered = self._render(parsed, default_id=f"{split}-{len(examples) + len(problems)}")
+                if (id_ := rendered.example.id) in places:
+                    raise RowError(f"id {id_!r} is taken by {places[id_]}")
             except RowError as error:
                 problems.append(f"{row.where}: {error}")
             else:
-                places[example.id] = row.where
-                examples.append(example)
+                places[id_] = row.where
+                examples.append(rendered)
                 every.append(parsed)
         num_rows = len(examples) + len(problems)
         if problems and (self.source == "local" or len(problems) > MAX_BAD_SHARE * num_rows):
@@ -269,11 +273,11 @@ class Task(ABC):
     def review(self, split: str, rows: Sequence[Parsed]) -> None:  # noqa: B027  # most have nothing to say
         """Warns of what only all rows of a split together show."""
 
-    def _render(self, parsed: Parsed, default_id: str) -> Example:
+    def _render(self, parsed: Parsed, default_id: str) -> Rendered:
         example_id = default_id if parsed.id is None else parsed.id
         if parsed.turns:
             prompt = "\n".join(f"{turn.role}: {turn.content}" for turn in parsed.turns[:-1])
-            return ChatExample(example_id, prompt, parsed.turns[-1].content, turns=parsed.turns)
+            return Rendered(ChatExample(example_id, prompt, parsed.turns[-1].content, turns=parsed.turns))
         if parsed.label is not None and len(parsed.choices) < 2:
             raise RowError(f"at least 2 choices are needed, got {len(parsed.choices)}")
         assert self.prompt is not None  # else the row is a conversation
@@ -283,7 +287,7 @@ class Task(ABC):
         prompt, spans = template.render_with_spans(fields)
         choice = Template(self.choice)
         choices = tuple(choice.render({"choice": text}) for text in parsed.choices)
-        return Example(
+        example = Example(
             id=example_id,
             prompt=prompt,
             answer=choice.render({"choice": parsed.answer}) if parsed.label is None else choices[parsed.label],
@@ -292,8 +296,9 @@ class Task(ABC):
             delimiter=choice.literal_prefix,
             context=spans.get(self.context_field or ""),
         )
+        return Rendered(example, template.text, fields)
 
-    def _sample(self, examples: list[Example], split: str, seed: int) -> list[Example]:
+    def _sample(self, examples: list[Rendered], split: str, seed: int) -> list[Rendered]:
         wanted = self.max_train_samples if split == "train" else self.max_test_samples
         if wanted is not None and wanted > len(examples):
             logger.info("%s %s: %d rows asked, all %d used", self.name, split, wanted, len(examples))
@@ -303,9 +308,9 @@ class Task(ABC):
         return [examples[index] for index in stratified_sample(_strata(examples), count, seed)]
 
 
-def _strata(examples: list[Example]) -> list[tuple[int, int | None]]:
+def _strata(examples: list[Rendered]) -> list[tuple[int, int | None]]:
     """Returns strata for sampling: label 0 of three choices need not mean the same as label 0 of seven."""
-    return [(len(example.choices), example.label) for example in examples]
+    return [(len(each.example.choices), each.example.label) for each in examples]
 
 
 def check_target(task: Task, target: str, known: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 
@@ -82,6 +82,21 @@ class Parsed:
     def options(self) -> tuple[str, ...]:
         """Texts that a prompt may list as options."""
         return self.listed or self.choices
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example, and what its prompt was made from.
+
+    Attributes:
+        example: the example.
+        template: text of the prompt's template; None for a conversation.
+        fields: values for the template, by name.
+    """
+
+    example: Example
+    template: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

@@ -48,6 +48,11 @@ class Template:
         parts = _split(self.text)
         return "".join(part for part, _ in parts[: next((i for i, part in enumerate(parts) if part[1]), len(parts))])
 
+    @property
+    def parts(self) -> tuple[tuple[str, bool], ...]:
+        """The literal texts (False) and the names of fields (True), in order."""
+        return _split(self.text)
+
     def check_fields(self, known: Iterable[str], what: str) -> None:
         """Refuses a template that uses no field or an unknown one.
 

@@ -111,7 +111,13 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["minitron-distilled", "minitron-depth", "llm_pruner-recovered"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "minitron-distilled",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("minitron-depth", "llm_pruner-recovered")),
+    ],
+)
 def test_a_recovery_that_was_killed_goes_on(name, make, monkeypatch):
     whole = make(METHODS[name], cache="whole")
     whole.run()

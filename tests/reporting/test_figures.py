@@ -15,7 +15,7 @@ from gradpruner.record import RunRecord
 from gradpruner.reporting.comparison_figures import FIGURES, MOST_CURVES, MOST_ROWS, draw
 from gradpruner.reporting.comparison_plots import plot_losses
 from gradpruner.reporting.figures import KEPT, LINE_STYLES, MERGED
-from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, sensitivity_curve
+from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, plot_sensitivity, sensitivity_curve
 from gradpruner.reporting.means import measure
 from gradpruner.reporting.run_groups import in_order, run_labels
 
@@ -82,6 +82,12 @@ def test_sensitivity_by_hand():
     # Means so far: (4, 1, 0), (2, 3, 0), (4/3, 2, 3).
     assert sensitivity_curve([[4, 1, 0], [0, 5, 0], [0, 0, 9]], 1).tolist() == [0.0, 0.0, 1.0]
     assert sensitivity_curve([[4, 1, 0], [0, 5, 0], [0, 0, 9]], 2).tolist() == [0.5, 0.5, 1.0]
+
+
+def test_the_text_of_figure_2_starts_at_the_first_gradient(tmp_path):
+    curves = {"with": np.array([0.5, 0.75, 1.0]), "without": np.array([np.nan, 0.25, 1.0])}
+    text = plot_sensitivity(curves, "4", tmp_path / "figure2.png").alt
+    assert "with: 50 % at 33 % of 3 steps" in text and "without: 25 % at 67 % of 3 steps" in text
 
 
 def test_sensitivity_edges():

@@ -1,0 +1,158 @@
+"""A fine-tune on several processes: what is checked before it, the settings of the Trainer, weights as a whole.
+
+`ddp` holds a whole model per process. `fsdp` (FSDP2 through accelerate) and `deepspeed_zero3` divide weights, gradients
+and moments among the processes, for models that one card cannot train. Adapters are added and layers are pruned before
+that. `docs/several-processes.md` says what has been seen to work.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from gradpruner import processes
+from gradpruner.finetune.spec import SHARDED, TrainingSpec
+from gradpruner.models.architectures import decoder_layers
+
+
+def check_parallel(spec: TrainingSpec, callbacks: Sequence[TrainerCallback] = (), distils: bool = False) -> None:
+    """Refuses a fine-tune that cannot run on the processes of this run.
+
+    Args:
+        spec: how to train.
+        callbacks: those of the method. One that works on a single process only says why in `one_process_because`.
+        distils: whether the loss is another one than the likelihood of the answers.
+
+    Raises:
+        ValueError: if the batch cannot be divided, a callback works on a single process only, or the weights cannot be
+            divided here.
+    """
+    if spec.parallel in SHARDED:
+        _check_sharded(spec, distils)
+    if processes.count() == 1:
+        return
+    spec.check_processes()
+    for callback in callbacks:
+        if reason := getattr(callback, "one_process_because", None):
+            raise ValueError(
+                f"This method trains on one process, got {processes.count()}: {reason}. Start it with plain python."
+            )
+
+
+def _check_sharded(spec: TrainingSpec, distils: bool) -> None:
+    given = f"finetune.parallel={spec.parallel}"
+    if processes.count() == 1:
+        raise ValueError(
+            f"{given} divides the model among processes, got one process. Start several with torchrun "
+            f"--nproc-per-node=N, or set finetune.parallel=ddp."
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{given} needs GPUs, got a machine without CUDA, where accelerate would run DDP without saying so. Set "
+            "finetune.parallel=ddp."
+        )
+    if spec.precision == "bf16_stochastic":
+        raise ValueError(
+            f"{given} keeps float32 weights, got precision=bf16_stochastic, which is for one card. Set "
+            "finetune.precision=bf16_mixed."
+        )
+    if spec.parallel == "deepspeed_zero3":
+        if distils:
+            raise ValueError(
+                f"Distillation is not offered with DeepSpeed, got {given}: its loss needs the output layer again in "
+                f"the backward pass. Set finetune.parallel=fsdp."
+            )
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(
+                f"{given} needs DeepSpeed, got an environment without it. Run `pip install deepspeed`, or set "
+                "finetune.parallel=fsdp."
+            )
+
+
+def check_folder(directory: Path) -> None:
+    """Raises ValueError if the processes do not write to the same folder, which only rank 0 fills."""
+    folders = sorted(set(processes.gather(str(directory.absolute()))))
+    if len(folders) > 1:
+        raise ValueError(
+            f"All processes must be given the same folder, got {', '.join(folders)}. Choose it on rank 0 and hand it "
+            "to the others."
+        )
+
+
+def parallel_arguments(model: PreTrainedModel | None = None, spec: TrainingSpec | None = None) -> dict[str, Any]:
+    """Returns the arguments of `TrainingArguments` for several processes; none with one.
+
+    Args:
+        model: the model to train, with its adapters.
+        spec: how to train; None is `ddp`.
+    """
+    if processes.count() == 1:
+        return {}
+    limit = {"ddp_timeout": int(processes.COLLECTIVE_LIMIT.total_seconds())}
+    if model is not None and spec is not None and spec.parallel == "fsdp":
+        return {**limit, "fsdp": True, "fsdp_config": fsdp_config(model, spec)}
+    if spec is not None and spec.parallel == "deepspeed_zero3":
+        return {**limit, "deepspeed": deepspeed_config(spec)}
+    return {**limit, "ddp_find_unused_parameters": False}  # every trained weight takes part in every step
+
+
+def fsdp_config(model: PreTrainedModel, spec: TrainingSpec) -> dict[str, Any]:
+    """Returns the settings of FSDP2: every decoder layer is a unit, and checkpoints are written in shards."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": sorted({type(layer).__name__ for layer in decoder_layers(base)}),
+        "reshard_after_forward": True,
+        "activation_checkpointing": spec.gradient_checkpointing,
+        "state_dict_type": "SHARDED_STATE_DICT",
+        "cpu_ram_efficient_loading": False,  # every process has loaded the pruned model
+    }
+
+
+def deepspeed_config(spec: TrainingSpec) -> dict[str, Any]:
+    """Returns the settings of DeepSpeed ZeRO-3. The Trainer fills in what is `auto`; weights stay float32."""
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto" if spec.max_grad_norm else 0.0,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "bf16": {"enabled": False},
+        "torch_autocast": {"enabled": spec.precision == "bf16_mixed" or spec.mode == "full", "dtype": "bfloat16"},
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor whose pieces lie on several processes as a whole; all of them call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered_weights(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
+    """Returns the whole weights of a model that `fsdp` divided, on the CPU of rank 0; other ranks get nothing.
+
+    Args:
+        model: the model; all processes call this together.
+        trained_only: leave frozen weights out.
+
+    Returns:
+        Weights by name, those that share memory once.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    state = get_model_state_dict(model, options=options)
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shared -= {name for name, _ in model.named_parameters()}
+    return {name: value for name, value in state.items() if name not in shared and isinstance(value, Tensor)}
