@@ -97,6 +97,8 @@ def train(model: PreTrainedModel, precision: str, batches: Sequence[Batch]) -> _
             optimizers=optimizers,
         )
         trainer.train()
+        # Autocast would stay around `forward`, and its bfloat16 weights would hide small updates from the evaluation.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return watch
 
 
