@@ -9,7 +9,9 @@ AUTO = "auto"  # value of settings that the run itself decides, such as `sparsit
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises ValueError if `value` is not one of `choices`; the message names setting, value and choices."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}, got {value!r}{guess(value, choices)}. Change {name}."
+        )
 
 
 def check_positive(method: object, *names: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
-from gradpruner.checks import AUTO, guess
+from gradpruner.checks import AUTO, check_choice, guess
 from gradpruner.encoding import Encoder
 from gradpruner.evaluate.accuracy import LENIENT, MATCHES
 from gradpruner.evaluate.base import Evaluation, Question, encode_questions, pad
@@ -85,12 +85,8 @@ class Generation(Evaluation):
                 f"max_new_tokens must be 1 or more, got {self.max_new_tokens}. Raise evaluation.max_new_tokens, or set "
                 "it to null for the dataset's."
             )
-        for setting, choices in (("engine", ENGINES), ("vllm_dtype", VLLM_DTYPES)):
-            if (value := getattr(self, setting)) not in choices:
-                raise ValueError(
-                    f"{setting} must be one of {', '.join(choices)}, got {value!r}{guess(value, choices)}. Change "
-                    f"evaluation.{setting}."
-                )
+        check_choice("evaluation.engine", self.engine, ENGINES)
+        check_choice("evaluation.vllm_dtype", self.vllm_dtype, VLLM_DTYPES)
 
     def resolve(self, task: Task, examples: Sequence[Example]) -> Self:
         """Returns a copy with the task's answer length and metrics, and with an encoder chosen if one is needed.

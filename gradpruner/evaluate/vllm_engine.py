@@ -25,6 +25,7 @@ import psutil
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
+from gradpruner import processes
 from gradpruner.checkpoints.checkpoint import MAX_SHARD_SIZE, SHAPE_FILE
 from gradpruner.checkpoints.older_readers import add_older_keys
 from gradpruner.checks import AUTO
@@ -53,8 +54,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-# Of torchrun, which vLLM would take for its own.
-NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _REASON = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Interrupt): .*")
 
 
@@ -166,7 +165,6 @@ class VllmWorker:
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         with self._log.open("w", encoding="utf-8") as log:
             # In a session of its own: Ctrl-C is for us, and we end all processes of vLLM at once.
             self.process = subprocess.Popen(
@@ -176,7 +174,7 @@ class VllmWorker:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                env=ENVIRONMENT | inherited,
+                env=ENVIRONMENT | processes.alone(),  # vLLM would take the launcher's variables for its own
                 start_new_session=True,
             )
         try:

@@ -3,8 +3,7 @@
 `Setup.resolved_evaluation` has found vLLM by then.
 """
 
-import os
-
+from gradpruner import processes
 from gradpruner.checkpoints.checkpoint import SHAPE_FILE
 from gradpruner.evaluate.generate import VLLM, Generation
 from gradpruner.evaluate.vllm_engine import check_stock_shape
@@ -27,10 +26,10 @@ def check_vllm(setup: Setup) -> None:
     evaluation = setup.resolved_evaluation
     if not (isinstance(evaluation, Generation) and uses_vllm(setup)):
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes.count() > 1:
         raise ValueError(
-            f"One process starts vLLM and asks it all questions, got WORLD_SIZE={os.environ['WORLD_SIZE']} from "
-            "torchrun or accelerate. Run again with plain python, which finds the finished stages in cache_dir, or set "
+            f"One process starts vLLM and asks it all questions, got {processes.count()} processes from torchrun or "
+            "accelerate. Run again with plain python, which finds the finished stages in cache_dir, or set "
             "evaluation.engine=transformers."
         )
     if getattr(setup.method, "widths_depend_on_data", False):

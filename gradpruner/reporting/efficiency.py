@@ -12,7 +12,7 @@ from gradpruner.models.counting import ROW_LENGTH, TABLE_11, ModelCounts, count_
 from gradpruner.models.shape import ModelShape
 from gradpruner.record import RunRecord
 from gradpruner.record_sections import PhaseSection
-from gradpruner.reporting.labels import METHOD_LABELS, caveats
+from gradpruner.reporting.labels import caveats, method_place
 from gradpruner.reporting.paper_rows import main_runs
 from gradpruner.reporting.published import Published
 from gradpruner.reporting.tables import Table, dataset_name, depth_settings, row_labels, setting, tell_apart
@@ -164,8 +164,7 @@ def _efficiency_table(
 
     Labels name the settings in which runs differ from each other and from those of `named_beside`.
     """
-    order = list(METHOD_LABELS)
-    ordered = sorted(pairs, key=lambda pair: (order.index(pair[0].pruning["method"]), pair[0].seed))
+    ordered = sorted(pairs, key=lambda pair: (method_place(pair[0].pruning["method"]), pair[0].seed))
     labels = row_labels([record for record, _ in ordered] + [record for record, _ in named_beside])[: len(ordered)]
     first = ordered[0][1]
     mode = first.config["finetune"]["mode"]
