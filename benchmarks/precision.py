@@ -13,9 +13,7 @@ import copy
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
+from benchmarks.stopwatch import Stopwatch
 from experiments.config import load_option
 from gradpruner.encoding import Batch, Encoder, TrainingRow, encode_training_rows, training_batches
 from gradpruner.finetune import run as finetune
@@ -43,15 +42,10 @@ TOLERANCE = 0.02
 TINY = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 
 
-@dataclass
-class _Watch(TrainerCallback):
+class _Watch(Stopwatch):
     """Notes the seconds of every step, and the bytes that a parameter takes."""
 
-    seconds: list[float] = field(default_factory=list)
-    bytes_per_parameter: float = 0.0
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = _now()
+    bytes_per_parameter = 0.0
 
     def on_pre_optimizer_step(self, *args: Any, model: PreTrainedModel, **kwargs: Any) -> None:
         parameters = list(model.parameters())
@@ -59,7 +53,7 @@ class _Watch(TrainerCallback):
         self._count = sum(p.numel() for p in parameters)
 
     def on_step_end(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
-        self.seconds.append(_now() - self._start)
+        super().on_step_end(*args, **kwargs)
         states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
         moments = sum(_nbytes(value) for value in states if value.ndim)
         self.bytes_per_parameter = (self._held + moments) / self._count
@@ -176,12 +170,6 @@ def _nbytes(tensor: torch.Tensor) -> int:
     """Returns the bytes of a tensor; torchao's 8-bit moments hold codes and scales."""
     parts = [getattr(tensor, name) for name in ("codes", "scale") if hasattr(tensor, name)]
     return sum(part.nbytes for part in parts) if parts else tensor.nbytes
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -13,16 +13,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from benchmarks.stopwatch import Stopwatch
 from gradpruner import processes
 from gradpruner.encoding import TrainingRow
 from gradpruner.finetune.run import finetune
@@ -42,21 +40,6 @@ BATCH_SIZE, MICRO_BATCH_SIZE, NUM_TOKENS, NUM_ANSWER_TOKENS = 16, 4, 128, 16
 NUM_WARMUPS, NUM_STEPS = 2, 8
 
 
-class _Stopwatch(TrainerCallback):
-    """Stopwatch for every optimizer step, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
-
-
 def train(mode: str, folder: Path) -> None:
     """Trains in this process, or in this and the others that torchrun started, and writes the seconds of each step."""
     quiet_libraries()
@@ -72,7 +55,7 @@ def train(mode: str, folder: Path) -> None:
         max_steps=NUM_WARMUPS + NUM_STEPS,
         save_steps=10**9,
     )
-    stopwatch = _Stopwatch()
+    stopwatch = Stopwatch()
     finetune(model, rows, 0, spec, folder / f"{mode}{processes.count()}", callbacks=[stopwatch])
     if processes.is_main():
         (folder / "seconds.json").write_text(json.dumps(stopwatch.seconds[NUM_WARMUPS:]))

@@ -10,19 +10,18 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 
 from baselines.sat import Sat
+from benchmarks.stopwatch import Stopwatch
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.finetune import run as finetune
 from gradpruner.finetune.spec import TrainingSpec
@@ -41,21 +40,6 @@ NUM_STEPS = 4  # timed steps per training
 BATCH_SIZE, NUM_TOKENS, NUM_ANSWER_TOKENS = 8, 128, 16
 
 
-class _Stopwatch(TrainerCallback):
-    """Stopwatch for every optimizer step, from before the selection of units to after AdamW, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start = _now()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.seconds.append(_now() - self._start)
-
-
 def random_batches() -> list[Batch]:
     """Returns one batch of random token ids per step, with labels on the last `NUM_ANSWER_TOKENS`."""
     vocab_size = MODEL.load_config(ASSETS_DIR).vocab_size
@@ -72,7 +56,7 @@ def step_seconds(model: PreTrainedModel, batches: list[Batch], callbacks: Sequen
     """Trains one step per batch, and returns the seconds of each step after the warm-up."""
     spec = TrainingSpec(batch_size=1, micro_batch_size=1, max_steps=len(batches), group_by_length=False)
     with tempfile.TemporaryDirectory() as scratch:
-        stopwatch = _Stopwatch()
+        stopwatch = Stopwatch()
         trainer = CompletionTrainer(
             model,
             finetune._training_arguments(spec, Path(scratch), seed=0).set_save(strategy="no"),
@@ -141,12 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdict = "[green]ok[/]" if passed else "[red]FAILED[/]"
     console.print(f"{verdict} lowest ratio {min(ratios.values()):.2f}, goal >= {MIN_RATIO}", highlight=False)
     return 0 if passed else 1
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _spread(values: Sequence[float]) -> str:

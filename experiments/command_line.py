@@ -31,6 +31,7 @@ from experiments.schema import ConfigError
 from experiments.sweep import cells, describe_broken_off, forget_sweep
 from gradpruner import processes
 from gradpruner.checks import guess
+from gradpruner.messages import first_line
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # with 1, hydra lets exceptions pass instead of printing them
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
@@ -116,11 +117,6 @@ def _join_processes() -> None:
         )
 
 
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), "")
-
-
 @contextmanager
 def _passing_exceptions() -> Iterator[None]:
     """Lets hydra's exceptions pass for a while."""
@@ -143,7 +139,7 @@ def _explain(error: Exception, config_name: str) -> str:
         return f"There is no {group} {name!r}{guess(name, known)}. Options of {group}: {', '.join(known)}."
     parsed = get_args_parser().parse_args()
     overrides = OverridesParser.create().parse_overrides(parsed.overrides)
-    what = next(iter(str(error).strip().splitlines()), "").replace("Error merging override", "Cannot use")
+    what = first_line(error).replace("Error merging override", "Cannot use")
     if what.startswith("Ambiguous value"):
         argument = next(str(override.input_line) for override in overrides if override.is_sweep_override())
         key, _, value = argument.partition("=")

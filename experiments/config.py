@@ -13,6 +13,7 @@ from experiments import schema
 from experiments.paths import path_setting
 from gradpruner.checks import guess
 from gradpruner.files import content_hash
+from gradpruner.messages import first_line
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.record import NOT_IDENTITY, evaluation_settings
 from gradpruner.tasks import Task
@@ -139,7 +140,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise schema.ConfigError(
             f"{error.full_key} cannot be resolved: {reason}. Correct what is in ${{}}, or write \\${{ for a plain ${{."
         ) from error

@@ -125,9 +125,8 @@ class Lease:
         """Stops the work under the lock, in which another process has begun; the heartbeat's thread calls this."""
         self._lost = compromise
         logger.error("The lock %s was lost: %s", self.file, compromise.reason)
-        if (
-            self._interrupts
-        ):  # nothing where SIGINT is ignored, as for a shell's background job: `check` stops that later
+        if self._interrupts:
+            # Does nothing where SIGINT is ignored, as for a shell's background job: `check` stops that later.
             _thread.interrupt_main()
 
     def _remove_abandoned(self) -> None:

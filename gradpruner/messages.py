@@ -1,4 +1,4 @@
-"""Pieces of messages: a few of many names, an error on one line, and a warning that is given once."""
+"""Pieces of messages: a few of many names, an error on one line, a warning that is given once."""
 
 import logging
 from collections.abc import Sequence
@@ -9,6 +9,11 @@ def first_few(names: Sequence[str], limit: int = 3) -> str:
     """Returns the first names, separated by commas, and how many more there are."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its class where it has no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def one_line(error: BaseException) -> str:

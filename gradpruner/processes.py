@@ -5,17 +5,19 @@ others wait for it through the key-value store of torch.distributed: a collectiv
 has a time limit, which a long stage on rank 0 would exceed. With one process nothing here starts torch.distributed.
 """
 
+import json
 import logging
 import os
-import pickle
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+from gradpruner.messages import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -98,15 +100,13 @@ def finish() -> None:
     if count() == 1 or not distributed.is_initialized():
         return
     store, names = _shared_store(), [f"{other} has left" for other in range(1, count())]
-    try:
+    with suppress(RuntimeError):  # the store ended with the process that kept it
         if is_main():
             deadline = time.monotonic() + SECONDS_FOR_OTHERS
             while time.monotonic() < deadline and not (store.check(names) or store.check(["failure"])):
                 time.sleep(LONGEST_PAUSE / 10)
         else:
             store.set(f"{rank()} has left", b"")
-    except RuntimeError:  # the store ended with the process that kept it
-        pass
     _store.clear()
     distributed.destroy_process_group()
 
@@ -115,7 +115,7 @@ def broadcast(value: T) -> T:
     """Returns rank 0's value on every rank; waits for rank 0 as long as it takes.
 
     Args:
-        value: small, below a megabyte; ignored on other ranks than 0.
+        value: anything that JSON has, below a megabyte; ignored on other ranks than 0.
 
     Raises:
         PeerFailedError: if another process fails meanwhile.
@@ -124,9 +124,9 @@ def broadcast(value: T) -> T:
         return value
     key = f"{_next_exchange()}/0"
     if is_main():
-        _shared_store().set(key, pickle.dumps(value))
+        _shared_store().set(key, json.dumps(value))
         return value
-    received: T = pickle.loads(_wait_for(key))
+    received: T = json.loads(_wait_for(key))
     return received
 
 
@@ -135,8 +135,8 @@ def gather(value: T) -> list[T]:
     if count() == 1:
         return [value]
     exchange = _next_exchange()
-    _shared_store().set(f"{exchange}/{rank()}", pickle.dumps(value))
-    return [pickle.loads(_wait_for(f"{exchange}/{other}")) for other in range(count())]
+    _shared_store().set(f"{exchange}/{rank()}", json.dumps(value))
+    return [json.loads(_wait_for(f"{exchange}/{other}")) for other in range(count())]
 
 
 def wait_for_all() -> None:
@@ -211,7 +211,7 @@ def cause_of(error: Exception) -> Exception:
         except RuntimeError:
             break
         time.sleep(LONGEST_PAUSE / 5)
-    lost = str(error).strip().splitlines()[0].split(". ")[0]
+    lost = first_line(error).split(". ")[0]
     return PeerFailedError(
         f"Another process of the run ended without a message, as one does that is killed or that the system ends for "
         f"lack of memory, got {lost!r}. Run the same command again: finished stages and checkpoints are kept."

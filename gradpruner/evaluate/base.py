@@ -74,6 +74,10 @@ class Evaluation(ABC):
         """Returns a checked copy with everything that depends on task and machine definite; downloads nothing."""
         return self
 
+    def for_dtype(self, dtype: torch.dtype) -> Self:
+        """Returns a copy for checkpoints of this dtype, in which a dtype that the settings leave open is definite."""
+        return self
+
     def prepare(self) -> None:  # noqa: B027  # most need nothing
         """Fetches what `measure` will need, so that a failure comes before the work, not after it."""
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -107,6 +108,12 @@ class Generation(Evaluation):
             return resolved
         encoder = choose_encoder(self.bertscore_model, self.bertscore_layer)
         return dataclasses.replace(resolved, bertscore_model=encoder.name, bertscore_layer=encoder.layer)
+
+    def for_dtype(self, dtype: torch.dtype) -> Self:
+        """Returns a copy in which `vllm_dtype` is definite."""
+        if self.vllm_dtype != AUTO:
+            return self
+        return dataclasses.replace(self, vllm_dtype=str(dtype).removeprefix("torch."))
 
     def questions(self, examples: Sequence[Example], encoder: Encoder) -> list[Question]:
         """Returns prompts, with room for an answer, and reference answers."""

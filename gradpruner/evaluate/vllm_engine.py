@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 from gradpruner import processes
 from gradpruner.checkpoints.checkpoint import MAX_SHARD_SIZE, SHAPE_FILE
 from gradpruner.checkpoints.older_readers import add_older_keys
-from gradpruner.checks import AUTO
 from gradpruner.encoding import Encoder
 from gradpruner.evaluate import vllm_worker
 from gradpruner.evaluate.base import PREDICTIONS_FILE, Question, predict_all
@@ -135,13 +134,12 @@ def prepare(
     model.save_pretrained(checkpoint, max_shard_size=MAX_SHARD_SIZE)
     add_older_keys(checkpoint)
     assert evaluation.max_new_tokens is not None
-    dtype = str(model.dtype).removeprefix("torch.") if evaluation.vllm_dtype == AUTO else evaluation.vllm_dtype
     job = {
         "ends": sorted(end_tokens(model, encoder)),
         "max_new_tokens": evaluation.max_new_tokens,
         "max_length": max(len(question.prompt) for question in questions) + evaluation.max_new_tokens,
         "batch_size": evaluation.batch_size,
-        "dtype": dtype,
+        "dtype": evaluation.for_dtype(model.dtype).vllm_dtype,
         "enforce_eager": default_device().type == "cpu",  # which may lack what compiling needs
     }
     write_json(work / JOB_FILE, job)

@@ -13,6 +13,7 @@ from typing import ClassVar
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradpruner.files import user_path
+from gradpruner.messages import first_line
 from gradpruner.models.architectures import check_supported
 from gradpruner.models.assets import PACKAGED_MODELS, find_wheel
 from gradpruner.models.spec import ModelSpec
@@ -83,7 +84,6 @@ def for_dry_run(model: ModelSpec, assets_dir: Path) -> ModelSpec:
         model.load_config(assets_dir)
         model.load_tokenizer(assets_dir)
     except OSError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        logger.warning("%s cannot be read (%s): using the config that ships here", model.path, reason)
+        logger.warning("%s cannot be read (%s): using the config that ships here", model.path, first_line(error))
         return OfflineModelSpec(**{field.name: getattr(model, field.name) for field in fields(ModelSpec)})
     return model

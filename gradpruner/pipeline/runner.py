@@ -80,7 +80,7 @@ class StageRunner:
         """The folder of the stage's result; computes it unless it is cached."""
 
         def compute(directory: Path) -> None:
-            processes.broadcast(directory)  # which tells the others to compute, too
+            processes.broadcast(str(directory))  # which tells the others to compute, too
             for need in stage.needs:  # before the clock starts
                 self.folder(need)
             start = time.perf_counter()
@@ -93,7 +93,7 @@ class StageRunner:
             return self._folders[place]
         if processes.is_main():
             folder = self._cache.get(stage.name, stage.key, compute, stage.resumable)
-            self._folders[place] = processes.broadcast(folder)
+            self._folders[place] = Path(processes.broadcast(str(folder)))
         else:
             self._folders[place] = self._followed(stage)
         return self._folders[place]
@@ -101,7 +101,7 @@ class StageRunner:
     def _followed(self, stage: Stage) -> Path:
         """Returns the folder of a stage that rank 0 goes through; takes part if all processes compute it."""
         entry = self._cache.path(stage.name, stage.key)
-        told = processes.broadcast(entry)
+        told = Path(processes.broadcast(str(entry)))
         if told == entry:
             return entry  # it was cached
         for need in stage.needs:
@@ -109,7 +109,7 @@ class StageRunner:
         if stage.together:
             stage.compute(told)
         processes.wait_for_all()
-        return processes.broadcast(entry)
+        return Path(processes.broadcast(str(entry)))
 
     def seconds(self, stage: Stage) -> float:
         """Wall time of the stage when it was computed."""

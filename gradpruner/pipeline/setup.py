@@ -9,12 +9,10 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gradpruner import processes
-from gradpruner.checks import AUTO
 from gradpruner.conversation_rows import encode_rows
 from gradpruner.data_warnings import warn_of_leaked_rows, warn_of_second_bos
 from gradpruner.encoding import Encoder, TrainingRow
 from gradpruner.evaluate.base import Evaluation, Question
-from gradpruner.evaluate.generate import VLLM, Generation
 from gradpruner.files import content_hash
 from gradpruner.finetune.parallel import check_parallel
 from gradpruner.finetune.spec import MERGE_DTYPES, TrainingSpec
@@ -176,11 +174,8 @@ class Setup:
     @cached_property
     def resolved_evaluation(self) -> Evaluation:
         """The evaluation with everything that depends on the task, the model and this machine made definite."""
-        resolved = self.evaluation.resolve(self.tested_task, self.test_examples)
-        if isinstance(resolved, Generation) and resolved.engine == VLLM and resolved.vllm_dtype == AUTO:
-            dtype = MERGE_DTYPES.get(self.training.merge_dtype, self.base_model.torch_dtype)
-            return dataclasses.replace(resolved, vllm_dtype=str(dtype).removeprefix("torch."))
-        return resolved
+        dtype = MERGE_DTYPES.get(self.training.merge_dtype, self.base_model.torch_dtype)
+        return self.evaluation.resolve(self.tested_task, self.test_examples).for_dtype(dtype)
 
     # ---- checks ----
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.comparing import mean_error
+from gradpruner.reporting.comparing import error_of_mean, mean_error
 from gradpruner.reporting.published import PublishedRow
 
 DASH = "-"
@@ -85,7 +85,7 @@ def average(
             runs = [next(record for record in cells[at] if record.seed == seed) for at in own]
             by_seed.append([run.metric(metrics[at]) or 0.0 for run, at in zip(runs, own, strict=True)])
         averages = [statistics.mean(each) for each in by_seed]
-        error = statistics.stdev(averages) / math.sqrt(len(averages))
+        error = error_of_mean(averages)
         num_seeds: tuple[int, ...] = (len(averages),)
     else:
         # The cells count as independent: the error of their mean is the root of the sum of squares, over their number.

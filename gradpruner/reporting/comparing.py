@@ -52,7 +52,12 @@ class Difference:
 def seeds_error(runs: Sequence[RunRecord], metric: str) -> float:
     """Returns the standard error of the mean over seeds; 0 for a single run, whose seeds' deviation is not known."""
     values = [value for run in runs if (value := run.metric(metric)) is not None]
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return error_of_mean(values) if len(values) > 1 else 0.0
+
+
+def error_of_mean(values: Sequence[float]) -> float:
+    """Returns the standard error of the mean of two or more values: their deviation over the root of their number."""
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def mean_error(runs: Sequence[RunRecord], metric: str) -> float:

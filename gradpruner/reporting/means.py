@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gradpruner.record import RunRecord
+from gradpruner.reporting.comparing import error_of_mean
 from gradpruner.reporting.measures import BY_SIMILARITY
 from gradpruner.reporting.tables import data_settings, dataset_name
 
@@ -105,8 +106,7 @@ def _mean(datasets: list[dict[int, tuple[float, float]]]) -> Measured:
     for seeds in datasets:
         values = [value for value, _ in seeds.values()]
         means.append(statistics.mean(values))
-        of_seeds = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        errors.append(next(iter(seeds.values()))[1] if of_seeds is None else of_seeds)
+        errors.append(error_of_mean(values) if len(values) > 1 else next(iter(seeds.values()))[1])
     # The error of a mean of independent values: the root of the sum of squares, over their number.
     error = math.hypot(*errors) / len(errors)
     return Measured(statistics.mean(means), error, len(datasets), min(map(len, datasets)))

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_model import CONFIG, EXAMPLES
 from transformers import GenerationConfig
 
 from gradpruner.encoding import Encoder
@@ -17,21 +18,6 @@ from gradpruner.files import read_jsonl
 from gradpruner.models.spec import ModelSpec
 from gradpruner.tasks import Example, JsonLines
 
-CONFIG = {
-    "num_hidden_layers": 3,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,  # far from uniform, so that mistakes show
-}
-EXAMPLES = [
-    Example("a", "Question: short?\nAnswer:", " yes", (" yes", " no, never"), 0, " "),
-    Example("b", "Question: a much longer one, with five options?\nAnswer:", " c", (" a", " b", " c"), 2, " "),
-    Example("c", "Q", " the only long option here", (" x", " the only long option here"), 1, " "),
-    Example("d", "Tell me:", " " + "long answer " * 3, (" y", " long"), 1, " "),
-    Example("e", "", " from nothing", (" from nothing", " z"), 0, " "),
-]
 MAX_NEW_TOKENS = 10
 
 

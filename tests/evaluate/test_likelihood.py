@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_model import CONFIG
 
 from gradpruner.encoding import Encoder
 from gradpruner.evaluate.base import predict_all
@@ -13,14 +14,6 @@ from gradpruner.files import read_jsonl
 from gradpruner.models.spec import ModelSpec
 from gradpruner.tasks import DataError, Example
 
-CONFIG = {
-    "num_hidden_layers": 3,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,  # far from uniform, so that mistakes show
-}
 EXAMPLES = [
     Example("a", "Question: short?\nAnswer:", " yes", (" yes", " no, never"), 0, " "),
     Example("b", "Question: a much longer one, with five options?\nAnswer:", " c", (" a", " b", " c", " d", " e"), 2),

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import CONFIG
+from tiny_model import EXAMPLES as GENERATED
 
 from baselines.apt import Apt
 from baselines.llm_pruner import LlmPruner
@@ -35,22 +37,9 @@ from gradpruner.tasks import Example, JsonLines
 
 STUB = Path(__file__).with_name("stub_vllm.py")
 AREA = "Paths and overrides"
-EXAMPLES = [
-    Example("a", "Question: short?\nAnswer:", " yes", (" yes", " no, never"), 0, " "),
-    Example("b", "Question: a much longer one, with five options?\nAnswer:", " c", (" a", " b", " c"), 2, " "),
-    Example("c", "Q", " the only long option here", (" x", " the only long option here"), 1, " "),
-    Example("d", "Tell me:", " " + "long answer " * 3, (" y", " long"), 1, " "),
-    Example("e", "Well", " from nothing", (" from nothing", " z"), 0, " "),
-]
+# vLLM refuses an empty prompt.
+EXAMPLES = [*GENERATED[:-1], Example("e", "Well", " from nothing", (" from nothing", " z"), 0, " ")]
 TASK = JsonLines(train_file="a", test_file="b", prompt="{q}", answer_field="a", max_new_tokens=10)
-CONFIG = {
-    "num_hidden_layers": 3,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,  # far from uniform, so that mistakes show
-}
 
 
 @pytest.fixture
@@ -408,7 +397,9 @@ def test_several_processes_are_refused(stub, run, monkeypatch):
     pipeline = run()
     pipeline.check()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"One process starts vLLM .*, got 2 processes from .*Run again with plain python"):
+    with pytest.raises(
+        ValueError, match=r"One process starts vLLM .*, got 2 processes from .*Run again with plain python"
+    ):
         check_vllm(pipeline)
 
 
