@@ -29,7 +29,7 @@ from gradpruner.models.spec import ModelSpec
 from gradpruner.runtime import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_RATIO = 1.5
+MAX_RATIO = 1.25
 BUSY_PERCENT = 10.0  # of all cores, by other processes
 NUM_CORES = 2
 MODEL = ModelSpec(
