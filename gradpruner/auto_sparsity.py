@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_nll
 from gradpruner.plan import PruningPlan
-from gradpruner.repair import repair
 from gradpruner.surgery import sharing_copy
 
+Repair = Callable[[PreTrainedModel, PreTrainedModel, PruningPlan, Iterable[Batch]], Any]
 HELD_OUT = 5  # every fifth row measures how likely the answers are
 
 
@@ -79,7 +79,7 @@ def search(
     batches: Iterable[Batch],
     prune: Callable[[PreTrainedModel, int], PruningPlan],
     *,
-    repairs: bool,
+    repair: Repair | None,
     tolerance: float,
     most: int,
 ) -> Search:
@@ -90,7 +90,7 @@ def search(
         batches: rows of the training split, dicts of `input_ids`, `attention_mask`, `labels`, each (B, T); a row that
             occurs again counts once.
         prune: prunes that many layers of a model, in place, and returns the plan.
-        repairs: whether to repair the pruned model, see `repair.repair`.
+        repair: repairs the pruned model in place, given it, the dense model, the plan and rows; None: no repair.
         tolerance: how far the NLL may rise, as a fraction of the dense model's NLL.
         most: largest number of layers that may be pruned.
 
@@ -106,7 +106,7 @@ def search(
         def nll(num_pruned_layers: int) -> float:
             candidate = sharing_copy(model)
             plan = prune(candidate, num_pruned_layers)
-            if repairs:
+            if repair is not None:
                 repair(candidate, model, plan, fitted)
             bar.update()
             return answer_nll(candidate, held_out)

@@ -26,11 +26,11 @@ from gradpruner.method import Calibration, Compressed, DepthMethod
 from gradpruner.models.architectures import decoder_layers, linear_sublayers
 from gradpruner.models.shape import ModelShape
 from gradpruner.plan import check_counts, make_plan
+from gradpruner.repair import LEAST_SQUARES
 from gradpruner.surgery import apply_plan
 
 logger = logging.getLogger(__name__)
 
-LEAST_SQUARES = "least_squares"
 SEARCH_FILE = "search.json"
 FEWEST_STEPS = 5  # importance steps below which the report warns
 
@@ -152,11 +152,10 @@ class GradPruner(DepthMethod, ImportanceSettings):
         merged = self.merge_count if self.merged_layers is None else "-".join(map(str, self.merged_layers)) or 0
         return f"{super().variant()}-merge{merged}"
 
-    def repair_calibration(self) -> Calibration | None:
-        """Returns the batches that all depth methods repair with; `merge_rule=least_squares` also repairs."""
-        if self.merge_rule == LEAST_SQUARES:
-            return dataclasses.replace(self, merge_rule="none", repair=LEAST_SQUARES).repair_calibration()
-        return super().repair_calibration()
+    @property
+    def repair_kind(self) -> str:
+        """`merge_rule=least_squares` also repairs."""
+        return LEAST_SQUARES if self.merge_rule == LEAST_SQUARES else self.repair
 
     def calibration(self) -> Calibration:
         """Returns the batches of the first steps of a training run, in the same order."""
@@ -194,7 +193,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
             model,
             taken[: -(-self.repair_rows // self.batch_size)],
             lambda candidate, num_pruned: self._pruned(candidate, gradients, num_pruned).plan,
-            repairs=self.repair_calibration() is not None,
+            repair=None if self.repair_calibration() is None else self.repair_pruned,
             tolerance=self.tolerance,
             most=most,
         )

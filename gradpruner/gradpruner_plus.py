@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradpruner.checks import AUTO
-from gradpruner.grad_pruner import LEAST_SQUARES, GradPruner
+from gradpruner.grad_pruner import GradPruner
 from gradpruner.method import Method
+from gradpruner.repair import LEAST_SQUARES
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from gradpruner.models.architectures import check_model, decoder_layers
 from gradpruner.models.shape import ModelShape, config_shape
 from gradpruner.models.spec import ModelSpec
 from gradpruner.plan import PruningPlan, check_counts
-from gradpruner.repair import REPAIRS, check_repairable, repair
+from gradpruner.repair import JUDGED, NO_REPAIR, REPAIRS, Fit, JudgedFit, check_repairable, repair
 from gradpruner.surgery import sharing_copy
 
 logger = logging.getLogger(__name__)
@@ -145,8 +145,14 @@ class Method:
         return None
 
     def repair_calibration(self) -> Calibration | None:
-        """Returns the batches for `repair.repair` after pruning, or None for no repair."""
+        """Returns the batches for `repair_pruned`, or None for no repair."""
         return None
+
+    def repair_pruned(
+        self, model: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch]
+    ) -> list[Fit] | list[JudgedFit]:
+        """Repairs the pruned model in place; see `repair.repair`."""
+        return repair(model, dense, plan, batches)
 
     def variant(self) -> str:
         """Returns what distinguishes this run from others of the method, for the name of its folder."""
@@ -203,7 +209,7 @@ class Method:
         compressed.log_warnings()
         if dense is None:
             return compressed
-        fits = repair(compressed.model, dense, compressed.plan, taken)
+        fits = method.repair_pruned(compressed.model, dense, compressed.plan, taken)
         return dataclasses.replace(compressed, plan=compressed.plan.with_details(repair=[asdict(fit) for fit in fits]))
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -224,16 +230,19 @@ class DepthMethod(Method):
             find it.
         num_pruned_layers: number of layers to prune.
         repair: how to repair the damage before fine-tuning, one of `repair.REPAIRS`; `least_squares` folds a linear map
-            for every run of pruned layers into the layer before it.
+            for every run of pruned layers into the layer before it; `judged` tries several changes there and keeps
+            what raises the likelihood of held-out answers.
         repair_rows: training rows to repair with, at most all.
+        repair_refit: with `repair=judged`, also refit the kept layers behind the first cut.
     """
 
     finds_sparsity: ClassVar[bool] = False  # supports sparsity=auto
 
     sparsity: float | str | None = None
     num_pruned_layers: int | None = None
-    repair: str = "none"
+    repair: str = NO_REPAIR
     repair_rows: int = 320
+    repair_refit: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work or contradict each other."""
@@ -252,6 +261,10 @@ class DepthMethod(Method):
         check_choice("method.repair", self.repair, REPAIRS)
         if self.repair_rows < 2:
             raise ValueError(f"repair_rows must be 2 or more, got {self.repair_rows}. Raise method.repair_rows.")
+        if self.repair_refit and self.repair != JUDGED:
+            raise ValueError(
+                f"repair_refit=true is a part of repair={JUDGED}, got repair={self.repair}. Set method.repair={JUDGED}."
+            )
 
     def _check_auto_sparsity(self) -> None:
         if self.sparsity != AUTO:
@@ -277,17 +290,30 @@ class DepthMethod(Method):
         """Returns a shape with fewer layers; which layers are pruned does not matter."""
         assert self.num_pruned_layers is not None
         if self.repair_calibration() is not None:
-            check_repairable(config)
+            check_repairable(config, self.repair_kind)
         dense = config_shape(config)
         return dataclasses.replace(dense, layers=dense.layers[self.num_pruned_layers :])
 
     def repair_calibration(self) -> Calibration | None:
         """Returns rows of the training split, each at most once."""
-        if self.repair == "none":
+        if self.repair_kind == NO_REPAIR:
             return None
         return Calibration(8, self.repair_rows, getattr(self, "seed", 0), once=True)
+
+    @property
+    def repair_kind(self) -> str:
+        """What `repair` comes to, one of `repair.REPAIRS`."""
+        return self.repair
+
+    def repair_pruned(
+        self, model: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch]
+    ) -> list[Fit] | list[JudgedFit]:
+        """Repairs by `repair_kind`; see `Method.repair_pruned`."""
+        return repair(model, dense, plan, batches, kind=self.repair_kind, refit=self.repair_refit)
 
     def variant(self) -> str:
         """Returns how much is pruned, and whether the model is repaired."""
         cut = f"sparsity{self.sparsity}" if self.num_pruned_layers is None else f"layers{self.num_pruned_layers}"
-        return cut if self.repair == "none" else f"{cut}-{self.repair}"
+        if self.repair == NO_REPAIR:
+            return cut
+        return f"{cut}-{self.repair}{'-refit' if self.repair_refit else ''}"

@@ -22,8 +22,10 @@ LAYERS = {
         *(f"gradpruner.{name}" for name in ("method", "grad_pruner", "gradpruner_plus", "auto_sparsity", "budget")),
         *(f"gradpruner.{name}" for name in ("importance", "importance_spec", "stability")),
     ),
-    "rooms": ("gradpruner.finetune*", "gradpruner.repair", "gradpruner.evaluate*", "gradpruner.checkpoints*"),
-    "surgery": ("gradpruner.surgery", "gradpruner.width_surgery", "gradpruner.hidden_states"),
+    "rooms": ("gradpruner.finetune*", "gradpruner.repair*", "gradpruner.evaluate*", "gradpruner.checkpoints*"),
+    "surgery": (
+        *("gradpruner.surgery", "gradpruner.width_surgery", "gradpruner.hidden_states", "gradpruner.answer_judge"),
+    ),
     "parts": (
         *("gradpruner.models*", "gradpruner.tasks*", "gradpruner.encoding"),
         *("gradpruner.conversation_rows", "gradpruner.data_warnings"),

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.last import Last
 from baselines.shortgpt import ShortGpt
-from gradpruner import repair as repair_module
 from gradpruner.checkpoints.streaming import prune_checkpoint
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.finetune.spec import TrainingSpec
@@ -23,7 +22,9 @@ from gradpruner.models.architectures import linear_sublayers
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.plan import PruningPlan
-from gradpruner.repair import RIDGES, PrunedRun, best_ridge, fold, pruned_runs, repair, solve
+from gradpruner.repair import least_squares, maps, repair, states
+from gradpruner.repair.maps import RIDGES, best_ridge, fold, solve
+from gradpruner.repair.states import PrunedRun, pruned_runs
 from gradpruner.surgery import apply_plan, sharing_copy
 
 TINY = {
@@ -93,7 +94,7 @@ def test_held_out_errors_are_those_of_the_maps(towards):
 
 @pytest.mark.parametrize("towards", ["identity", "zero"])
 def test_folding_multiplies_the_output(towards, monkeypatch):
-    monkeypatch.setattr(repair_module, "BLOCK", 2)  # processes the weight in several blocks of columns
+    monkeypatch.setattr(maps, "BLOCK", 2)  # processes the weight in several blocks of columns
     linear, solution, x = torch.nn.Linear(7, 5), solve(DATA, towards), torch.randn(9, 7)
     before, expected = linear.weight.data, linear(x).double() @ solution.apply(EYE, 0.1)
     copied = before.clone()
@@ -127,7 +128,7 @@ class LiveMatrices(TorchDispatchMode):
 
 
 def test_a_fit_takes_two_matrices(monkeypatch):
-    monkeypatch.setattr(repair_module, "BLOCK", 8)
+    monkeypatch.setattr(maps, "BLOCK", 8)
     pairs = [(torch.randn(16, 64), torch.randn(16, 64)) for _ in range(8)]
     linear = torch.nn.Linear(96, 64)
     with torch.no_grad(), LiveMatrices(64 * 64) as live:
@@ -168,7 +169,7 @@ def test_what_a_pruned_layer_did_linearly_is_absorbed(model_type, make_batches, 
         handle.remove()
         return after - seen["m"], seen["m"]
 
-    output = repair_module._output
+    output = states._output
 
     def target(of, layer, batch):
         if of is not dense:
@@ -176,7 +177,7 @@ def test_what_a_pruned_layer_did_linearly_is_absorbed(model_type, make_batches, 
         y, m = split(original, batch)
         return y + m @ linear_map
 
-    monkeypatch.setattr(repair_module, "_output", target)
+    monkeypatch.setattr(states, "_output", target)
     [fit] = repair(model, dense, plan, batches)
     assert (fit.absorber, fit.last, fit.applied) == (1, 3, True) and fit.error_repaired < 1e-5 < fit.error_dropped
     y, m = split(original, batches[0])
@@ -254,7 +255,7 @@ def test_a_fit_that_does_not_help_is_not_applied(make_batches):
 
 @pytest.mark.parametrize(("dropped", "applied"), [(1e-15, False), (1e-13, True)])  # float32: eps^2 = 1.4e-14
 def test_rounding_is_nothing_to_mend(dropped, applied, make_batches, monkeypatch):
-    monkeypatch.setattr(repair_module, "best_ridge", lambda *_: (10.0, dropped / 2, dropped))
+    monkeypatch.setattr(least_squares, "best_ridge", lambda *_: (10.0, dropped / 2, dropped))
     model = make_model()
     [fit, *_] = repair(apply_plan(copy.deepcopy(model), PLAN), model, PLAN, make_batches(2, batch_size=4))
     assert fit.applied == applied
@@ -337,7 +338,10 @@ def test_repaired_plans_are_not_for_streaming(tmp_path):
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: Last(num_pruned_layers=2, repair="magic"), r"method\.repair must be one of none, least_squares, got"),
+        (
+            lambda: Last(num_pruned_layers=2, repair="magic"),
+            r"method\.repair must be one of none, least_squares, judged, got",
+        ),
         (lambda: Last(num_pruned_layers=2, repair="least_squares", repair_rows=1), r"repair_rows must be 2 or more"),
     ],
 )

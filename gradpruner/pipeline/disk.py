@@ -19,6 +19,7 @@ from gradpruner.models.counting import ModelCounts, count_model
 from gradpruner.models.shape import ModelShape, config_shape
 from gradpruner.pipeline.setup import Setup
 from gradpruner.pipeline.vllm_checks import uses_vllm
+from gradpruner.repair import JUDGED
 
 SMALL_BYTES = 2**20  # what any stage writes besides: plans, reports, scores, answers; about one MB
 KEPT_CHECKPOINTS = 2  # of a fine-tune; the Trainer deletes an older one only after the next one is written
@@ -100,7 +101,8 @@ def stage_writes(setup: Setup) -> dict[str, Writes]:
         )
         writes["measure"] = Writes(factors + SMALL_BYTES, factors + SMALL_BYTES)
     if setup.repairs:
-        maps = repair_bytes(setup.config, len(shape.layers), setup.base_model.torch_dtype)
+        is_judged = getattr(method, "repair", None) == JUDGED
+        maps = repair_bytes(setup.config, len(shape.layers), setup.base_model.torch_dtype, is_judged)
         writes["repair"] = Writes(maps + SMALL_BYTES, maps + SMALL_BYTES)
     if setup.recovery is not None:
         counts = count_model(setup.config, shape)
@@ -129,15 +131,21 @@ def factor_bytes(counts: ModelCounts, lora_rank: int, steps: int, gradient_estim
     return 4 * steps * counts.num_lora_parameters(rank)
 
 
-def repair_bytes(config: PreTrainedConfig, num_kept_layers: int, dtype: torch.dtype) -> int:
+def repair_bytes(config: PreTrainedConfig, num_kept_layers: int, dtype: torch.dtype, is_judged: bool = False) -> int:
     """Returns the most bytes that repaired sublayers take: one down_proj per run of pruned layers.
 
     Args:
         config: config of the dense model.
         num_kept_layers: layers of the pruned model.
         dtype: dtype of the weights.
+        is_judged: the repair may change down_proj and o_proj of every kept layer.
     """
     dense = config_shape(config)
+    if is_judged:
+        first = dense.layers[0]
+        head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        inputs = first.intermediate_size + 1 + first.num_attention_heads * head_size + 1
+        return num_kept_layers * dense.hidden_size * inputs * dtype.itemsize
     most_runs = min(num_kept_layers, len(dense.layers) - num_kept_layers)
     return most_runs * dense.hidden_size * (dense.layers[0].intermediate_size + 1) * dtype.itemsize  # + 1: a bias
 

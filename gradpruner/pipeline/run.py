@@ -38,7 +38,7 @@ from gradpruner.pipeline.stages import (
 from gradpruner.pipeline.vllm_checks import check_vllm, uses_vllm
 from gradpruner.plan import PruningPlan
 from gradpruner.record_sections import ContentSection, MethodReport, Metrics, SpeedSection, empty_section
-from gradpruner.repair import read_fits
+from gradpruner.repair.saved import read_fits
 from gradpruner.tasks import fingerprint
 
 

@@ -31,7 +31,7 @@ from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner
 from gradpruner.pipeline.setup import Setup, hash_rows
 from gradpruner.pipeline.speed import ROLES, compare, workload_like
 from gradpruner.plan import PruningPlan
-from gradpruner.repair import load_repair, repair, save_repair
+from gradpruner.repair.saved import current_weights, load_repair, save_repair
 from gradpruner.runtime import default_device, environment
 from gradpruner.surgery import sharing_copy
 from gradpruner.tasks import fingerprint
@@ -116,14 +116,15 @@ def repair_stage(setup: Setup, runner: StageRunner, measured: Stage, pruned: Mod
         dense = setup.base_model.load(setup.assets_dir)
         compressed = method.prune(sharing_copy(dense), measurements)
         batches = calibration_batches(setup, calibration)
+        before = current_weights(compressed.model)
         with Cost() as cost:
-            fits = repair(compressed.model, dense, compressed.plan, batches)
-        save_repair(compressed.model, compressed.plan, fits, directory)
+            fits = method.repair_pruned(compressed.model, dense, compressed.plan, batches)
+        save_repair(compressed.model, before, fits, directory)
         cost.save(directory / COST_FILE)
 
     def load(directory: Path) -> PreTrainedModel:
         model = runner.take(pruned)
-        load_repair(model, _plan(runner, pruned), directory)
+        load_repair(model, directory)
         return model
 
     key = {
