@@ -19,7 +19,7 @@ from gradpruner import processes
 from gradpruner.checks import AUTO, check_choice
 from gradpruner.encoding import Batch
 from gradpruner.finetune.distill import Distillation
-from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.finetune.spec import ANSWERS_LOSS, TrainingSpec
 from gradpruner.models.architectures import check_model, decoder_layers
 from gradpruner.models.shape import ModelShape, config_shape
 from gradpruner.models.spec import ModelSpec
@@ -85,6 +85,11 @@ class Recovery:
 
     def __post_init__(self) -> None:
         """Raises ValueError on a combination that cannot work."""
+        if self.training.loss != ANSWERS_LOSS:
+            raise ValueError(
+                f"Training between pruning and the fine-tune has a loss of its own, got loss={self.training.loss}. "
+                "Leave it out of method.recover_training; finetune.loss is that of the fine-tune."
+            )
         if self.distillation is not None and self.training.mode != "full":
             raise ValueError(
                 f"Distillation trains all weights, got mode={self.training.mode}. Leave it out of "

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from baselines.dense import Dense
 from baselines.minitron import Minitron
 from baselines.sat import Sat
 from gradpruner.checkpoints.checkpoint import save_checkpoint
+from gradpruner.dense import Dense
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.counting import count_model

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from baselines.dense import Dense
 from baselines.minitron import Minitron
 from baselines.sat import Sat
+from gradpruner.dense import Dense
 from gradpruner.finetune import micro_batch
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner

@@ -19,7 +19,10 @@ LAYERS = {
     "pipeline": ("gradpruner.pipeline*",),
     "method": (
         "gradpruner",
-        *(f"gradpruner.{name}" for name in ("method", "grad_pruner", "gradpruner_plus", "auto_sparsity", "budget")),
+        *(
+            f"gradpruner.{name}"
+            for name in ("method", "dense", "grad_pruner", "gradpruner_plus", "auto_sparsity", "budget")
+        ),
         *(f"gradpruner.{name}" for name in ("importance", "importance_spec", "stability")),
     ),
     "rooms": ("gradpruner.finetune*", "gradpruner.repair*", "gradpruner.evaluate*", "gradpruner.checkpoints*"),

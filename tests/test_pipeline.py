@@ -10,8 +10,8 @@ import torch
 from transformers import TrainerCallback
 
 from baselines.apt.method import Apt
-from baselines.dense import Dense
 from baselines.sat import Sat
+from gradpruner.dense import Dense
 from gradpruner.evaluate.base import predict_all
 from gradpruner.evaluate.generate import Generation
 from gradpruner.evaluate.likelihood import Likelihood

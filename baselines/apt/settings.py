@@ -6,7 +6,7 @@ from typing import Self
 from baselines.apt.pruning import AptPruning
 from baselines.apt.schedule import Schedule
 from gradpruner.checks import check_positive
-from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.finetune.spec import ANSWERS_LOSS, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,13 @@ class AptSettings(AptPruning):
         return super().resolve(num_hidden_layers, training_steps)
 
     def check_training(self, training: TrainingSpec) -> None:
-        """Raises ValueError unless `training` uses LoRA without gradient checkpointing."""
+        """Raises ValueError unless `training` uses LoRA without gradient checkpointing, and leaves the loss to APT."""
         super().check_training(training)
+        if training.loss != ANSWERS_LOSS and self.distil:
+            raise ValueError(
+                f"APT learns from earlier states of its own model, got finetune.loss={training.loss}. Set "
+                "method.distil=false to train APT with this loss, or finetune.loss=answers."
+            )
         if training.gradient_checkpointing:
             raise ValueError(
                 "APT scores units by what passes through the model in training, where recomputing activations would "

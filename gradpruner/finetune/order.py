@@ -15,8 +15,10 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from gradpruner import processes
-from gradpruner.encoding import TrainingRow
+from gradpruner.encoding import Batch, TrainingRow, collate
 from gradpruner.finetune.spec import TrainingSpec
+
+ROW = "row"  # column of a batch that says which training rows it holds
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
@@ -96,8 +98,15 @@ def make_dataset(rows: Sequence[TrainingRow]) -> Dataset:
             "num_answer_tokens": [row.num_answer_tokens for row in rows],
             "gaps": [[list(gap) for gap in row.gaps] for row in rows],
             "length": [len(row.input_ids) for row in rows],
+            ROW: list(range(len(rows))),
         }
     )
+
+
+def collate_items(items: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
+    """Returns a batch of rows of `make_dataset`, with a column that says which rows they are, (B,) int64."""
+    batch = collate([read_row(item) for item in items], pad_token_id)
+    return {**batch, ROW: torch.tensor([item[ROW] for item in items])}
 
 
 def read_row(item: dict[str, Any]) -> TrainingRow:

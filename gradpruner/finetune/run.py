@@ -22,10 +22,10 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from gradpruner import processes
 from gradpruner.cost import PeakMemory
-from gradpruner.encoding import TrainingRow, collate
+from gradpruner.encoding import TrainingRow
 from gradpruner.files import write_json
 from gradpruner.finetune.micro_batch import settle_for
-from gradpruner.finetune.order import make_dataset, make_sampler, num_blank_rows, read_row, with_blank_row
+from gradpruner.finetune.order import collate_items, make_dataset, make_sampler, num_blank_rows, with_blank_row
 from gradpruner.finetune.parallel import check_folder, check_parallel, gathered_weights, parallel_arguments
 from gradpruner.finetune.precision import prepare_weights, resolve_precision, training_arguments
 from gradpruner.finetune.result import (
@@ -153,7 +153,7 @@ def finetune(
         loss=loss,
         train_dataset=make_dataset(with_blank_row(rows, pad_token_id)),
         make_order=lambda: make_sampler(spec, [len(row.input_ids) for row in rows], seed),
-        data_collator=lambda items: collate([read_row(item) for item in items], pad_token_id),
+        data_collator=lambda items: collate_items(items, pad_token_id),
         callbacks=[*callbacks, clock],  # the clock is last: it marks a checkpoint as whole
     )
     try:

@@ -16,6 +16,8 @@ from gradpruner.checks import AUTO, check_choice
 MODES = ("full", "lora")
 PRECISIONS = ("auto", "float32", "bf16_mixed", "bf16_stochastic")
 PARALLELS = ("ddp", "fsdp", "deepspeed_zero3")
+ANSWERS_LOSS, ALL_TOKENS, DISTILL = "answers", "all_tokens", "distill"
+LOSSES = (ANSWERS_LOSS, ALL_TOKENS, DISTILL)
 SHARDED = PARALLELS[1:]  # those that divide the model among the processes
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -49,6 +51,11 @@ class TrainingSpec:
         parallel: what each of several processes holds, one of `PARALLELS`: with `ddp` a whole model, else a piece of
             it, see `parallel`. Results do not depend on it.
         save_steps: optimizer steps between checkpoints, from which an interrupted run resumes.
+        loss: `answers`: their likelihood; `all_tokens`: the prompt's own tokens, too; `distill`: on the prompt, what
+            the dense model predicts. See `losses`.
+        prompt_weight: weight of a row's prompt in the last two, where its answer weighs 1.
+        tuned_teacher: with `distill`, fraction of the answers' loss that compares with the dense model after its own
+            fine-tune on the task.
     """
 
     mode: str = "lora"
@@ -72,6 +79,9 @@ class TrainingSpec:
     gradient_checkpointing: bool = False
     parallel: str = "ddp"
     save_steps: int = 50
+    loss: str = ANSWERS_LOSS
+    prompt_weight: float = 1.0
+    tuned_teacher: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work."""
@@ -80,6 +90,7 @@ class TrainingSpec:
         check_choice("finetune.parallel", self.parallel, PARALLELS)
         self._check_precision()
         self._check_micro_batch()
+        self._check_loss()
         for name in ("learning_rate", "batch_size", "epochs", "lora_rank", "save_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise finetune.{name}.")
@@ -91,6 +102,19 @@ class TrainingSpec:
             raise ValueError(
                 f"min_lr_ratio is where a cosine schedule ends, in [0, 1], got {self.min_lr_ratio} with "
                 f"lr_scheduler={self.lr_scheduler}. Set finetune.min_lr_ratio=0 or finetune.lr_scheduler=cosine."
+            )
+
+    def _check_loss(self) -> None:
+        check_choice("finetune.loss", self.loss, LOSSES)
+        if not self.prompt_weight >= 0.0:
+            raise ValueError(
+                "prompt_weight is the weight of a row's prompt beside its answer, 0 or above, got "
+                f"{self.prompt_weight}. Set finetune.prompt_weight, e.g. to 1."
+            )
+        if not 0.0 <= self.tuned_teacher <= 1.0 or (self.tuned_teacher and self.loss != DISTILL):
+            raise ValueError(
+                f"tuned_teacher is a fraction of the answers' loss with finetune.loss={DISTILL}, in [0, 1], got "
+                f"{self.tuned_teacher} with loss={self.loss}. Set finetune.tuned_teacher=0 or finetune.loss={DISTILL}."
             )
 
     def _check_micro_batch(self) -> None:

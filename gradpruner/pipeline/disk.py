@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from gradpruner.finetune.precision import resolve_precision, trained_dtype
-from gradpruner.finetune.spec import MERGE_DTYPES, TrainingSpec
+from gradpruner.finetune.spec import DISTILL, MERGE_DTYPES, TrainingSpec
+from gradpruner.finetune.teacher import ENTRY_BYTES, TOP
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.counting import ModelCounts, count_model
 from gradpruner.models.shape import ModelShape, config_shape
@@ -93,7 +94,7 @@ def needed_bytes(writes: Mapping[str, Writes], folders: Mapping[str, Path]) -> i
 def stage_writes(setup: Setup) -> dict[str, Writes]:
     """Returns what each stage of a run writes, in order."""
     method, shape = setup.resolved_method, setup.shape
-    writes = {"measure": Writes(), "prune": Writes()}
+    writes = {**teacher_writes(setup), "measure": Writes(), "prune": Writes()}
     if isinstance(method, GradPruner):
         settings = method.measurement_settings()
         factors = factor_bytes(
@@ -111,6 +112,22 @@ def stage_writes(setup: Setup) -> dict[str, Writes]:
     writes["finetune"] = training_writes(trained, setup.training, len(setup.rows))
     predict = Writes(peak=SMALL_BYTES + saved_model_bytes(setup)) if uses_vllm(setup) else Writes()
     return writes | {"predict": predict, "evaluate": Writes()}
+
+
+def teacher_writes(setup: Setup) -> dict[str, Writes]:
+    """Returns what the stages of `stages.teacher_stages` write: predictions, and the fine-tuned dense model."""
+    training = setup.training
+    if training.loss != DISTILL:
+        return {}
+    answers = sum(row.num_answer_tokens - sum(end - start for start, end in row.gaps) for row in setup.rows)
+    prompts = sum(len(row.input_ids) - 1 for row in setup.rows) - answers
+    writes = {}
+    if training.prompt_weight:
+        writes["teach_prompts"] = Writes(*[prompts * TOP * ENTRY_BYTES + SMALL_BYTES] * 2)
+    if training.tuned_teacher:
+        writes["tuned_dense"] = training_writes(count_model(setup.dense_config), training, len(setup.rows))
+        writes["teach_answers"] = Writes(*[answers * TOP * ENTRY_BYTES + SMALL_BYTES] * 2)
+    return writes
 
 
 def trained_shape(setup: Setup) -> ModelShape:

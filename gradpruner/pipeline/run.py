@@ -25,6 +25,7 @@ from gradpruner.pipeline.stages import (
     COST_FILE,
     METRICS_FILE,
     SPEED_FILE,
+    Teachers,
     evaluate_stage,
     finetune_stage,
     measure_stage,
@@ -33,6 +34,7 @@ from gradpruner.pipeline.stages import (
     recover_stage,
     repair_stage,
     speed_stage,
+    teacher_stages,
     vllm_stage,
 )
 from gradpruner.pipeline.vllm_checks import check_vllm, uses_vllm
@@ -56,7 +58,8 @@ class Outcome:
         metrics_before: of the compressed model before fine-tuning, or empty.
         predictions: file with what the model answered to each test example, and what that scored.
         seconds: wall time of each stage when it was computed.
-        compression: `seconds` and `peak_memory_bytes` of measuring and pruning, without loading the model.
+        compression: `seconds` and `peak_memory_bytes` of measuring, pruning, repair and teachers; loading models does
+            not count.
         recovery: account of the training on other data between pruning and the fine-tune, or None.
         speed: phases of the dense model and this one, their ratios and the workload; None if not asked for.
     """
@@ -84,6 +87,7 @@ class _Chain:
     repair: ModelStage | None
     recover: ModelStage | None
     untuned: ModelStage  # whichever of the three is the last
+    teachers: Teachers
     finetune: ModelStage
     predict: Stage
     evaluate: Stage
@@ -121,6 +125,7 @@ class Pipeline(Setup):
         self.check()
         self.resolved_evaluation.prepare()
         chain, runner = self._chain, self._runner
+        taught = [runner.folder(stage) for stage in chain.teachers.predictions]  # first: they need other models
         pruned = runner.folder(chain.prune)
         repaired = runner.folder(chain.repair) if chain.repair else None
         recovered = runner.folder(chain.recover) if chain.recover else None
@@ -137,7 +142,7 @@ class Pipeline(Setup):
             "predict": chain.predict,
             "evaluate": chain.evaluate,
         }
-        costs = [folder / COST_FILE for folder in (runner.folder(chain.measure), pruned, repaired) if folder]
+        costs = [folder / COST_FILE for folder in (runner.folder(chain.measure), pruned, repaired, *taught) if folder]
         return Outcome(
             plan=plan.with_details(repair=read_fits(repaired)) if repaired else plan,
             report=report,
@@ -148,10 +153,20 @@ class Pipeline(Setup):
             metrics_before=json.loads((before / METRICS_FILE).read_text()) if before else empty_section(),
             predictions=after / PREDICTIONS_FILE,
             seconds={name: runner.seconds(stage) for name, stage in timed.items()},
-            compression=total_cost(*costs),
+            compression=self._with_tuned_dense(total_cost(*costs)),
             recovery=read_result(recovered) if recovered else None,
             speed=self._speed(shape) if self.measure_speed else None,
         )
+
+    def _with_tuned_dense(self, cost: TotalCost) -> TotalCost:
+        """Returns a cost with that of the fine-tune of the dense model that the run learns from, if it does."""
+        if self._chain.teachers.tuned_dense is None:
+            return cost
+        account = read_result(self._runner.folder(self._chain.teachers.tuned_dense))
+        return {
+            "seconds": cost["seconds"] + account["train_seconds"],
+            "peak_memory_bytes": max(cost["peak_memory_bytes"], account["peak_memory_bytes"]),
+        }
 
     def load_result(self) -> PreTrainedModel:
         """Returns the fine-tuned model of a finished run as a checkpoint has it, rebuilt from the cache."""
@@ -181,7 +196,9 @@ class Pipeline(Setup):
 
     def _named_stages(self) -> dict[str, Stage]:
         """Returns the stages that the run has, in order."""
-        return {name: stage for name, stage in vars(self._chain).items() if stage is not None and name != "untuned"}
+        chain = self._chain
+        own = {name: stage for name, stage in vars(chain).items() if isinstance(stage, Stage) and name != "untuned"}
+        return {**chain.teachers.named(), **own}
 
     @cached_property
     def _chain(self) -> _Chain:
@@ -192,10 +209,11 @@ class Pipeline(Setup):
         repaired = repair_stage(self, runner, measured, pruned) if self.repairs else None
         recovered = recover_stage(self, runner, pruned, repaired or pruned) if self.recovery else None
         untuned = recovered or repaired or pruned
-        finetuned = finetune_stage(self, runner, untuned)
+        teachers = teacher_stages(self, runner)
+        finetuned = finetune_stage(self, runner, untuned, teachers)
         predicted = self._predictions_of(finetuned)
         evaluated = evaluate_stage(self, runner, predicted)
-        return _Chain(measured, pruned, repaired, recovered, untuned, finetuned, predicted, evaluated)
+        return _Chain(measured, pruned, repaired, recovered, untuned, teachers, finetuned, predicted, evaluated)
 
     def _evaluation_of(self, weights: ModelStage) -> Stage:
         return evaluate_stage(self, self._runner, self._predictions_of(weights))

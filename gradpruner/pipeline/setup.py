@@ -55,6 +55,14 @@ class Setup:
     recovery_task: Task | None = None
     measure_speed: bool = False
 
+    def with_method(self, method: Method, training: TrainingSpec) -> "Setup":
+        """Returns a setup of the same data without other training; rows that were read already are shared."""
+        other = dataclasses.replace(self, method=method, training=training, recovery_task=None)
+        if other.base_model == self.base_model:
+            read = ("train_examples", "test_examples", "tokenizer", "rows", "rows_hash")
+            vars(other).update({name: vars(self)[name] for name in read if name in vars(self)})
+        return other
+
     # ---- data ----
 
     @cached_property

@@ -7,6 +7,7 @@ before it.
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -14,15 +15,19 @@ from transformers import PreTrainedModel
 
 from gradpruner import processes
 from gradpruner.cost import Cost
+from gradpruner.dense import Dense
 from gradpruner.encoding import Batch, training_batches
 from gradpruner.evaluate.base import PREDICTIONS_FILE, predict_all
 from gradpruner.evaluate.generate import Generation
 from gradpruner.evaluate.vllm_engine import generate_with_vllm
 from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.finetune.distill import DistillationLoss
+from gradpruner.finetune.losses import SignalLoss
 from gradpruner.finetune.precision import resolve_precision
 from gradpruner.finetune.result import PLAN_FILE, REPORT_FILE, load_finetuned, merge_for_checkpoint
 from gradpruner.finetune.run import finetune
+from gradpruner.finetune.spec import ANSWERS_LOSS, DISTILL
+from gradpruner.finetune.teacher import ANSWERS, PROMPT, Teacher, write_predictions
 from gradpruner.method import Calibration, Compressed
 from gradpruner.models.architectures import count_parameters
 from gradpruner.models.shape import ModelShape, config_shape, model_shape
@@ -184,7 +189,78 @@ def recover_stage(setup: Setup, runner: StageRunner, pruned: ModelStage, compres
     return ModelStage("recover", key, compute, resumable=True, together=True, needs=needs, load=load)
 
 
-def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage) -> ModelStage:
+def teach_stage(setup: Setup, runner: StageRunner, weights: ModelStage, tokens: str) -> Stage:
+    """Predictions of a teacher on the training rows.
+
+    Args:
+        setup: the run whose rows are taught.
+        runner: of its stages.
+        weights: the teacher.
+        tokens: for which tokens, one of `teacher.TOKENS`.
+    """
+
+    def compute(directory: Path) -> None:
+        # Taken: the student starts from other weights.
+        teacher = merge_for_checkpoint(runner.take(weights), setup.training)
+        with Cost() as cost:
+            write_predictions(teacher, setup.rows, setup.tokenizer.pad_token_id, tokens, directory)
+        cost.save(directory / COST_FILE)
+
+    key = {
+        "weights": weights.id,
+        "tokens": tokens,
+        "rows": setup.rows_hash,
+        "code": code_version(teach_stage),
+        "libraries": _libraries(),
+    }
+    return Stage("teach", key, compute, needs=(weights,))
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Stages whose results a fine-tune learns from; None where it does not.
+
+    Attributes:
+        teach_prompts: predictions of the dense model on prompts.
+        tuned_dense: the dense model after its own fine-tune.
+        teach_answers: predictions of that model on answers.
+    """
+
+    teach_prompts: Stage | None = None
+    tuned_dense: ModelStage | None = None
+    teach_answers: Stage | None = None
+
+    def named(self) -> dict[str, Stage]:
+        """Returns the stages that there are, by name and in order."""
+        return {name: stage for name, stage in vars(self).items() if stage is not None}
+
+    @property
+    def predictions(self) -> tuple[Stage, ...]:
+        """Those of the stages that the student reads."""
+        return tuple(stage for stage in (self.teach_prompts, self.teach_answers) if stage is not None)
+
+
+def teacher_stages(setup: Setup, runner: StageRunner) -> Teachers:
+    """Returns the teachers that `finetune.loss` asks for; their stages are those of a run of the dense model."""
+    training = setup.training
+    if training.loss != DISTILL:
+        return Teachers()
+    plain = dataclasses.replace(training, loss=ANSWERS_LOSS, tuned_teacher=0.0, prompt_weight=1.0)
+    dense = setup.with_method(Dense(), plain)
+    if dense.rows_hash != setup.rows_hash:
+        raise ValueError(
+            f"The dense model can teach a model with the same tokens, got {setup.model.name} and "
+            f"{setup.base_model.name}, whose tokenizers differ. Set finetune.loss=all_tokens or answers."
+        )
+    untuned = prune_stage(dense, runner, measure_stage(dense))
+    prompts = teach_stage(dense, runner, untuned, PROMPT) if training.prompt_weight else None
+    if not training.tuned_teacher:
+        return Teachers(prompts)
+    tuned = finetune_stage(dense, runner, untuned, Teachers())
+    return Teachers(prompts, tuned, teach_stage(dense, runner, tuned, ANSWERS))
+
+
+def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage, teachers: Teachers) -> ModelStage:
     """Fine-tunes on the task, with the callbacks of methods that act while the model trains."""
     method = setup.resolved_method
 
@@ -197,6 +273,7 @@ def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage) -> Mo
             directory,
             setup.seed,
             method.callbacks(),
+            loss=_loss(setup, runner, teachers),
         )
 
     def load(directory: Path) -> PreTrainedModel:
@@ -212,9 +289,22 @@ def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage) -> Mo
         "code": code_version(finetune_stage, type(method)),
         "libraries": _libraries(),
     }
-    return ModelStage(
-        "finetune", key, compute, resumable=True, together=True, needs=(untuned,), load=load, is_final=True
+    if teachers.predictions:
+        key["teachers"] = [stage.id for stage in teachers.predictions]
+    needs = (*teachers.predictions, untuned)  # the student's model is loaded last
+    return ModelStage("finetune", key, compute, resumable=True, together=True, needs=needs, load=load, is_final=True)
+
+
+def _loss(setup: Setup, runner: StageRunner, teachers: Teachers) -> SignalLoss | None:
+    """Returns the loss of the fine-tune; None is the likelihood of the answers."""
+    training = setup.training
+    if training.loss == ANSWERS_LOSS:
+        return None
+    dense, tuned = (
+        None if stage is None else Teacher(runner.folder(stage))
+        for stage in (teachers.teach_prompts, teachers.teach_answers)
     )
+    return SignalLoss(training.prompt_weight, dense, tuned, training.tuned_teacher)
 
 
 def predict_stage(setup: Setup, runner: StageRunner, weights: ModelStage) -> Stage:

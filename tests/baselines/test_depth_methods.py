@@ -8,7 +8,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.angular import Angular
-from baselines.dense import Dense
 from baselines.igia_only import IgiaOnly
 from baselines.laco import LaCo
 from baselines.last import Last
@@ -18,6 +17,7 @@ from baselines.random import Random
 from baselines.shortgpt import ShortGpt
 from baselines.small_dense import SmallDense
 from baselines.taylor_depth import TaylorDepth
+from gradpruner.dense import Dense
 from gradpruner.evaluate.likelihood import Likelihood
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
