@@ -26,13 +26,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from baselines.calibration import Calibrated, checked, real_tokens
-from baselines.shortgpt import block_influence
 from baselines.width_pruning import WidthPruning, heads_of, highest, load_scores, save_scores, training_spec
 from gradpruner.budget import nearest_size, solve_size, target_parameters
 from gradpruner.checks import check_choice
 from gradpruner.encoding import Batch
 from gradpruner.finetune.distill import Distillation
 from gradpruner.hidden_states import last_hidden_state
+from gradpruner.layer_scores import block_influence
 from gradpruner.method import Compressed, Recovery
 from gradpruner.models.architectures import check_finite_weights, decoder_layers, linear_sublayers
 from gradpruner.models.shape import LAYER_SIZES, LayerShape, ModelShape, config_shape, head_dim

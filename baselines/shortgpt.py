@@ -8,15 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from baselines.calibration import checked, real_tokens
+from baselines.calibration import checked
 from baselines.layer_dropping import CalibratedLayerDropping, Scores
 from gradpruner.encoding import Batch
-from gradpruner.hidden_states import last_hidden_state, watch_layers
+from gradpruner.layer_scores import block_influence
 from gradpruner.models.architectures import decoder_layers
 from gradpruner.surgery import only_layers
 
@@ -58,22 +56,3 @@ class ShortGpt(CalibratedLayerDropping):
             for layer in range(len(kept) + len(order))
         ]
         return Scores(scores, {"rounds": rounds})
-
-
-@torch.no_grad()
-def block_influence(model: PreTrainedModel, batches: list[Batch], description: str | None = None) -> list[float]:
-    """Returns 1 - mean over all real tokens of cos(input, output), for every layer of the model."""
-    sums = torch.zeros(len(decoder_layers(model)), dtype=torch.float64)
-    num_tokens = 0
-    for batch in tqdm(batches, desc=description, unit="batch", disable=description is None):
-        mask = real_tokens(batch, model.device)
-        num_tokens += int(mask.sum())
-
-        def add(layer: int, before: Tensor, after: Tensor, mask: Tensor = mask) -> None:
-            real = mask.to(after.device)
-            cosines = torch.cosine_similarity(before[real].float(), after[real].float(), dim=-1)  # (tokens,)
-            sums[layer] += cosines.double().sum().cpu()
-
-        with watch_layers(model, add):
-            last_hidden_state(model, batch)
-    return [1.0 - value for value in (sums / num_tokens).tolist()]

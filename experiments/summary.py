@@ -10,7 +10,10 @@ from gradpruner.checkpoints.checkpoint import SHAPE_FILE
 from gradpruner.finetune.result import LEAST_SURVIVAL
 from gradpruner.models.shape import ModelShape, describe_shape
 from gradpruner.record import RunRecord
+from gradpruner.record_sections import CandidateReport
 from gradpruner.reporting.labels import caveats, describe_origins, metric_columns
+
+NUM_NAMED_CANDIDATES = 4
 
 
 def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: Console | None = None) -> None:
@@ -58,6 +61,15 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
             f"at most {search['limit']:.2f}",
             soft_wrap=True,
         )
+    if choice := pruning["report"].get("candidates"):
+        best, *others = choice["candidates"]
+        tried = "; ".join(f"{'/'.join(each['names'])} {_nll(each)}" for each in others[:NUM_NAMED_CANDIDATES])
+        more = f"; {len(others) - NUM_NAMED_CANDIDATES} more" if len(others) > NUM_NAMED_CANDIDATES else ""
+        console.print(
+            f"Sets that competed, answer NLL on held-out training rows: {'/'.join(best['names'])} {_nll(best)} is "
+            f"pruned; {tried}{more}; dense {choice['dense_nll']:.2f}",
+            soft_wrap=True,
+        )
     if undecided := pruning["report"].get("undecided_layers"):
         chances = ", ".join(f"{layer} ({pruning['report']['pruned_probability'][layer]:.0%})" for layer in undecided)
         console.print(f"Near the cut, with how often resampled steps prune them: {chances}", soft_wrap=True)
@@ -83,6 +95,11 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
             loader = f"the model before fine-tuning with {loader}, {ADAPTER_FOLDER}/ on it with peft"
         console.print(f"Checkpoint ({loader}): {run_dir / 'checkpoint'}", soft_wrap=True)
     console.print(f"Run folder: {run_dir}", soft_wrap=True)
+
+
+def _nll(candidate: CandidateReport) -> str:
+    repaired = candidate["nll_repaired"]
+    return f"{candidate['nll']:.2f}" + ("" if repaired is None else f" (repaired {repaired:.2f})")
 
 
 def _widths(record: RunRecord) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from gradpruner.encoding import Batch
+from gradpruner.encoding import Batch, distinct_rows
 from gradpruner.hidden_states import answer_nll
 from gradpruner.plan import PruningPlan
+from gradpruner.repair.states import split_rows
 from gradpruner.surgery import sharing_copy
 
 Repair = Callable[[PreTrainedModel, PreTrainedModel, PruningPlan, Iterable[Batch]], Any]
@@ -123,27 +123,11 @@ def search(
 
 def _split(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Returns batches of distinct rows for fits, and batches of other rows for the likelihood."""
-    seen: set[tuple[int, ...]] = set()
-    fitted: list[Batch] = []
-    held_out: list[Batch] = []
-    for batch in batches:
-        fitted_rows: list[int] = []
-        held_out_rows: list[int] = []
-        for row, (tokens, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
-            key = tuple(tokens[mask.bool()].tolist())
-            if key in seen:
-                continue
-            if len(seen) % HELD_OUT == HELD_OUT - 1:
-                held_out_rows.append(row)
-            else:
-                fitted_rows.append(row)
-            seen.add(key)
-        for part, rows in ((fitted, fitted_rows), (held_out, held_out_rows)):
-            if rows:
-                part.append({name: values[torch.tensor(rows)] for name, values in batch.items()})
-    if len(seen) < 2 * HELD_OUT:
+    distinct = distinct_rows(batches)
+    num_rows = sum(len(batch["input_ids"]) for batch in distinct)
+    if num_rows < 2 * HELD_OUT:
         raise ValueError(
-            f"sparsity=auto needs {2 * HELD_OUT} distinct training rows or more, got {len(seen)}. Give it more, or set "
+            f"sparsity=auto needs {2 * HELD_OUT} distinct training rows or more, got {num_rows}. Give it more, or set "
             "sparsity to a number."
         )
-    return fitted, held_out
+    return split_rows(distinct, HELD_OUT, HELD_OUT - 1)

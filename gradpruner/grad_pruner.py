@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,7 +25,7 @@ from gradpruner.merge import check_rule
 from gradpruner.method import Calibration, Compressed, DepthMethod
 from gradpruner.models.architectures import decoder_layers, linear_sublayers
 from gradpruner.models.shape import ModelShape
-from gradpruner.plan import check_counts, make_plan
+from gradpruner.plan import PruningPlan, check_counts, make_plan
 from gradpruner.repair import LEAST_SQUARES
 from gradpruner.surgery import apply_plan
 
@@ -192,7 +192,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
         found = search(
             model,
             taken[: -(-self.repair_rows // self.batch_size)],
-            lambda candidate, num_pruned: self._pruned(candidate, gradients, num_pruned).plan,
+            self.pruner(model, gradients, taken),
             repair=None if self.repair_calibration() is None else self.repair_pruned,
             tolerance=self.tolerance,
             most=most,
@@ -200,17 +200,31 @@ class GradPruner(DepthMethod, ImportanceSettings):
         logger.info("sparsity=auto: %s", found)
         write_json(directory / SEARCH_FILE, found.to_dict())
 
+    def pruner(
+        self, model: PreTrainedModel, gradients: EarlyGradients, batches: Iterable[Batch]
+    ) -> Callable[[PreTrainedModel, int], PruningPlan]:
+        """Returns what prunes a number of layers of a copy of the model, for `sparsity=auto`, and returns the plan."""
+        return lambda candidate, num_pruned: self._pruned(candidate, gradients, num_pruned).plan
+
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
         """Runs steps 2 to 4: layer importance (Eq. 3, 4), plan, merge (Eq. 5, 6) and surgery."""
         gradients = EarlyGradients.load(directory)
+        compressed = self._pruned(model, gradients, self._number_of_layers(directory))
+        if self.sparsity != AUTO:
+            return compressed
+        return dataclasses.replace(compressed, report={**compressed.report, "search": self._search_report(directory)})
+
+    def _number_of_layers(self, directory: Path) -> int:
+        """Returns how many layers are pruned, which `measure` found out if it is open."""
         if self.num_pruned_layers is not None:
-            return self._pruned(model, gradients, self.num_pruned_layers)
-        found = json.loads((directory / SEARCH_FILE).read_text())
-        compressed = self._pruned(model, gradients, found["num_pruned_layers"])
-        return dataclasses.replace(compressed, report={**compressed.report, "search": found})
+            return self.num_pruned_layers
+        return int(self._search_report(directory)["num_pruned_layers"])
+
+    def _search_report(self, directory: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((directory / SEARCH_FILE).read_text())
+        return found
 
     def _pruned(self, model: PreTrainedModel, gradients: EarlyGradients, num_pruned_layers: int) -> Compressed:
-        per_step = step_importance(gradients.energies, self.score, self.step_weighting)  # (t, L)
         importance = layer_importance(gradients.energies, self.score, self.step_weighting).tolist()
         plan = make_plan(
             importance,
@@ -221,13 +235,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
             merged_layers=self.merged_layers,
             method=self.name,
         )
-        report = {
-            "losses": list(gradients.losses),
-            "train_seconds": gradients.train_seconds,
-            "peak_memory_bytes": gradients.peak_memory_bytes,
-            **stability.stability_report(per_step, num_pruned_layers),
-        }
-        report["warnings"] += step_warnings(per_step)
+        report = self.importance_report(gradients, num_pruned_layers)
         if plan.dropped_unmerged:
             report["warnings"].append(
                 f"Layers {list(plan.dropped_unmerged)} were to merge but no kept layer comes before them: dropped "
@@ -241,6 +249,18 @@ class GradPruner(DepthMethod, ImportanceSettings):
             return igia_matrix(gradients.factors(layer, sublayer, target.device), weights)
 
         return Compressed(apply_plan(model, plan, igia), plan, report)
+
+    def importance_report(self, gradients: EarlyGradients, num_pruned_layers: int) -> dict[str, Any]:
+        """Returns the report on the importance run, with warnings where the ranking is doubtful."""
+        per_step = step_importance(gradients.energies, self.score, self.step_weighting)  # (t, L)
+        report = {
+            "losses": list(gradients.losses),
+            "train_seconds": gradients.train_seconds,
+            "peak_memory_bytes": gradients.peak_memory_bytes,
+            **stability.stability_report(per_step, num_pruned_layers),
+        }
+        report["warnings"] += step_warnings(per_step)
+        return report
 
     def _importance_spec(self) -> ImportanceSpec:
         fields = [field.name for field in dataclasses.fields(ImportanceSpec)]

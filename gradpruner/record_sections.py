@@ -84,6 +84,23 @@ class SearchReport(TypedDict):
     curve: dict[str, float]
 
 
+class CandidateReport(TypedDict):
+    """A set of layers that competed; see `candidates.Candidate`."""
+
+    names: list[str]
+    layers: list[int]
+    nll: float
+    nll_repaired: float | None
+
+
+class ChoiceReport(TypedDict):
+    """Sets of layers that competed; see `candidates.Choice`."""
+
+    candidates: list[CandidateReport]
+    dense_nll: float
+    dense_passes: float
+
+
 class MethodReport(TypedDict, total=False):
     """What a method reports besides its plan. Every key is optional: each method reports what it has.
 
@@ -101,6 +118,7 @@ class MethodReport(TypedDict, total=False):
         warnings: sentences for the user.
         notes: sentences about how to read the result.
         search: how `sparsity=auto` found the number of layers.
+        candidates: sets of layers that competed, the chosen one first; see `candidates.Choice`.
         kept_part: APT: fraction of `groups`, `channels` and `hidden` kept.
         cuts: APT: one dict per pruning step.
         evaluations: APT: `step`, `answer_nll` and `is_teacher` for every state of the model that could be the teacher.
@@ -118,6 +136,7 @@ class MethodReport(TypedDict, total=False):
     warnings: list[str]
     notes: list[str]
     search: SearchReport
+    candidates: ChoiceReport
     kept_part: dict[str, float]
     cuts: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]

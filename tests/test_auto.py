@@ -114,7 +114,7 @@ def test_the_search_says_what_it_tried(tiny_llama, make_batches, drop_rear, monk
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = make_batches(10)
     repeated = [*batches, *batches]  # as when training repeats its data
-    found = search(model, repeated, drop_rear, repairs=False, tolerance=0.2, most=3)
+    found = search(model, repeated, drop_rear, repair=None, tolerance=0.2, most=3)
     assert (found.num_pruned_layers, found.dense, found.limit) == (2, 2.0, pytest.approx(2.4))
     assert found.curve == {3: 3.0, 1: 2.1, 2: 2.3}
     assert str(found) == "answer NLL by layers pruned: 0: 2.000, 1: 2.100, 2: 2.300, 3: 3.000; at most 2.400: 2 leave"
@@ -128,12 +128,12 @@ def test_one_layer_may_be_too_many(tiny_llama, make_batches, drop_rear, monkeypa
     monkeypatch.setattr(auto_sparsity, "answer_nll", lambda model, batches: 10.0 - len(model.model.layers))
     match = r"(?s)costs at most 5% of likelihood, got no layer that does not: .*0 leave\. Raise method\.tolerance"
     with pytest.raises(ValueError, match=match):
-        search(tiny_llama(), make_batches(10), drop_rear, repairs=False, tolerance=0.05, most=3)
+        search(tiny_llama(), make_batches(10), drop_rear, repair=None, tolerance=0.05, most=3)
 
 
 def test_few_rows_are_refused(tiny_llama, make_batches, drop_rear):
     with pytest.raises(ValueError, match=r"needs 10 distinct training rows or more, got 8\. Give it more"):
-        search(tiny_llama(), make_batches(4), drop_rear, repairs=False, tolerance=1.0, most=3)
+        search(tiny_llama(), make_batches(4), drop_rear, repair=None, tolerance=1.0, most=3)
 
 
 # ---- through methods ----

@@ -154,7 +154,7 @@ def test_a_run_that_did_nothing_is_left_alone(make_batches, monkeypatch):
 
 
 def test_rows_of_fit_choice_and_report_are_disjoint(make_batches):
-    groups = judged._divided(make_batches(5, batch_size=8))
+    groups = judged.divide_rows(make_batches(5, batch_size=8))
     assert [sum(len(batch["input_ids"]) for batch in group) for group in groups] == [28, 8, 4]
 
 

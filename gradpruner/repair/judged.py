@@ -106,7 +106,7 @@ def judged_repair(
     Raises:
         ValueError: if there are fewer than ten rows, or some of the row groups have no answer tokens.
     """
-    fitted, choosing, fresh = _divided(batches)
+    fitted, choosing, fresh = divide_rows(batches)
     judge, stream_scale = AnswerJudge(model, choosing), 1.0
     fits: list[JudgedFit] = []
     now, fresh_now = judge.nll(), answer_nll(model, fresh)
@@ -213,8 +213,12 @@ def _runs(plan: PruningPlan, refit: bool) -> list[PrunedRun]:
     return sorted([*runs, *(PrunedRun(layer, layer) for layer in others)], key=lambda run: run.absorber)
 
 
-def _divided(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch], list[Batch]]:
-    """Returns the rows of fits, of the choice, and of neither: seven, two and one of ten."""
+def divide_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch], list[Batch]]:
+    """Returns the rows of fits, of the choice, and of neither: seven, two and one of ten.
+
+    Raises:
+        ValueError: if there are fewer than ten rows, or rows without answers.
+    """
     num_rows = sum(len(batch["input_ids"]) for batch in batches)
     if num_rows < FEWEST_ROWS:
         raise ValueError(

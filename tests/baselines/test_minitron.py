@@ -8,9 +8,9 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.minitron import Minitron, _Means, kept_heads
-from baselines.shortgpt import block_influence
 from baselines.width_pruning import load_scores
 from gradpruner.budget import counted_parameters, target_parameters
+from gradpruner.layer_scores import block_influence
 from gradpruner.models.architectures import count_parameters
 from gradpruner.models.counting import count_model
 from gradpruner.models.offline_configs import shipped_config

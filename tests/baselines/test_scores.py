@@ -6,14 +6,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from baselines.angular import Angular, angular_distances, nearest_block
+from baselines.angular import Angular
 from baselines.last import Last
 from baselines.layer_dropping import Scores
 from baselines.magnitude import Magnitude
 from baselines.perplexity import Perplexity
 from baselines.random import Random
-from baselines.shortgpt import ShortGpt, block_influence
+from baselines.shortgpt import ShortGpt
 from baselines.taylor_depth import TaylorDepth
+from gradpruner.layer_scores import angular_distances, block_influence, nearest_block
 from gradpruner.models.architectures import linear_sublayers
 
 

@@ -1,0 +1,186 @@
+"""Sets of layers that compete: the pool, edits, greedy removal, the choice, and GradPruner+ through all of it."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from test_repair import make_model, make_pipeline  # noqa: F401
+
+from baselines.angular import Angular
+from baselines.last import Last
+from baselines.shortgpt import ShortGpt
+from gradpruner import candidates
+from gradpruner.candidates import CandidateSettings, LayerScores, choose_layers, edits, greedy
+from gradpruner.encoding import distinct_rows
+from gradpruner.grad_pruner import GradPruner
+from gradpruner.gradpruner_plus import GradPrunerPlus
+from gradpruner.hidden_states import answer_nll
+from gradpruner.plan import PruningPlan
+from gradpruner.repair.judged import divide_rows
+from gradpruner.surgery import apply_plan, sharing_copy
+
+IMPORTANCE = [9.0, 1.0, 8.0, 2.0, 3.0, 7.0]
+
+
+@pytest.fixture
+def measured(make_batches):
+    model, batches = make_model(), distinct_rows(make_batches(6, batch_size=8))
+    return model, batches, LayerScores.measure(model, IMPORTANCE, divide_rows(batches)[0])
+
+
+# ---- the pool ----
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_sets_are_those_of_the_methods(number, measured, tmp_path):
+    model, batches, scores = measured
+    sets = scores.sets(number)
+    assert sets["igia"] == ((1,), (1, 3), (1, 3, 4))[number - 1]
+    for name, method in (("block_influence", ShortGpt), ("angular", Angular), ("last", Last)):
+        compressed = method(num_pruned_layers=number).compress(sharing_copy(model), divide_rows(batches)[0])
+        assert sets[name] == compressed.plan.pruned_layers, name
+
+
+def test_edits_by_enumeration():
+    """A run grows at one end while it or another run shrinks: every such set, and nothing else."""
+
+    def runs(layers):
+        return [layer for layer in layers if layer - 1 not in layers]
+
+    for layers in itertools.chain.from_iterable(itertools.combinations(range(6), size) for size in (1, 2, 3)):
+        scores = [0.5, 0.1, 0.4, 0.2, 0.3, 0.6]
+        found = edits(layers, scores)
+        expected = set()
+        for back, new in itertools.product(layers, set(range(6)) - set(layers)):
+            left = set(layers) - {back}
+            at_an_end = {back - 1, back + 1} - set(layers)
+            if at_an_end and {new - 1, new + 1} & left:
+                expected.add(tuple(sorted(left | {new})))
+        assert set(found) == expected and all(len(each) == len(layers) for each in found)
+        gains = [sum(scores[layer] for layer in each) for each in found]
+        assert gains == pytest.approx(sorted(gains))
+        assert all(len(runs(each)) <= len(runs(layers)) + 1 for each in found)
+
+
+@pytest.mark.parametrize("width", [1, 2, 6])
+def test_greedy_removal(width):
+    costs = {frozenset(s): float(torch.rand(1)) for r in range(7) for s in itertools.combinations(range(6), r)}
+    asked = []
+
+    def nll(layers):
+        asked.append(layers)
+        return costs[frozenset(layers)]
+
+    found = greedy(nll, 6, 3, width)
+    assert len(asked) == 6 + 2 * width - (width == 6) * (1 + 2)
+    if width < 6:
+        assert len(found) == 3
+        return
+    expected = set()
+    for _ in range(3):  # exact: every remaining layer is tried for each removal
+        expected.add(min(set(range(6)) - expected, key=lambda layer: costs[frozenset(expected | {layer})]))
+    assert set(found) == expected
+
+
+# ---- the choice ----
+
+
+def test_scores_are_those_of_pruned_models(measured):
+    model, batches, scores = measured
+    choice = choose_layers(model, scores, 2, batches, CandidateSettings(num_edits=3, num_repaired=0))
+    _, choosing, _ = divide_rows(batches)
+    for each in choice.candidates:
+        plan = PruningPlan(num_hidden_layers=6, pruned_layers=each.layers)
+        assert each.nll == pytest.approx(answer_nll(apply_plan(sharing_copy(model), plan), choosing), rel=1e-5)
+        assert each.nll_repaired is None
+    assert [each.nll for each in choice.candidates] == sorted(each.nll for each in choice.candidates)
+    assert choice.dense_nll == pytest.approx(answer_nll(model, choosing), rel=1e-5)
+    assert len({each.layers for each in choice.candidates}) == len(choice.candidates)
+    assert {name for each in choice.candidates for name in each.names} >= {*scores.sets(2), "edit"}
+    assert choice.dense_passes == pytest.approx(1 + len(choice.candidates) * 4 / 6)
+
+
+def test_the_best_repaired_set_is_taken(measured, monkeypatch):
+    """Of the two sets that are repaired, the second one is better after repair."""
+    model, batches, scores = measured
+    settings = CandidateSettings(num_edits=0, num_repaired=2)
+    plain = choose_layers(model, scores, 2, batches, CandidateSettings(0, 0)).candidates
+    after = {plain[0].layers: 2.0, plain[1].layers: 1.0}
+
+    def repaired(model, candidate, batches, refit):
+        return candidates.dataclasses.replace(candidate, nll_repaired=after[candidate.layers])
+
+    monkeypatch.setattr(candidates, "_repaired", repaired)
+    choice = choose_layers(model, scores, 2, batches, settings)
+    assert choice.layers == plain[1].layers
+    assert [each.layers for each in choice.candidates] == [each.layers for each in (plain[1], plain[0], *plain[2:])]
+
+
+def test_repair_cannot_start_behind_any_repaired_set(measured):
+    model, batches, scores = measured
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    choice = choose_layers(model, scores, 2, batches, CandidateSettings(num_edits=2, num_repaired=3))
+    best, *others = choice.candidates
+    assert best.nll_repaired == min(each.nll_repaired for each in choice.candidates[:3])
+    assert all(each.nll_repaired <= each.nll for each in choice.candidates[:3])
+    assert all(each.nll_repaired is None for each in others[2:])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    json.dumps(choice.to_dict(), allow_nan=False)
+
+
+def test_distinct_rows(make_batches):
+    batches = make_batches(3, batch_size=4)
+    found = distinct_rows([*batches, *batches])
+    assert [batch["input_ids"].tolist() for batch in found] == [batch["input_ids"].tolist() for batch in batches]
+    assert sum(len(batch["labels"]) for batch in distinct_rows(batches, 6)) == 6
+
+
+# ---- GradPruner+ ----
+
+SETTINGS = {"num_pruned_layers": 2, "steps": 3, "batch_size": 4, "repair_rows": 24}
+
+
+def test_compress(make_batches):
+    batches, model = make_batches(6, batch_size=4), make_model()
+    compressed = GradPrunerPlus(**SETTINGS).compress(model, batches)
+    choice = compressed.report["candidates"]
+    assert compressed.plan.pruned_layers == tuple(choice["candidates"][0]["layers"])
+    assert compressed.plan.details["repair"] and len(model.model.layers) == 4
+    importance = GradPruner(num_pruned_layers=2, merge_count=0, steps=3, batch_size=4).compress(
+        make_model(), batches[:3]
+    )
+    assert compressed.plan.layer_importance == pytest.approx(importance.plan.layer_importance)
+    [igia] = [each for each in choice["candidates"] if "igia" in each["names"]]
+    assert tuple(igia["layers"]) == importance.plan.pruned_layers
+
+
+def test_without_candidates_it_is_gradpruner_repaired(make_batches):
+    plus = GradPrunerPlus(**SETTINGS, candidates=False)
+    plain = GradPruner(**SETTINGS, merge_count=0, merge_rule="none", repair="judged")
+    assert plus.measured_as is GradPruner and plus.measurement_settings() == plain.measurement_settings()
+    plans = [method.compress(make_model(), make_batches(6, batch_size=4)).plan for method in (plus, plain)]
+    assert plans[0].pruned_layers == plans[1].pruned_layers and plans[0].details == plans[1].details
+
+
+def test_through_the_pipeline(make_pipeline):  # noqa: F811
+    method = GradPrunerPlus(**SETTINGS | {"repair_rows": 12})
+    outcome = make_pipeline(method).run()
+    assert outcome.plan.pruned_layers == tuple(outcome.report["candidates"]["candidates"][0]["layers"])
+    assert make_pipeline(method).run() == outcome and all(make_pipeline(method).stages().values())
+    for change in ({"num_edits": 1}, {"num_pruned_layers": 3}, {"greedy_width": 1}, {"repair_refit": True}):
+        changed = make_pipeline(candidates.dataclasses.replace(method, **change))
+        assert not changed.stages()["measure"], change
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"merge_count": 1}, r"got candidates=true with merge_count=1 and .*Set method\.candidates=false"),
+        ({"num_edits": -1}, r"num_edits must be 0 or above, got -1\. Set method\.num_edits=0"),
+        ({"greedy_width": -2}, r"greedy_width must be 0 or above, got -2\. Set"),
+    ],
+)
+def test_what_is_refused(changes, match):
+    with pytest.raises(ValueError, match=match):
+        GradPrunerPlus(**SETTINGS | changes)
