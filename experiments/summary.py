@@ -1,6 +1,7 @@
 """The table at the end of a run: reference and method, before and after fine-tuning."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +11,6 @@ from gradpruner.checkpoints.checkpoint import SHAPE_FILE
 from gradpruner.finetune.result import LEAST_SURVIVAL
 from gradpruner.models.shape import ModelShape, describe_shape
 from gradpruner.record import RunRecord
-from gradpruner.record_sections import CandidateReport
 from gradpruner.reporting.labels import caveats, describe_origins, metric_columns
 
 NUM_NAMED_CANDIDATES = 4
@@ -97,7 +97,7 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
     console.print(f"Run folder: {run_dir}", soft_wrap=True)
 
 
-def _nll(candidate: CandidateReport) -> str:
+def _nll(candidate: dict[str, Any]) -> str:
     repaired = candidate["nll_repaired"]
     return f"{candidate['nll']:.2f}" + ("" if repaired is None else f" (repaired {repaired:.2f})")
 

@@ -13,10 +13,10 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from gradpruner.encoding import Batch, distinct_rows
+from gradpruner.batch_rows import distinct_rows, split_rows
+from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_nll
 from gradpruner.plan import PruningPlan
-from gradpruner.repair.states import split_rows
 from gradpruner.surgery import sharing_copy
 
 Repair = Callable[[PreTrainedModel, PreTrainedModel, PruningPlan, Iterable[Batch]], Any]

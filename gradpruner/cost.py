@@ -17,6 +17,8 @@ import torch
 from gradpruner import processes
 from gradpruner.files import write_json
 
+COST_FILE = "cost.json"
+
 
 class PeakMemory:
     """Context manager that measures the peak memory of this process while it is open.

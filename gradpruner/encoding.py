@@ -3,7 +3,7 @@
 import logging
 import random
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -348,19 +348,3 @@ def training_batches(
         order.extend(shuffler.sample(range(len(rows)), len(rows)))
     for start in range(0, num_rows, batch_size):
         yield collate([rows[index] for index in order[start : min(start + batch_size, num_rows)]], pad_token_id)
-
-
-def distinct_rows(batches: Iterable[Batch], limit: int | None = None) -> list[Batch]:
-    """Returns the batches without rows that came before, and with at most `limit` rows."""
-    seen: set[tuple[int, ...]] = set()
-    found: list[Batch] = []
-    for batch in batches:
-        new: list[int] = []
-        for row, (tokens, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
-            key = tuple(tokens[mask.bool()].tolist())
-            if key not in seen and (limit is None or len(seen) < limit):
-                seen.add(key)
-                new.append(row)
-        if new:
-            found.append({name: values[torch.tensor(new)] for name, values in batch.items()})
-    return found

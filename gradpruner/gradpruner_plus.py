@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from gradpruner import processes
+from gradpruner.batch_rows import distinct_rows
 from gradpruner.candidates import CandidateSettings, LayerScores, choose_layers
 from gradpruner.checks import AUTO
-from gradpruner.encoding import Batch, distinct_rows
+from gradpruner.encoding import Batch
 from gradpruner.files import write_json
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients

@@ -84,23 +84,6 @@ class SearchReport(TypedDict):
     curve: dict[str, float]
 
 
-class CandidateReport(TypedDict):
-    """A set of layers that competed; see `candidates.Candidate`."""
-
-    names: list[str]
-    layers: list[int]
-    nll: float
-    nll_repaired: float | None
-
-
-class ChoiceReport(TypedDict):
-    """Sets of layers that competed; see `candidates.Choice`."""
-
-    candidates: list[CandidateReport]
-    dense_nll: float
-    dense_passes: float
-
-
 class MethodReport(TypedDict, total=False):
     """What a method reports besides its plan. Every key is optional: each method reports what it has.
 
@@ -136,7 +119,7 @@ class MethodReport(TypedDict, total=False):
     warnings: list[str]
     notes: list[str]
     search: SearchReport
-    candidates: ChoiceReport
+    candidates: dict[str, Any]
     kept_part: dict[str, float]
     cuts: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]

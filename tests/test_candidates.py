@@ -11,8 +11,8 @@ from baselines.angular import Angular
 from baselines.last import Last
 from baselines.shortgpt import ShortGpt
 from gradpruner import candidates
+from gradpruner.batch_rows import distinct_rows
 from gradpruner.candidates import CandidateSettings, LayerScores, choose_layers, edits, greedy
-from gradpruner.encoding import distinct_rows
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradpruner_plus import GradPrunerPlus
 from gradpruner.hidden_states import answer_nll

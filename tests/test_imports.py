@@ -23,15 +23,15 @@ LAYERS = {
             f"gradpruner.{name}"
             for name in ("method", "dense", "grad_pruner", "gradpruner_plus", "auto_sparsity", "budget")
         ),
-        *(f"gradpruner.{name}" for name in ("importance", "importance_spec", "stability")),
+        *(f"gradpruner.{name}" for name in ("candidates", "importance", "importance_spec", "stability")),
     ),
     "rooms": ("gradpruner.finetune*", "gradpruner.repair*", "gradpruner.evaluate*", "gradpruner.checkpoints*"),
-    "surgery": (
-        *("gradpruner.surgery", "gradpruner.width_surgery", "gradpruner.hidden_states", "gradpruner.answer_judge"),
+    "surgery": tuple(
+        f"gradpruner.{name}" for name in ("surgery", "width_surgery", "hidden_states", "layer_scores", "answer_judge")
     ),
     "parts": (
         *("gradpruner.models*", "gradpruner.tasks*", "gradpruner.encoding"),
-        *("gradpruner.conversation_rows", "gradpruner.data_warnings"),
+        *("gradpruner.conversation_rows", "gradpruner.data_warnings", "gradpruner.batch_rows"),
         *(f"gradpruner.{name}" for name in ("plan", "igia", "merge", "gradients")),
     ),
     "ground": tuple(

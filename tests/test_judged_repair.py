@@ -11,12 +11,13 @@ from test_repair import PLAN, logits, make_model, make_pipeline  # noqa: F401
 from baselines.last import Last
 from baselines.shortgpt import ShortGpt
 from gradpruner.answer_judge import AnswerJudge
+from gradpruner.batch_rows import split_rows
 from gradpruner.hidden_states import answer_nll, decode
 from gradpruner.plan import PruningPlan
 from gradpruner.repair import judged, repair
 from gradpruner.repair.judged import CHANNELS, MAGNITUDE, NONE, judged_repair
 from gradpruner.repair.maps import Sums, scale
-from gradpruner.repair.states import read_states, split_rows, stream_outputs
+from gradpruner.repair.states import read_states, stream_outputs
 from gradpruner.surgery import apply_plan, sharing_copy
 
 ALL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3_text", "olmo2"]

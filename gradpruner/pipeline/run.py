@@ -4,6 +4,7 @@ Every stage is cached by the content that determines it, so a sweep measures onc
 for every table, and a run that was killed goes on where it was. No method is known here by name.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +13,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from gradpruner import processes
-from gradpruner.cost import TotalCost, total_cost
+from gradpruner.cost import COST_FILE, TotalCost, total_cost
+from gradpruner.dense import Dense
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.finetune.result import PLAN_FILE, REPORT_FILE, TrainingAccount, merge_for_checkpoint, read_result
+from gradpruner.finetune.spec import ANSWERS_LOSS, DISTILL
+from gradpruner.finetune.teacher import ANSWERS, PROMPT
 from gradpruner.models.shape import ModelShape
 from gradpruner.pipeline.cache import StageCache
 from gradpruner.pipeline.disk import check_disk
@@ -22,10 +26,8 @@ from gradpruner.pipeline.estimate import check_memory
 from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner
 from gradpruner.pipeline.setup import Setup, hash_rows
 from gradpruner.pipeline.stages import (
-    COST_FILE,
     METRICS_FILE,
     SPEED_FILE,
-    Teachers,
     evaluate_stage,
     finetune_stage,
     measure_stage,
@@ -34,9 +36,9 @@ from gradpruner.pipeline.stages import (
     recover_stage,
     repair_stage,
     speed_stage,
-    teacher_stages,
     vllm_stage,
 )
+from gradpruner.pipeline.teachers import Teachers, teach_stage
 from gradpruner.pipeline.vllm_checks import check_vllm, uses_vllm
 from gradpruner.plan import PruningPlan
 from gradpruner.record_sections import ContentSection, MethodReport, Metrics, SpeedSection, empty_section
@@ -209,11 +211,31 @@ class Pipeline(Setup):
         repaired = repair_stage(self, runner, measured, pruned) if self.repairs else None
         recovered = recover_stage(self, runner, pruned, repaired or pruned) if self.recovery else None
         untuned = recovered or repaired or pruned
-        teachers = teacher_stages(self, runner)
+        teachers = self._teachers()
         finetuned = finetune_stage(self, runner, untuned, teachers)
         predicted = self._predictions_of(finetuned)
         evaluated = evaluate_stage(self, runner, predicted)
         return _Chain(measured, pruned, repaired, recovered, untuned, teachers, finetuned, predicted, evaluated)
+
+    def _teachers(self) -> Teachers:
+        """Returns the teachers that `finetune.loss` asks for; their stages are those of a run of the dense model."""
+        runner = self._runner
+        training = self.training
+        if training.loss != DISTILL:
+            return Teachers()
+        plain = dataclasses.replace(training, loss=ANSWERS_LOSS, tuned_teacher=0.0, prompt_weight=1.0)
+        dense = self.with_method(Dense(), plain)
+        if dense.rows_hash != self.rows_hash:
+            raise ValueError(
+                f"The dense model can teach a model with the same tokens, got {self.model.name} and "
+                f"{self.base_model.name}, whose tokenizers differ. Set finetune.loss=all_tokens or answers."
+            )
+        untuned = prune_stage(dense, runner, measure_stage(dense))
+        prompts = teach_stage(dense, runner, untuned, PROMPT) if training.prompt_weight else None
+        if not training.tuned_teacher:
+            return Teachers(prompts)
+        tuned = finetune_stage(dense, runner, untuned, Teachers())
+        return Teachers(prompts, tuned, teach_stage(dense, runner, tuned, ANSWERS))
 
     def _evaluation_of(self, weights: ModelStage) -> Stage:
         return evaluate_stage(self, self._runner, self._predictions_of(weights))

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from transformers import PreTrainedModel
 from gradpruner import processes
 from gradpruner.files import content_hash, write_json
 from gradpruner.pipeline.cache import StageCache
+from gradpruner.runtime import default_device
 
 SECONDS_FILE = "seconds.json"
+LIBRARIES = ("torch", "transformers", "peft")
 
 Key = dict[str, Any]  # JSON-ready
 
@@ -139,3 +142,8 @@ class StageRunner:
     def release(self) -> None:
         """Holds no model any more."""
         self._held = None
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what the arithmetic is done with, and the kind of device."""
+    return {"device": default_device().type, **{name: metadata.version(name) for name in LIBRARIES}}

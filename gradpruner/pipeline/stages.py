@@ -7,44 +7,37 @@ before it.
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from gradpruner import processes
-from gradpruner.cost import Cost
-from gradpruner.dense import Dense
+from gradpruner.cost import COST_FILE, Cost
 from gradpruner.encoding import Batch, training_batches
 from gradpruner.evaluate.base import PREDICTIONS_FILE, predict_all
 from gradpruner.evaluate.generate import Generation
 from gradpruner.evaluate.vllm_engine import generate_with_vllm
 from gradpruner.files import read_jsonl, write_json, write_jsonl
 from gradpruner.finetune.distill import DistillationLoss
-from gradpruner.finetune.losses import SignalLoss
 from gradpruner.finetune.precision import resolve_precision
 from gradpruner.finetune.result import PLAN_FILE, REPORT_FILE, load_finetuned, merge_for_checkpoint
 from gradpruner.finetune.run import finetune
-from gradpruner.finetune.spec import ANSWERS_LOSS, DISTILL
-from gradpruner.finetune.teacher import ANSWERS, PROMPT, Teacher, write_predictions
 from gradpruner.method import Calibration, Compressed
 from gradpruner.models.architectures import count_parameters
 from gradpruner.models.shape import ModelShape, config_shape, model_shape
 from gradpruner.pipeline.code_version import code_version
-from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner
+from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner, libraries
 from gradpruner.pipeline.setup import Setup, hash_rows
 from gradpruner.pipeline.speed import ROLES, compare, workload_like
+from gradpruner.pipeline.teachers import Teachers, signal_loss
 from gradpruner.plan import PruningPlan
 from gradpruner.repair.saved import current_weights, load_repair, save_repair
-from gradpruner.runtime import default_device, environment
+from gradpruner.runtime import environment
 from gradpruner.surgery import sharing_copy
 from gradpruner.tasks import fingerprint
 
-COST_FILE = "cost.json"
 METRICS_FILE = "metrics.json"
 SPEED_FILE = "speed.json"
-LIBRARIES = ("torch", "transformers", "peft")
 
 
 def measure_stage(setup: Setup) -> Stage:
@@ -70,7 +63,7 @@ def measure_stage(setup: Setup) -> Stage:
         "settings": method.measurement_settings(),
         "rows": None if calibration is None else setup.rows_hash,
         "code": code_version(measure_stage, method.measured_as),
-        "libraries": _libraries(),
+        "libraries": libraries(),
     }
     return Stage("measure", key, compute, together=method.measures_together)
 
@@ -104,7 +97,7 @@ def prune_stage(setup: Setup, runner: StageRunner, measured: Stage) -> ModelStag
         "method": method.name,
         "settings": method.prune_settings(),
         "code": code_version(prune_stage, type(method)),
-        "libraries": _libraries(),
+        "libraries": libraries(),
     }
     return ModelStage("prune", key, compute, needs=(measured,), load=load)
 
@@ -137,7 +130,7 @@ def repair_stage(setup: Setup, runner: StageRunner, measured: Stage, pruned: Mod
         "calibration": dataclasses.asdict(calibration),
         "rows": setup.rows_hash,
         "code": code_version(repair_stage, type(method)),
-        "libraries": _libraries(),
+        "libraries": libraries(),
     }
     return ModelStage("repair", key, compute, needs=(measured, pruned), load=load)
 
@@ -183,81 +176,10 @@ def recover_stage(setup: Setup, runner: StageRunner, pruned: ModelStage, compres
         "rows": hash_rows(setup.recovery_rows),
         "seed": setup.seed,
         "code": code_version(recover_stage),
-        "libraries": _libraries(),
+        "libraries": libraries(),
     }
     needs = (pruned, compressed)
     return ModelStage("recover", key, compute, resumable=True, together=True, needs=needs, load=load)
-
-
-def teach_stage(setup: Setup, runner: StageRunner, weights: ModelStage, tokens: str) -> Stage:
-    """Predictions of a teacher on the training rows.
-
-    Args:
-        setup: the run whose rows are taught.
-        runner: of its stages.
-        weights: the teacher.
-        tokens: for which tokens, one of `teacher.TOKENS`.
-    """
-
-    def compute(directory: Path) -> None:
-        # Taken: the student starts from other weights.
-        teacher = merge_for_checkpoint(runner.take(weights), setup.training)
-        with Cost() as cost:
-            write_predictions(teacher, setup.rows, setup.tokenizer.pad_token_id, tokens, directory)
-        cost.save(directory / COST_FILE)
-
-    key = {
-        "weights": weights.id,
-        "tokens": tokens,
-        "rows": setup.rows_hash,
-        "code": code_version(teach_stage),
-        "libraries": _libraries(),
-    }
-    return Stage("teach", key, compute, needs=(weights,))
-
-
-@dataclass(frozen=True)
-class Teachers:
-    """Stages whose results a fine-tune learns from; None where it does not.
-
-    Attributes:
-        teach_prompts: predictions of the dense model on prompts.
-        tuned_dense: the dense model after its own fine-tune.
-        teach_answers: predictions of that model on answers.
-    """
-
-    teach_prompts: Stage | None = None
-    tuned_dense: ModelStage | None = None
-    teach_answers: Stage | None = None
-
-    def named(self) -> dict[str, Stage]:
-        """Returns the stages that there are, by name and in order."""
-        return {name: stage for name, stage in vars(self).items() if stage is not None}
-
-    @property
-    def predictions(self) -> tuple[Stage, ...]:
-        """Those of the stages that the student reads."""
-        return tuple(stage for stage in (self.teach_prompts, self.teach_answers) if stage is not None)
-
-
-def teacher_stages(setup: Setup, runner: StageRunner) -> Teachers:
-    """Returns the teachers that `finetune.loss` asks for; their stages are those of a run of the dense model."""
-    training = setup.training
-    if training.loss != DISTILL:
-        return Teachers()
-    plain = dataclasses.replace(training, loss=ANSWERS_LOSS, tuned_teacher=0.0, prompt_weight=1.0)
-    dense = setup.with_method(Dense(), plain)
-    if dense.rows_hash != setup.rows_hash:
-        raise ValueError(
-            f"The dense model can teach a model with the same tokens, got {setup.model.name} and "
-            f"{setup.base_model.name}, whose tokenizers differ. Set finetune.loss=all_tokens or answers."
-        )
-    untuned = prune_stage(dense, runner, measure_stage(dense))
-    prompts = teach_stage(dense, runner, untuned, PROMPT) if training.prompt_weight else None
-    if not training.tuned_teacher:
-        return Teachers(prompts)
-    tuned = finetune_stage(dense, runner, untuned, Teachers())
-    return Teachers(prompts, tuned, teach_stage(dense, runner, tuned, ANSWERS))
 
 
 def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage, teachers: Teachers) -> ModelStage:
@@ -273,7 +195,7 @@ def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage, teach
             directory,
             setup.seed,
             method.callbacks(),
-            loss=_loss(setup, runner, teachers),
+            loss=signal_loss(setup, runner, teachers),
         )
 
     def load(directory: Path) -> PreTrainedModel:
@@ -287,24 +209,12 @@ def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage, teach
         "rows": setup.rows_hash,
         "seed": setup.seed,
         "code": code_version(finetune_stage, type(method)),
-        "libraries": _libraries(),
+        "libraries": libraries(),
     }
     if teachers.predictions:
         key["teachers"] = [stage.id for stage in teachers.predictions]
     needs = (*teachers.predictions, untuned)  # the student's model is loaded last
     return ModelStage("finetune", key, compute, resumable=True, together=True, needs=needs, load=load, is_final=True)
-
-
-def _loss(setup: Setup, runner: StageRunner, teachers: Teachers) -> SignalLoss | None:
-    """Returns the loss of the fine-tune; None is the likelihood of the answers."""
-    training = setup.training
-    if training.loss == ANSWERS_LOSS:
-        return None
-    dense, tuned = (
-        None if stage is None else Teacher(runner.folder(stage))
-        for stage in (teachers.teach_prompts, teachers.teach_answers)
-    )
-    return SignalLoss(training.prompt_weight, dense, tuned, training.tuned_teacher)
 
 
 def predict_stage(setup: Setup, runner: StageRunner, weights: ModelStage) -> Stage:
@@ -322,7 +232,7 @@ def predict_stage(setup: Setup, runner: StageRunner, weights: ModelStage) -> Sta
         "chat_template": setup.model.chat_template,
         "evaluation": {"name": evaluation.name, **evaluation.prediction_settings()},
         "code": code_version(predict_stage, type(evaluation)),
-        "libraries": _libraries(),
+        "libraries": libraries(),
     }
     return Stage("predict", key, compute, resumable=True, together=True, needs=(weights,))
 
@@ -358,7 +268,7 @@ def evaluate_stage(setup: Setup, runner: StageRunner, predicted: Stage) -> Stage
         "predictions": predicted.id,
         "evaluation": evaluation.measurement_settings(),
         "code": code_version(evaluate_stage, type(evaluation)),
-        "libraries": _libraries(),
+        "libraries": libraries(),
     }
     return Stage("evaluate", key, compute, needs=(predicted,))
 
@@ -399,8 +309,3 @@ def calibration_batches(setup: Setup, calibration: Calibration | None) -> Iterab
 
 def _plan(runner: StageRunner, pruned: Stage) -> PruningPlan:
     return PruningPlan.load(runner.folder(pruned) / PLAN_FILE)
-
-
-def _libraries() -> dict[str, str]:
-    """Versions of what the arithmetic is done with, and the kind of device."""
-    return {"device": default_device().type, **{name: metadata.version(name) for name in LIBRARIES}}

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from gradpruner.answer_judge import AnswerJudge
+from gradpruner.batch_rows import split_rows
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.hidden_states import answer_nll
 from gradpruner.plan import PruningPlan
@@ -38,7 +39,6 @@ from gradpruner.repair.states import (
     down_proj,
     pruned_runs,
     read_states,
-    split_rows,
     stream_outputs,
 )
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from gradpruner.batch_rows import split_rows
 from gradpruner.encoding import Batch
 from gradpruner.plan import PruningPlan
 from gradpruner.repair.maps import best_ridge, fold, solve
-from gradpruner.repair.states import PrunedRun, down_proj, pruned_runs, read_states, split_rows
+from gradpruner.repair.states import PrunedRun, down_proj, pruned_runs, read_states
 
 HELD_OUT = 5  # every fifth row is held out
 

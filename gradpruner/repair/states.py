@@ -110,21 +110,6 @@ def read_states(
         yield Tokens(added, target - (after - added), target, _before_answers(batch).to(device)[tokens])
 
 
-def split_rows(batches: Sequence[Batch], every: int, remainder: int) -> tuple[list[Batch], list[Batch]]:
-    """Returns the other rows of the batches, and those whose number leaves this remainder by `every`."""
-    others: list[Batch] = []
-    chosen: list[Batch] = []
-    row = 0
-    for batch in batches:
-        numbers = torch.arange(row, row + len(batch["input_ids"]))
-        row += len(numbers)
-        taken = numbers % every == remainder
-        for side, rows in ((others, ~taken), (chosen, taken)):
-            if bool(rows.any()):
-                side.append({name: values[rows] for name, values in batch.items()})
-    return others, chosen
-
-
 def _before_answers(batch: Batch) -> Tensor:
     """Returns where the next token is one of an answer, (B, T) bool; nowhere without `labels`."""
     before = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)

@@ -20,6 +20,7 @@ USUAL = {
     "merge_rule": ("sign_sum", "sign_average"),
     "adapter": "lora",
     "repair": "none",
+    "loss": "answers",
 }
 # Runs belong even if they differ from the paper's in these. With another fine-tuning or dataset the paper's values are
 # not shown (`paper_tables`); for a model of another depth, counts of pruned layers are scaled (`scaled`).
@@ -47,6 +48,7 @@ def coordinates(record: RunRecord) -> dict[str, Any]:
     return own | {
         "model": config["model"]["path"],
         "finetune": config["finetune"]["mode"],
+        "loss": config["finetune"].get("loss", "answers"),
         "dataset": dataset_module(record),
         "test": config["dataset"].get("test"),
         "train_fraction": config["dataset"].get("train_fraction") or 1.0,

@@ -22,7 +22,14 @@ from gradpruner.reporting.labels import (
 )
 
 # Settings of the fine-tune that older records lack, with the value that those runs had.
-LATER_SETTINGS = {"precision": "auto", "merge_dtype": "auto"}
+LATER_SETTINGS = {
+    "precision": "auto",
+    "merge_dtype": "auto",
+    "loss": "answers",
+    "prompt_weight": 1.0,
+    "tuned_teacher": 0.0,
+}
+LATER_METHOD_SETTINGS = {"repair_refit": False}  # the same for methods
 # Columns that older records lack: parameters without the input embedding, and the work of one row.
 COUNTS = ("w/o embedding", "GMACs")
 DEPTH = ("sparsity", "num_pruned_layers")
@@ -195,7 +202,11 @@ def rows_of_seeds(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
-    return {key: value for key, value in record.config["method"].items() if key not in ("_target_", "seed")}
+    return {
+        key: value
+        for key, value in record.config["method"].items()
+        if key not in ("_target_", "seed") and (key, value) not in LATER_METHOD_SETTINGS.items()
+    }
 
 
 def row_labels(records: Sequence[RunRecord]) -> list[str]:
