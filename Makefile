@@ -86,6 +86,23 @@ test-transformers4: setup $(TRANSFORMERS4_VENV)/.installed  ## check that transf
 	$(BIN)/python -W ignore -m tests.transformers4.make_checkpoints $(TRANSFORMERS4_FOLDER)
 	HF_HUB_OFFLINE=1 $(TRANSFORMERS4_BIN)/python -W ignore tests/transformers4/check.py $(TRANSFORMERS4_FOLDER)
 
+.PHONY: test-deepspeed
+DEEPSPEED_VENV := .venv-deepspeed
+DEEPSPEED_BIN := $(DEEPSPEED_VENV)/bin
+PRINT_PACKAGES_FOLDER := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+# Has the packages of .venv through a .pth file. The setup.py of DeepSpeed imports torch, hence no build isolation.
+$(DEEPSPEED_VENV)/.installed: $(STAMP)
+	test -x $(DEEPSPEED_BIN)/python || $(BIN)/python -m venv --without-pip $(DEEPSPEED_VENV)
+	echo '*' > $(DEEPSPEED_VENV)/.gitignore
+	$(BIN)/python $(PRINT_PACKAGES_FOLDER) > "$$($(DEEPSPEED_BIN)/python $(PRINT_PACKAGES_FOLDER))/project.pth"
+	DS_ACCELERATOR=cpu $(BIN)/python -m pip --python $(DEEPSPEED_BIN)/python install --quiet \
+		--disable-pip-version-check --no-build-isolation deepspeed==0.19.8 -c constraints.txt
+	touch $@
+
+test-deepspeed: $(DEEPSPEED_VENV)/.installed  ## check ZeRO-3 on two processes against one, on the CPU (own venv, C++ compiler, minutes)
+	$(DEEPSPEED_BIN)/python -W ignore -m tests.zero3.check
+
 bench: setup  ## compare time and memory with a reference measured in the same run
 	$(BIN)/python -m benchmarks.gram_scores
 	$(BIN)/python -m benchmarks.importance_memory

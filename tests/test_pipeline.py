@@ -326,7 +326,12 @@ def test_methods_that_act_while_training_are_refused_on_several_processes(make, 
     ("training", "count", "match"),
     [
         ({"parallel": "fsdp"}, 1, r"finetune.parallel=fsdp divides the model among processes, got one process\. Start"),
-        ({"parallel": "fsdp"}, 2, r"parallel=fsdp needs GPUs, got a machine without CUDA.*Set finetune.parallel=ddp"),
+        (
+            {"parallel": "fsdp"},
+            2,
+            r"parallel=fsdp needs GPUs, got a machine without CUDA\. Set finetune.parallel=ddp\.",
+        ),
+        ({"parallel": "deepspeed_zero3"}, 2, r"needs GPUs, got .*Set finetune.parallel=ddp, or DS_ACCELERATOR=cpu in"),
         ({"parallel": "fspd"}, 1, r"finetune.parallel must be one of ddp, fsdp, deepspeed_zero3, got 'fspd'"),
     ],
 )
@@ -336,10 +341,24 @@ def test_models_are_divided_among_gpus_only(monkeypatch, training, count, match)
         check_parallel(dataclasses.replace(TRAINING, **training))
 
 
+def test_deepspeed_divides_models_on_a_cpu_if_told_to(monkeypatch):
+    monkeypatch.setattr("gradpruner.processes.count", lambda: 2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    check_parallel(dataclasses.replace(TRAINING, parallel="deepspeed_zero3"))
+    with pytest.raises(ValueError, match=r"parallel=fsdp needs GPUs"):
+        check_parallel(dataclasses.replace(TRAINING, parallel="fsdp"))
+
+
 @pytest.mark.parametrize(
     ("changes", "distils", "match"),
     [
         ({"parallel": "deepspeed_zero3"}, False, r"needs DeepSpeed, got an environment without it\. Run `pip install"),
+        (
+            {"parallel": "deepspeed_zero3", "loss": "all_tokens"},
+            False,
+            r"finetune.loss=all_tokens is not offered with D",
+        ),
         ({"parallel": "deepspeed_zero3"}, True, r"Distillation is not offered with DeepSpeed, got .*parallel=fsdp"),
         (
             {"parallel": "fsdp", "precision": "bf16_stochastic", "mode": "full"},

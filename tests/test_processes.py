@@ -14,7 +14,7 @@ from gradpruner.encoding import TrainingRow
 from gradpruner.evaluate.base import JOURNAL_FILE, PREDICTIONS_FILE, predict_all
 from gradpruner.finetune.micro_batch import settle_micro_batch
 from gradpruner.finetune.order import make_sampler, num_blank_rows
-from gradpruner.finetune.parallel import parallel_arguments
+from gradpruner.finetune.parallel import check_layout, parallel_arguments
 from gradpruner.finetune.run import finetune
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.importance import split_batch
@@ -259,11 +259,45 @@ def test_fsdp_divides_by_decoder_layers_and_checkpoints_activations_itself(sever
     assert config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"] and config["activation_checkpointing"]
 
 
-def test_deepspeed_keeps_float32_weights(several, tiny_llama):
+@pytest.mark.parametrize("precision", ["float32", "bf16_mixed"])
+def test_deepspeed_keeps_float32_weights(several, tiny_llama, precision):
     several(2)
-    config = parallel_arguments(tiny_llama(), TrainingSpec(mode="full", parallel="deepspeed_zero3"))["deepspeed"]
+    spec = TrainingSpec(mode="full", parallel="deepspeed_zero3")
+    config = parallel_arguments(tiny_llama(), spec, precision)["deepspeed"]
     assert config["zero_optimization"]["stage"] == 3 and not config["bf16"]["enabled"]
+    assert config["torch_autocast"]["enabled"] == (precision == "bf16_mixed")
     assert config["train_micro_batch_size_per_gpu"] == config["gradient_accumulation_steps"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("layout", "parallel", "count", "match"),
+    [
+        (
+            "deepspeed_zero3 on 2 processes",
+            "ddp",
+            1,
+            r"got ddp and a checkpoint of deepspeed_zero3 on 2 processes: .*-2\.",
+        ),
+        (
+            "deepspeed_zero3 on 2 processes",
+            "deepspeed_zero3",
+            3,
+            r"got deepspeed_zero3 on 3 processes and a checkpoint",
+        ),
+        ("ddp", "fsdp", 2, r"got fsdp and a checkpoint of ddp: .*Start it as before, or delete the checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_is_divided_otherwise_is_refused(several, layout, parallel, count, match):
+    several(count)
+    with pytest.raises(ValueError, match=match):
+        check_layout(TrainingSpec(parallel=parallel), "checkpoint-2", layout)
+
+
+@pytest.mark.parametrize("layout", ["ddp", None])  # earlier checkpoints do not say
+def test_ddp_resumes_on_any_number_of_processes(several, layout):
+    several(3)
+    check_layout(TrainingSpec(), "checkpoint-2", layout)
+    check_layout(TrainingSpec(parallel="fsdp"), None, None)
 
 
 def test_one_process_trains_with_the_arguments_it_always_had(tiny_llama):

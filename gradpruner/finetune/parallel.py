@@ -6,19 +6,25 @@ that. `docs/several-processes.md` says what has been seen to work.
 """
 
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gradpruner import processes
-from gradpruner.finetune.spec import SHARDED, TrainingSpec
+from gradpruner.finetune.spec import ANSWERS_LOSS, SHARDED, TrainingSpec
 from gradpruner.models.architectures import decoder_layers
+
+USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # environment variable of accelerate's, which its Accelerator sets for good
 
 
 def check_parallel(spec: TrainingSpec, callbacks: Sequence[TrainerCallback] = (), distils: bool = False) -> None:
@@ -52,10 +58,11 @@ def _check_sharded(spec: TrainingSpec, distils: bool) -> None:
             f"{given} divides the model among processes, got one process. Start several with torchrun "
             f"--nproc-per-node=N, or set finetune.parallel=ddp."
         )
-    if not torch.cuda.is_available():
+    runs_on_cpu = spec.parallel == "deepspeed_zero3" and os.environ.get("DS_ACCELERATOR") == "cpu"
+    if not torch.cuda.is_available() and not runs_on_cpu:
         raise ValueError(
-            f"{given} needs GPUs, got a machine without CUDA, where accelerate would run DDP without saying so. Set "
-            "finetune.parallel=ddp."
+            f"{given} needs GPUs, got a machine without CUDA. Set finetune.parallel=ddp"
+            + (", or DS_ACCELERATOR=cpu in the environment." if spec.parallel == "deepspeed_zero3" else ".")
         )
     if spec.precision == "bf16_stochastic":
         raise ValueError(
@@ -63,9 +70,10 @@ def _check_sharded(spec: TrainingSpec, distils: bool) -> None:
             "finetune.precision=bf16_mixed."
         )
     if spec.parallel == "deepspeed_zero3":
-        if distils:
+        if distils or spec.loss != ANSWERS_LOSS:
+            refused = "Distillation" if spec.loss == ANSWERS_LOSS else f"finetune.loss={spec.loss}"
             raise ValueError(
-                f"Distillation is not offered with DeepSpeed, got {given}: its loss needs the output layer again in "
+                f"{refused} is not offered with DeepSpeed, got {given}: its loss needs the output layer again in "
                 f"the backward pass. Set finetune.parallel=fsdp."
             )
         if importlib.util.find_spec("deepspeed") is None:
@@ -85,12 +93,33 @@ def check_folder(directory: Path) -> None:
         )
 
 
-def parallel_arguments(model: PreTrainedModel | None = None, spec: TrainingSpec | None = None) -> dict[str, Any]:
+def checkpoint_layout(spec: TrainingSpec) -> str:
+    """Returns how checkpoints are divided among files. Only a run with the same layout can resume from them."""
+    if spec.parallel == "deepspeed_zero3":
+        return f"{spec.parallel} on {processes.count()} processes"
+    return spec.parallel
+
+
+def check_layout(spec: TrainingSpec, checkpoint: str | None, layout: str | None) -> None:
+    """Raises ValueError if this run cannot resume from a checkpoint with this layout; None is unknown."""
+    own = checkpoint_layout(spec)
+    if checkpoint is not None and layout is not None and layout != own:
+        raise ValueError(
+            "A fine-tune resumes only with the finetune.parallel of its checkpoint, and DeepSpeed's only on as many "
+            f"processes, got {own} and a checkpoint of {layout}: {checkpoint}. Start it as before, or delete the "
+            "checkpoint."
+        )
+
+
+def parallel_arguments(
+    model: PreTrainedModel | None = None, spec: TrainingSpec | None = None, precision: str = "float32"
+) -> dict[str, Any]:
     """Returns the arguments of `TrainingArguments` for several processes; none with one.
 
     Args:
         model: the model to train, with its adapters.
         spec: how to train; None is `ddp`.
+        precision: one of `spec.PRECISIONS`, never `auto`.
     """
     if processes.count() == 1:
         return {}
@@ -98,7 +127,8 @@ def parallel_arguments(model: PreTrainedModel | None = None, spec: TrainingSpec 
     if model is not None and spec is not None and spec.parallel == "fsdp":
         return {**limit, "fsdp": True, "fsdp_config": fsdp_config(model, spec)}
     if spec is not None and spec.parallel == "deepspeed_zero3":
-        return {**limit, "deepspeed": deepspeed_config(spec)}
+        own_state = {} if torch.cuda.is_available() else {"accelerator_config": {"use_configured_state": True}}
+        return {**limit, **own_state, "deepspeed": deepspeed_config(spec, precision)}
     return {**limit, "ddp_find_unused_parameters": False}  # every trained weight takes part in every step
 
 
@@ -116,8 +146,27 @@ def fsdp_config(model: PreTrainedModel, spec: TrainingSpec) -> dict[str, Any]:
     }
 
 
-def deepspeed_config(spec: TrainingSpec) -> dict[str, Any]:
-    """Returns the settings of DeepSpeed ZeRO-3. The Trainer fills in what is `auto`; weights stay float32."""
+@contextmanager
+def deepspeed_state(spec: TrainingSpec) -> Iterator[None]:
+    """Lets accelerate run DeepSpeed in the block on any device, and only there; does nothing for other `parallel`."""
+    if spec.parallel != "deepspeed_zero3":
+        yield
+        return
+    try:
+        if not torch.cuda.is_available():
+            # The Trainer's own state would be one of DDP (use_cpu=True), or of one process (False).
+            AcceleratorState._reset_state(reset_partial_state=True)
+            os.environ[USE_DEEPSPEED] = "true"
+            PartialState(backend="gloo")
+        yield
+    finally:
+        # Else later Trainers of this process use DeepSpeed, too, and `from_pretrained` divides models.
+        os.environ.pop(USE_DEEPSPEED, None)
+        unset_hf_deepspeed_config()
+
+
+def deepspeed_config(spec: TrainingSpec, precision: str) -> dict[str, Any]:
+    """Returns the settings of DeepSpeed ZeRO-3. The Trainer fills in what is `auto`; weights keep their dtype."""
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -131,8 +180,8 @@ def deepspeed_config(spec: TrainingSpec) -> dict[str, Any]:
             "stage3_param_persistence_threshold": "auto",
             "stage3_gather_16bit_weights_on_model_save": True,
         },
-        "bf16": {"enabled": False},
-        "torch_autocast": {"enabled": spec.precision == "bf16_mixed" or spec.mode == "full", "dtype": "bfloat16"},
+        "bf16": {"enabled": False},  # else accelerate makes the weights bfloat16 for `bf16_mixed`
+        "torch_autocast": {"enabled": precision == "bf16_mixed", "dtype": "bfloat16"},
     }
 
 
@@ -152,7 +201,11 @@ def gathered_weights(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
         Weights by name, those that share memory once.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    state = get_model_state_dict(model, options=options)
+    return without_shared(model, get_model_state_dict(model, options=options))
+
+
+def without_shared(model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Returns the tensors of a state dict, those of weights that share memory under their first name only."""
     shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     shared -= {name for name, _ in model.named_parameters()}
     return {name: value for name, value in state.items() if name not in shared and isinstance(value, Tensor)}

@@ -26,7 +26,16 @@ from gradpruner.encoding import TrainingRow
 from gradpruner.files import write_json
 from gradpruner.finetune.micro_batch import settle_for
 from gradpruner.finetune.order import collate_items, make_dataset, make_sampler, num_blank_rows, with_blank_row
-from gradpruner.finetune.parallel import check_folder, check_parallel, gathered_weights, parallel_arguments
+from gradpruner.finetune.parallel import (
+    check_folder,
+    check_layout,
+    check_parallel,
+    checkpoint_layout,
+    deepspeed_state,
+    gathered_weights,
+    parallel_arguments,
+    without_shared,
+)
 from gradpruner.finetune.precision import prepare_weights, resolve_precision, training_arguments
 from gradpruner.finetune.result import (
     ADAPTER_FOLDER,
@@ -120,7 +129,8 @@ def finetune(
         The account, as written to `directory`.
 
     Raises:
-        ValueError: if the processes of the run cannot share a batch, or a callback works on one process only.
+        ValueError: if the processes of the run cannot share a batch, a callback works on one process only, or the
+            checkpoints in `directory` are divided in another way than this run divides the model.
         DivergedError: if loss or gradient become NaN or infinite; the last good checkpoint is kept.
     """
     check_parallel(spec, callbacks, loss is not None)
@@ -131,7 +141,8 @@ def finetune(
     set_seed(seed)
     precision = resolve_precision(spec)
     checkpoints = directory / CHECKPOINTS_FOLDER
-    resume_from, seconds_before = processes.broadcast(_last_whole_checkpoint(checkpoints))
+    resume_from, seconds_before, layout = processes.broadcast(_last_whole_checkpoint(checkpoints))
+    check_layout(spec, resume_from, layout)
     pruning = [callback for callback in callbacks if isinstance(callback, PruningCallback)]
     for callback in pruning:
         callback.prepare(model, None if resume_from is None else Path(resume_from))
@@ -145,27 +156,28 @@ def finetune(
         model = get_peft_model(model, _lora_config(model, spec, resume_from))
     elif not all(parameter.requires_grad for parameter in model.parameters()):
         model.requires_grad_(True)
-    clock = _Clock(seconds_before, -(-len(rows) // spec.batch_size), num_blank_rows(spec, len(rows)))
-    trainer = _FinetuneTrainer(
-        model,
-        _training_arguments(spec, checkpoints, seed, precision, parallel_arguments(model, spec)),
-        description=f"{description} ({spec.mode})",
-        loss=loss,
-        train_dataset=make_dataset(with_blank_row(rows, pad_token_id)),
-        make_order=lambda: make_sampler(spec, [len(row.input_ids) for row in rows], seed),
-        data_collator=lambda items: collate_items(items, pad_token_id),
-        callbacks=[*callbacks, clock],  # the clock is last: it marks a checkpoint as whole
-    )
-    try:
-        with PeakMemory() as memory:
-            trainer.train(resume_from_checkpoint=resume_from)
-    except DivergedError as error:
-        kept, _ = _last_whole_checkpoint(checkpoints)
-        where = f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet."
-        raise DivergedError(f"{error} {where}") from None
-    weights = _gathered(trainer, spec)
-    if processes.is_main():
-        _write_result(directory, model, weights, spec, pruning, _account(trainer, spec, precision, clock, memory))
+    clock = _Clock(spec, seconds_before, len(rows))
+    with deepspeed_state(spec):
+        trainer = _FinetuneTrainer(
+            model,
+            _training_arguments(spec, checkpoints, seed, precision, parallel_arguments(model, spec, precision)),
+            description=f"{description} ({spec.mode})",
+            loss=loss,
+            train_dataset=make_dataset(with_blank_row(rows, pad_token_id)),
+            make_order=lambda: make_sampler(spec, [len(row.input_ids) for row in rows], seed),
+            data_collator=lambda items: collate_items(items, pad_token_id),
+            callbacks=[*callbacks, clock],  # the clock is last: it marks a checkpoint as whole
+        )
+        try:
+            with PeakMemory() as memory:
+                trainer.train(resume_from_checkpoint=resume_from)
+        except DivergedError as error:
+            kept, *_ = _last_whole_checkpoint(checkpoints)
+            where = f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet."
+            raise DivergedError(f"{error} {where}") from None
+        weights = _gathered(trainer, spec)
+        if processes.is_main():
+            _write_result(directory, model, weights, spec, pruning, _account(trainer, spec, precision, clock, memory))
     processes.wait_for_all()
     return read_result(directory)
 
@@ -231,9 +243,10 @@ class _FinetuneTrainer(CompletionTrainer):
 class _Clock(TrainerCallback):
     """Counts training time and tokens, marks whole checkpoints, stops before a bad gradient is saved."""
 
-    def __init__(self, seconds_before: float, steps_per_epoch: int, num_blank: int) -> None:
+    def __init__(self, spec: TrainingSpec, seconds_before: float, num_rows: int) -> None:
         self._before, self._start = seconds_before, time.perf_counter()
-        self._steps_per_epoch, self._num_blank = steps_per_epoch, num_blank
+        self._steps_per_epoch, self._num_blank = -(-num_rows // spec.batch_size), num_blank_rows(spec, num_rows)
+        self._layout = checkpoint_layout(spec)
 
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._start
@@ -266,15 +279,16 @@ class _Clock(TrainerCallback):
         processes.wait_for_all()  # every process writes its part of a checkpoint
         if processes.is_main():
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / COMPLETE_MARK, {"train_seconds": self.seconds()})
+            write_json(folder / COMPLETE_MARK, {"train_seconds": self.seconds(), "layout": self._layout})
 
 
-def _last_whole_checkpoint(checkpoints: Path) -> tuple[str | None, float]:
-    """Returns the newest checkpoint that was written completely, and the training seconds up to it."""
+def _last_whole_checkpoint(checkpoints: Path) -> tuple[str | None, float, str | None]:
+    """Returns the newest checkpoint that was written completely, the training seconds up to it, and its layout."""
     marks = sorted(checkpoints.glob(f"checkpoint-*/{COMPLETE_MARK}"), key=lambda p: int(p.parent.name.split("-")[1]))
     if not marks:
-        return None, 0.0
-    return str(marks[-1].parent), float(json.loads(marks[-1].read_text())["train_seconds"])
+        return None, 0.0, None
+    mark = json.loads(marks[-1].read_text())
+    return str(marks[-1].parent), float(mark["train_seconds"]), mark.get("layout")
 
 
 def _lora_config(model: PreTrainedModel, spec: TrainingSpec, resume_from: str | None) -> LoraConfig:
@@ -297,8 +311,8 @@ def _gathered(trainer: CompletionTrainer, spec: TrainingSpec) -> dict[str, Tenso
     if spec.parallel == "fsdp":
         return gathered_weights(trainer.model, trained_only=spec.mode == "lora")
     if spec.parallel == "deepspeed_zero3":
-        weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.deepspeed)
-        return weights
+        state = trainer.accelerator.get_state_dict(trainer.deepspeed)  # None on other ranks than 0
+        return None if state is None else without_shared(trainer.model, state)
     return None
 
 
@@ -340,6 +354,6 @@ def _training_arguments(
         use_cpu=default_device().type == "cpu",
         seed=seed,
         **{CHECKPOINTING: spec.gradient_checkpointing and spec.parallel != "fsdp"},  # which has its own
-        **training_arguments(precision),
+        **({} if spec.parallel == "deepspeed_zero3" else training_arguments(precision)),  # whose config has it
         **(parallel or {}),
     )
