@@ -9,9 +9,8 @@ Beyond the paper, whose early gradients become one voice among several. The pool
 - `greedy`, if asked for: layer by layer, the one without which the answers lose the least;
 - edits of the best of these: a run of pruned layers grows by a layer at one end while it or another one shrinks.
 
-Each set is scored by the answer NLL of the model without it. The best few are repaired (see `repair.judged`) and scored
-again, and the best of those is taken. So on the rows of the choice the result is at least as good as every set in the
-pool that was repaired.
+Each set is scored by the answer NLL of the model without it. If asked for, the best few are repaired (see
+`repair.judged`) and scored again, and the best of those is taken.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ class CandidateSettings:
     """
 
     num_edits: int = 8
-    num_repaired: int = 2
+    num_repaired: int = 0
     greedy_width: int = 0
     refit: bool = False
 

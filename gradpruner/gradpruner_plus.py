@@ -52,7 +52,7 @@ class GradPrunerPlus(GradPruner):
     steps: int | str | None = AUTO
     candidates: bool = True
     num_edits: int = 8
-    num_repaired: int = 2
+    num_repaired: int = 0
     greedy_width: int = 0
 
     def __post_init__(self) -> None:
