@@ -8,7 +8,7 @@ Beyond the paper. For every run of pruned layers, in order of depth, these chang
   arXiv:2507.18212). Norms take scale out of what layers read, so instead of all that comes before the cut, all that
   later layers add is divided by alpha: tied embeddings keep their size.
 - `channels`: one factor per channel of the absorber's MLP output M, with the least squared error;
-- `map`: the linear map of M (see `maps`), for three lambdas from that with the least squared error on held-out tokens
+- `map`: the linear map of M (see `maps`), for two lambdas from that with the least squared error on held-out tokens
   up, each fitted to all tokens alike, or with the tokens of answers weighing as much as all others together.
 
 The negative log-likelihood (NLL) of held-out answers chooses, and nothing is accepted that does not lower it. With
@@ -44,7 +44,7 @@ from gradpruner.repair.states import (
 
 NONE, MAGNITUDE, CHANNELS, MAP = "none", "magnitude", "channels", "map"
 FEWEST_ROWS = 10
-NUM_RIDGES = 3  # lambdas that are judged, from the one with the least squared error up
+NUM_RIDGES = 2  # lambdas that are judged, from the one with the least squared error up
 CHANNEL_RIDGE = 1e-2
 # Norms take scale out of all that these models' layers read; OLMo 2 has no norm there.
 SCALE_FREE_MODEL_TYPES = (*PLAIN_MODEL_TYPES, "gemma2", "gemma3_text")
