@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments import prune_checkpoint
 from experiments.config import CONF, build_pipeline, load_option, run_directory
 from experiments.run import main, run_job
 from gradpruner.pipeline.run import Pipeline
@@ -47,9 +48,9 @@ def command(*arguments):
 
 
 def test_a_run_writes_its_folder(folders, tmp_path, capsys):
-    record = run("save_checkpoint=true", *folders)
+    record = run("save_checkpoint=true", "merge_count=2", *folders)
     [run_dir] = (tmp_path / "runs/random-llama/arc_easy/lora/gradpruner").iterdir()
-    assert run_dir.name.startswith("sparsity0.4-merge1-") and run_dir.name.endswith("-seed0")
+    assert run_dir.name.startswith("sparsity0.4-merge2-") and run_dir.name.endswith("-seed0")
     written = {path.name for path in run_dir.iterdir()}
     assert written == {
         *("config.yaml", "run.log", "plan.json", "predictions.jsonl", "record.json"),
@@ -71,6 +72,11 @@ def test_a_run_writes_its_folder(folders, tmp_path, capsys):
     assert model.config.num_hidden_layers == 4
     assert model.generate(**tokenizer("Question:", return_tensors="pt"), max_new_tokens=3).shape[1] > 0
     assert not [path for path in (run_dir / "checkpoint").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+    # Its record names the gradients that its plan was made from.
+    [config] = (tmp_path / "cache" / "assets").glob("*/config.json")
+    assert prune_checkpoint.main([str(run_dir), str(config.parent), str(tmp_path / "pruned")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").config.num_hidden_layers == 4
 
     output = capsys.readouterr()
     for text in ("dense + lora", "gradpruner + lora", "Pruned layers", "always the most frequent label", str(run_dir)):
