@@ -5,6 +5,7 @@ refused before anything is built.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -50,7 +51,7 @@ class RunConfig:
     finetune: Any = MISSING
     evaluation: Any = MISSING
     tracker: Any = MISSING
-    sparsity: float | str | None = MISSING
+    sparsity: float | int | str | None = MISSING
     merge_count: int = MISSING
     seed: int = MISSING
     show_options: bool = MISSING
@@ -108,6 +109,13 @@ def build(node: DictConfig, where: str) -> Any:
     if missing:
         keys = ", ".join(f"{where}.{key}" for key in missing)
         raise ConfigError(f"{target.__name__} needs {keys}, got no value. Give it on the command line: {keys}=...")
+    hints = get_type_hints(target)
+    known = [field.name for field in dataclasses.fields(target)]
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_key(f"{where}.{key}", known)
+        if type(value) is int and float in get_args(hints[key]) and int not in get_args(hints[key]):
+            values[key] = float(value)  # omegaconf does so for a plain `float`
     try:
         checked = OmegaConf.merge(OmegaConf.structured(_unfrozen(target)), values)
         plain = OmegaConf.to_container(checked, resolve=True)
@@ -120,8 +128,15 @@ def build(node: DictConfig, where: str) -> Any:
     return target(**{str(key): tuple(v) if isinstance(v, list) else v for key, v in plain.items()})
 
 
+def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
+    """Returns the error for a key that does not exist, with the nearest of the `known` names in its place."""
+    parent, _, name = key.rpartition(".")
+    within = f" in {parent}" if parent else ""
+    return ConfigError(f"There is no key {key!r}{guess(name, known)}. Known{within}: {', '.join(known)}.")
+
+
 def check_root(cfg: DictConfig) -> None:
-    """Refuses root keys that no run has, such as `+sede=1`, and missing ones, such as after `~seed`.
+    """Refuses root keys that no run has, and missing ones, such as after `~seed`.
 
     Raises:
         ConfigError: naming the key.
@@ -129,7 +144,7 @@ def check_root(cfg: DictConfig) -> None:
     known = [field.name for field in dataclasses.fields(RunConfig)]
     for key in map(str, cfg):
         if key not in known:
-            raise ConfigError(f"There is no key {key!r}{guess(key, known)}. Known: {', '.join(known)}.")
+            raise unknown_key(key, known)
     for key in known:
         if key not in cfg.keys() or OmegaConf.is_missing(cfg, key):  # noqa: SIM118, where `in` skips missing values
             raise ConfigError(f"A run needs {key}, got no value. Give it on the command line: {key}=...")

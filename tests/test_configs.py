@@ -111,7 +111,7 @@ def test_unknown_key_is_refused():
     [
         (["method.steps=many"], r"steps must be a number or auto, got .many."),
         (["finetune.batch_size=2.5"], r"Bad value in finetune.*finetune\.batch_size"),
-        (["+model.flavour=mild"], r"Bad value in model: Key 'flavour' not in 'ModelSpec'"),
+        (["+model.flavour=mild"], r"There is no key 'model\.flavour'\. Known in model: path, revision, "),
         (["dataset=jsonl"], r"JsonLines needs .*dataset\.train_file.*Give it on the command line"),
         (["sparsity=1.5"], r"sparsity is the fraction of decoder layers to prune, in \[0, 1\), got 1\.5"),
         (["sparsity=null"], r"Give either sparsity or num_pruned_layers, got sparsity=None and num_pruned_layers=None"),
