@@ -6,6 +6,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -86,7 +87,7 @@ def _second_task(cfg: DictConfig, key: str, name: str | None, settings: DictConf
         )
     node = OmegaConf.merge(load_option("dataset", name), settings or {})
     assert isinstance(node, DictConfig)
-    node.pop("test"), node.pop("test_settings")
+    node.pop("test", None), node.pop("test_settings", None)
     root = cfg.copy()
     with open_dict(root):
         root.dataset = node  # its interpolations, such as ${show_options}, resolve against the run's config
@@ -127,7 +128,9 @@ def load_option(group: str, name: str) -> DictConfig:
 
 
 def options(group: str) -> list[str]:
-    """Returns the names of the options of a config group."""
+    """Returns the names of the options of a config group, also those of a user's `--config-dir` in a job of hydra's."""
+    if GlobalHydra.instance().is_initialized():
+        return sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 

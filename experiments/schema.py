@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 from uuid import uuid4
 
 from hydra.core.config_store import ConfigStore
@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradpruner.checks import guess
+from gradpruner.messages import one_line
 
 
 @dataclass
@@ -104,7 +105,7 @@ def build(node: DictConfig, where: str) -> Any:
         ValueError: if the class refuses a value.
     """
     values = dict(OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
-    target = get_class(str(values.pop("_target_")))
+    target = _target(str(values.pop("_target_", "???")), where)
     missing = sorted(str(key) for key, value in values.items() if value == "???")
     if missing:
         keys = ", ".join(f"{where}.{key}" for key in missing)
@@ -126,6 +127,29 @@ def build(node: DictConfig, where: str) -> Any:
         ) from error
     assert isinstance(plain, dict)
     return target(**{str(key): tuple(v) if isinstance(v, list) else v for key, v in plain.items()})
+
+
+def _target(path: str, where: str) -> type:
+    """Returns the class of a node; raises ConfigError if the node names none, or one that cannot be used."""
+    if path == "???":
+        raise ConfigError(
+            f"{where} must name its class, got no _target_. Write `_target_: MODULE.CLASS` into the YAML, or start "
+            f"from one of conf/{where}/base/ in its defaults."
+        )
+    try:
+        target: type = get_class(path)
+    except Exception as error:  # whatever the module raises
+        cause = error.__cause__ or error
+        raise ConfigError(
+            f"{where}._target_ must be a class, got {path}, which cannot be imported: {one_line(cause)}. Correct the "
+            "name, or start in the folder of the module."
+        ) from error
+    if get_type_hints(target).get("name") == ClassVar[str] and not hasattr(target, "name"):
+        raise ConfigError(
+            f"{path} must have a name, for folders and tables, got a class without one. Add `name: ClassVar[str] = "
+            f'"{target.__name__.lower()}"` to it.'
+        )
+    return target
 
 
 def unknown_key(key: str, known: Iterable[str]) -> ConfigError:

@@ -71,7 +71,7 @@ def dataset_name(record: RunRecord) -> str:
     dataset = record.config["dataset"]
     if not dataset:  # timings alone
         return "random rows"
-    tested = f", tested on {dataset['test']}" if dataset["test"] else ""
+    tested = f", tested on {dataset['test']}" if dataset.get("test") else ""
     if dataset.get("validation_fraction"):
         tested += ", validation rows"
     return f"{dataset_module(record)}{tested}"
