@@ -1,5 +1,6 @@
 """Turns hydra's config into the pipeline of a run, the settings that results depend on, and the run's folder."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,7 @@ def run_directory(cfg: DictConfig, pipeline: Pipeline) -> Path:
     """
     if cfg.output_dir is not None:
         return path_setting(cfg, "output_dir")
-    variant = "-".join(part for part in (pipeline.method.variant(), content_hash(identity(cfg))[:8]) if part)
+    rounded = re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4g}", pipeline.method.variant())
+    variant = "-".join(part for part in (rounded, content_hash(identity(cfg))[:8]) if part)
     folder = path_setting(cfg, "results_dir") / pipeline.model.name / pipeline.dataset_name / pipeline.training.mode
     return folder / pipeline.method.name / f"{variant}-seed{cfg.seed}"

@@ -23,15 +23,13 @@ from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
 
 from experiments import schema
 from experiments.command_line import run_command
 from experiments.config import CONF, resolve
 from experiments.paths import check_writable, path_setting
 from experiments.recording import HISTORY_FILE
+from experiments.sweep_tables import show
 from gradpruner.files import content_hash
 from gradpruner.models import offline_configs
 from gradpruner.models.shape import config_shape
@@ -309,22 +307,6 @@ def read_records(folder: Path) -> tuple[dict[Path, RunRecord], list[str]]:
             + "".join(f"\n{problem}" for problem in problems)
         )
     return records, problems
-
-
-def show(table: Table, console: Console | None = None) -> None:
-    """Prints a table."""
-    rich = RichTable(title=escape(table.title))
-    rich.add_column(escape(table.headers[0]), overflow="fold", min_width=16)
-    for header in table.headers[1:]:
-        rich.add_column(escape(header), justify="right", overflow="fold")
-    for row in table.rows:
-        rich.add_row(*map(escape, row), style="bold" if row[0].startswith("GradPruner") else "")
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = 1000  # a pipe has no width, and its lines must not wrap
-    console.print(rich)
-    for note in table.notes:
-        console.print(f"- {escape(note)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from pathlib import Path
 import hydra
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import schema
@@ -26,7 +25,7 @@ from experiments.arguments import check_texts
 from experiments.command_line import run_command
 from experiments.config import CONF, build_pipeline, identity, reference_config, resolve, run_directory
 from experiments.devices import taken_gpu
-from experiments.dry_run import show_dry_run
+from experiments.dry_run import cell_costs, show_dry_run
 from experiments.launch import run_with_torchrun, starts_torchrun
 from experiments.paths import check_writable
 from experiments.preview import show_example
@@ -43,7 +42,16 @@ from experiments.recording import (
     remove_results,
 )
 from experiments.summary import show_summary
-from experiments.sweep import arguments_of, is_left_out, note_failure, note_finished
+from experiments.sweep import (
+    arguments_of,
+    is_left_out,
+    is_sweep,
+    labelled_output,
+    note_costs,
+    note_failure,
+    note_finished,
+    note_runs,
+)
 from experiments.tracker import Tracker
 from gradpruner import processes
 from gradpruner.checkpoints.checkpoint import save_checkpoint
@@ -74,19 +82,25 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def hydra_job(cfg: DictConfig) -> None:
     """Runs one job of hydra's."""
+    with labelled_output():
+        _run_hydra_job(cfg)
+
+
+def _run_hydra_job(cfg: DictConfig) -> None:
     job = HydraConfig.get()
-    is_sweep = job.mode == RunMode.MULTIRUN
     if (gpu := taken_gpu()) is not None:
         logger.info("Job %s runs on GPU %s", job.job.num, gpu)
     try:
         if not processes.is_main():
             logging.disable(logging.WARNING)  # rank 0 says it
-        if is_sweep and is_left_out(cfg):
+        if is_sweep() and is_left_out(cfg):
             logger.info("Left out of the sweep: %s", " ".join(arguments_of(job.overrides)))
         else:
             _check_launch(cfg)
             if starts_torchrun(cfg):
                 run_with_torchrun(arguments_of(job.overrides), cfg.num_processes)
+                if is_sweep():
+                    note_runs(run_directory(*arm) for arm in _arms(cfg, build_pipeline(cfg)))
             else:
                 run_job(cfg)
     except Exception as error:
@@ -95,7 +109,7 @@ def hydra_job(cfg: DictConfig) -> None:
             raise SystemExit(1) from error  # the process that failed first says why
         expected = (ValueError, DivergedError, OSError, processes.PeerFailedError)
         is_expected = reason is not error or isinstance(error, expected)
-        if is_sweep:
+        if is_sweep():
             note_failure(reason, is_expected)
         elif is_expected:
             logger.debug("", exc_info=True)
@@ -107,7 +121,7 @@ def hydra_job(cfg: DictConfig) -> None:
             processes.leave()
             raise SystemExit(1) from error
     else:
-        if is_sweep:
+        if is_sweep():
             note_finished()
         return
     clear_device_cache(garbage_collection=True)  # what the failed job held, so that the next one has the memory
@@ -158,12 +172,18 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     if not processes.is_main():
         _follow(cfg, pipeline)
         return None
+    if cfg.dry_run and is_sweep():
+        note_costs(cell_costs(pipeline))
+        return None
     show_example(pipeline)
     if cfg.dry_run:
         show_dry_run(pipeline, run_dir)
         processes.wait_for_all()
         return None
-    records = [_run_arm(*arm, tracker) for arm in _arms(cfg, pipeline)]
+    arms = list(_arms(cfg, pipeline))
+    records = [_run_arm(*arm, tracker) for arm in arms]
+    if is_sweep():
+        note_runs(run_directory(*arm) for arm in arms)
     processes.wait_for_all()
     show_summary(records, run_dir, f"{pipeline.model.name} on {pipeline.dataset_name}")
     return records[-1]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
+from experiments.sweep import is_sweep
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.files import user_path
 from gradpruner.record import RunRecord
@@ -100,9 +100,7 @@ class WandbTracker:
 
 def _sweep_name() -> str | None:
     """Returns the name of the sweep's folder, or None outside a sweep."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    return Path(HydraConfig.get().sweep.dir).name
+    return Path(HydraConfig.get().sweep.dir).name if is_sweep() else None
 
 
 def _layers(record: RunRecord) -> list[list[Any]]:

@@ -103,7 +103,8 @@ REFUSED = [
          r"finetune\.lora_rank\?"),
     case("a key of another option", "dataset.train_file=x", match=r"It belongs to dataset=jsonl: choose that, too\."),
     case("a key that one method of a sweep lacks", "-m", "method=gradpruner,last", "method.density=0.1",
-         match=r"There is no key 'method\.density'\. It belongs to method=gradpruner: choose"),
+         match=r"All cells of a sweep must have its settings, got method\.density, which method=gradpruner has and "
+         r"method=last has not\. Make two sweeps of it, or leave method=last or method\.density out\."),
     case("a misspelt key of hydra's", "hydra.sweep.dri=x", match=r"Did you mean hydra\.sweep\.dir\?"),
     case("a new key of a random model's config", "model=tiny_random", "model.config.head_dim=8",
          match=r"There is no key 'model\.config\.head_dim'\. Add it: \+model\.config\.head_dim=VALUE\."),

@@ -71,6 +71,11 @@ def test_model_path_takes_any_hub_id_or_folder():
     assert "Some-Model/arc_easy/lora/gradpruner/sparsity0.4-merge3-" in str(run_directory(cfg, build_pipeline(cfg)))
 
 
+def test_names_of_folders_have_rounded_numbers():
+    cfg = config("model.path=org/m", "sparsity=0.36666666666666664")
+    assert "/sparsity0.3667-merge3-" in str(run_directory(cfg, build_pipeline(cfg)))
+
+
 def test_root_keys_reach_the_method():
     method = build_pipeline(config("sparsity=0.3", "merge_count=1", "seed=7")).method
     assert (method.sparsity, method.merge_count, method.seed) == (0.3, 1, 7)

@@ -333,6 +333,11 @@ def test_sweep_with_joblib_measures_once(tmp_path):
     assert len(list((folder / "dense").iterdir())) == 1
     measured = [path for path in (tmp_path / "cache/stages/measure").iterdir() if path.is_dir()]
     assert len(measured) == 2  # GradPruner's importance and the dense model's empty measurement
+    # What two jobs print at the same time has labels; the sweep ends with one table of all cells.
+    for number, label in enumerate(("0.4 merge_count=0", "0.4 merge_count=1", "0.5 merge_count=0")):
+        label = f"[#{number} sparsity={label}] "
+        assert f"{label}INFO " in done.stderr and f"{label}Run folder: " in done.stdout
+    assert "merge_count=1" in done.stdout[done.stdout.rindex("random-llama on arc_easy, lora") :]
 
 
 @pytest.mark.bad_input(
