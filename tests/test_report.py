@@ -1,6 +1,7 @@
 """Tests of the report over run folders."""
 
 import io
+import re
 
 import pytest
 from commands import call
@@ -44,6 +45,24 @@ def test_nothing_to_report(tmp_path):
         read_records(tmp_path)
     done = report(f"runs_dir={tmp_path}")
     assert done.returncode == 1 and "Error: There is no finished run" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "folder", "shown"), [
+    ((), "small", "smollm2-135m on arc_easy, lora"),
+    (("table=3",), "small", "Table 3: with and without merging"),
+    (("table=importance",), "importance", "Importance runs: smollm2-135m on arc_easy, lora"),
+    (("table=learning_rate",), "learning_rate", "Learning rates: smollm2-135m on arc_easy"),
+    (("figure=9",), "", "Written: "),
+])  # fmt: skip
+def test_a_fresh_clone_shows_the_committed_records(tmp_path, monkeypatch, arguments, folder, shown):
+    monkeypatch.chdir(tmp_path)
+    done = report(*arguments, "output=page.html")
+    assert done.returncode == 0 and shown in done.stdout, done.stderr
+    searched = rf"searched {tmp_path}/results/runs for record\.json and other records\. Run something first"
+    assert re.search(searched, done.stderr)
+    folder = f"results/records/{folder}".rstrip("/")
+    assert re.search(rf"Shown instead: the \d+ committed records in {CONF.parent}/{folder}\.\n", done.stderr)
+    assert f"Of the committed records in {folder}, not of runs in results/runs" in (tmp_path / "page.html").read_text()
 
 
 def test_help_is_its_own():
