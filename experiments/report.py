@@ -39,7 +39,7 @@ from gradpruner.reporting.appendix import appendix_tables
 from gradpruner.reporting.comparison_figures import FIGURES, MODELS, draw
 from gradpruner.reporting.efficiency import counts_table, efficiency_tables
 from gradpruner.reporting.figures import Picture
-from gradpruner.reporting.formats import FORMATS, write_report
+from gradpruner.reporting.formats import FORMATS, TITLES_FILE, write_report
 from gradpruner.reporting.importance_table import importance_tables
 from gradpruner.reporting.learning_rate_table import learning_rate_tables
 from gradpruner.reporting.paper_tables import paper_table
@@ -97,7 +97,10 @@ def hydra_job(cfg: DictConfig) -> None:
         if cfg.output is not None:
             path = path_setting(cfg, "output")
             check_writable(output=path.parent)
-            written += write_report(path, path.suffix.removeprefix("."), report.tables, report.pictures, cfg.title)
+            form = path.suffix.removeprefix(".")
+            written += write_report(path, form, report.tables, report.pictures, cfg.title)
+            if form == "csv" and len(report.tables) > 1:
+                print(f"{len(report.tables)} tables: one CSV file for each, and {TITLES_FILE} with their titles")
     except (ValueError, OSError) as error:
         print(f"\nError: {error}", file=sys.stderr)
         raise SystemExit(1) from error

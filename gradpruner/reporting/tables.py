@@ -42,12 +42,14 @@ class Table:
         headers: names of the columns; the first column holds the labels of the rows.
         rows: cells.
         notes: sentences below the table.
+        sources: the runs behind each row; empty if nothing was run for the table.
     """
 
     title: str
     headers: list[str]
     rows: list[list[str]]
     notes: list[str]
+    sources: Sequence[Sequence[RunRecord]] = ()
 
     def markdown(self) -> str:
         """Returns the table in Markdown."""
@@ -161,6 +163,7 @@ def _comparison(records: list[RunRecord]) -> Table:
         headers,
         [[label, *_cells(group, columns, has_counts, has_before)] for label, group in zip(labels, rows, strict=True)],
         _notes(records),
+        rows,
     )
 
 
