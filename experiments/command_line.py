@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 from hydra import initialize_config_dir
@@ -50,6 +51,9 @@ def run_command(main: Callable[[], None], config_name: str, module: str, check: 
     Raises:
         SystemExit: with 1 if the arguments are refused or a worker of a sweep was killed, with 130 after Ctrl-C.
     """
+    if "--version" in sys.argv[1:]:
+        print(f"gradpruner {metadata.version('gradpruner')}")
+        return
     several = ["torchrun", f"--nproc-per-node={processes.count_on_machine()}"]
     start = ["python"] if processes.count() == 1 else several
     again = f"To continue: {shlex.join([*start, '-m', module, *sys.argv[1:]])}"
@@ -59,10 +63,11 @@ def run_command(main: Callable[[], None], config_name: str, module: str, check: 
             sys.argv[1:] = check_arguments(sys.argv[1:], config_name)
         with _passing_exceptions():
             main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if not processes.report("Interrupted"):
             raise SystemExit(INTERRUPTED) from None
-        print(f"\nInterrupted; finished stages are kept.{describe_broken_off()}\n{again}", file=sys.stderr)
+        where = f", and {error}" if str(error) else ""
+        print(f"\nInterrupted; finished stages are kept{where}.{describe_broken_off()}\n{again}", file=sys.stderr)
         processes.leave()
         raise SystemExit(INTERRUPTED) from None
     except BrokenProcessPool as error:

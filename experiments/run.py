@@ -271,7 +271,10 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Track
     own_memory = process_memory_bytes()
     _ = pipeline.content  # of before the run: data that change meanwhile are not what it was made from
     processes.broadcast(True)  # the others run it, too
-    outcome = pipeline.run()
+    try:
+        outcome = pipeline.run()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(pipeline.describe_next_step()) from None
     outcome.plan.save(run_dir / PLAN_FILE)
     shutil.copyfile(outcome.predictions, run_dir / PREDICTIONS_FILE)
     write_json(run_dir / HISTORY_FILE, outcome.training["history"])

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from gradpruner.messages import parameters
 from gradpruner.record import RunRecord
 from gradpruner.reporting.tables import Table, comparisons
 
@@ -63,7 +64,7 @@ def costs_table(cells: Mapping[str, Costs]) -> Table:
     for label, cell in cells.items():
         work = list(cell.work.values())
         cached = [name for name, each in cell.work.items() if each.is_cached]
-        size = (str(cell.num_layers), f"{cell.num_parameters / 1e6:,.2f} M", f"{cell.steps:,}")
+        size = (str(cell.num_layers), parameters(cell.num_parameters), f"{cell.steps:,}")
         rows.append([label, *size, *_sums(work, cell.memory_bytes), ", ".join(cached) or "none"])
         shared |= {each.id: each for each in work}
     unique = list(shared.values())

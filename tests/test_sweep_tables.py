@@ -27,8 +27,8 @@ def test_costs_count_shared_stages_once():
     table = costs_table(cells)
     assert table.headers == ["cell", "layers", "params", "steps", "hours", "memory GiB", "disk GiB", "cached"]
     assert table.rows == [
-        ["#0 seed=0", "18", "92.00 M", "10", "3.00", "2.00", "3.00", "none"],
-        ["#1", "18", "92.00 M", "20", "1.00", "3.00", "1.00", "tune"],
+        ["#0 seed=0", "18", "92.0 M", "10", "3.00", "2.00", "3.00", "none"],
+        ["#1", "18", "92.0 M", "20", "1.00", "3.00", "1.00", "tune"],
         ["2 cells", "", "", "30", "3.00", "3.00", "3.00", "1 of 3 stages"],
     ]
 
@@ -44,7 +44,7 @@ def test_a_dry_run_of_a_sweep_is_one_table(tmp_path, monkeypatch):
         if len(cells := line.split("│")) > 2
     }
     assert list(rows) == ["#0 method=last", "#1 method=igia_only", "2 cells"]
-    assert rows["#0 method=last"][:3] == ["4", "0.05 M", "2"] and rows["2 cells"][-1] == "0 of 10 stages"
+    assert rows["#0 method=last"][:3] == ["4", "45.6 k", "2"] and rows["2 cells"][-1] == "0 of 10 stages"
 
 
 def test_finished_cells_are_compared(tmp_path):

@@ -15,6 +15,7 @@ from gradpruner import processes
 from gradpruner.cost import TotalCost, total_cost
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.finetune.result import PLAN_FILE, REPORT_FILE, TrainingAccount, merge_for_checkpoint, read_result
+from gradpruner.finetune.run import CHECKPOINTS_FOLDER, COMPLETE_MARK
 from gradpruner.models.shape import ModelShape
 from gradpruner.pipeline.cache import StageCache
 from gradpruner.pipeline.disk import check_disk
@@ -152,6 +153,15 @@ class Pipeline(Setup):
             recovery=read_result(recovered) if recovered else None,
             speed=self._speed(shape) if self.measure_speed else None,
         )
+
+    def describe_next_step(self) -> str:
+        """Describes from which step a training that was interrupted goes on; empty if none has begun."""
+        for name, folder in self._folders().items():
+            checkpoints = folder.with_name(f"{folder.name}.partial") / CHECKPOINTS_FOLDER
+            done = [int(mark.parent.name.split("-")[1]) for mark in checkpoints.glob(f"checkpoint-*/{COMPLETE_MARK}")]
+            if checkpoints.is_dir():
+                return f"{name} goes on from step {max(done, default=0) + 1}"
+        return ""
 
     def load_result(self) -> PreTrainedModel:
         """Returns the fine-tuned model of a finished run as a checkpoint has it, rebuilt from the cache."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from gradpruner.messages import parameters
 from gradpruner.record import RunRecord
 from gradpruner.reporting.cells import DASH, FEWER, Value, average, paper_average, value_of
 from gradpruner.reporting.comparing import SPREAD_NOTE, Difference, difference, mean_difference
@@ -138,8 +139,8 @@ def _title(published: Published, placement: Placement, measured: str) -> str:
     first = placement.runs[0]
     own = coordinates(first)
     place = "" if published.axis == "dataset" else f" on {own['dataset']}"
-    parameters = f"{first.model['num_parameters'] / 1e6:.1f} M parameters"
-    name = f"{first.model['name']} with {parameters}{place}, {own['finetune']}{engine_in_title(first)}"
+    size = parameters(first.model["num_parameters"])
+    name = f"{first.model['name']} with {size} parameters{place}, {own['finetune']}{engine_in_title(first)}"
     return f"{published.label}: {published.title}; {name}{measured}"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradpruner.files import content_hash
+from gradpruner.messages import parameters
 from gradpruner.models.counting import ROW_LENGTH
 from gradpruner.record import NOT_IDENTITY, RunRecord, evaluation_settings
 from gradpruner.reporting.comparing import SPREAD_NOTE, mean_error
@@ -259,7 +260,7 @@ def row_order(record: RunRecord) -> tuple[tuple[int, str], int, str]:
 
 def _cells(group: list[RunRecord], columns: list[MetricColumn], has_counts: bool, has_before: bool) -> list[str]:
     first = group[0]
-    cells = [str(first.pruning["num_hidden_layers"]), f"{first.pruning['num_parameters'] / 1e6:.1f} M"]
+    cells = [str(first.pruning["num_hidden_layers"]), parameters(first.pruning["num_parameters"])]
     if has_counts:
         cells += _counts(first)
     cells += cells_of_seeds(group, columns)
@@ -278,7 +279,7 @@ def _counts(record: RunRecord) -> list[str]:
     pruning = record.pruning
     if "num_macs" not in pruning:
         return ["-"] * len(COUNTS)
-    return [f"{pruning['num_parameters_without_embedding'] / 1e6:.1f} M", f"{pruning['num_macs'] / 1e9:.2f}"]
+    return [parameters(pruning["num_parameters_without_embedding"]), f"{pruning['num_macs'] / 1e9:.2f}"]
 
 
 def cells_of_seeds(group: list[RunRecord], columns: list[MetricColumn]) -> list[str]:
