@@ -22,8 +22,12 @@ HISTORY_FILE = "history.json"  # loss and learning rate per optimizer step, besi
 LOSS_PICTURE = "loss.png"
 IMPORTANCE_PICTURE = "importance.png"
 CHECKPOINT = "checkpoint"  # folder
+TRACKED_FILE = "tracker.json"  # there once a tracker has the run
 RUNNING_FILE = "running.lease"  # there while a process runs into the folder, see gradpruner.lease
-RESULTS = (RECORD_FILE, PLAN_FILE, PREDICTIONS_FILE, HISTORY_FILE, LOSS_PICTURE, IMPORTANCE_PICTURE, CHECKPOINT)
+RESULTS = (
+    *(RECORD_FILE, PLAN_FILE, PREDICTIONS_FILE, HISTORY_FILE, LOSS_PICTURE, IMPORTANCE_PICTURE),
+    *(CHECKPOINT, TRACKED_FILE),
+)
 # Key of a record's content -> name in messages.
 CONTENT_NAMES = {
     "model": "the model",

@@ -8,6 +8,7 @@ Builds what the config names, runs it with `gradpruner.pipeline`, and writes the
 """
 
 import dataclasses
+import json
 import logging
 import shutil
 import sys
@@ -35,6 +36,7 @@ from experiments.recording import (
     IMPORTANCE_PICTURE,
     LOSS_PICTURE,
     RUNNING_FILE,
+    TRACKED_FILE,
     changed_content,
     changed_stages,
     finished_record,
@@ -164,7 +166,9 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     run_dir = run_directory(cfg, pipeline)
     folder = "results_dir" if cfg.output_dir is None else "output_dir"
     check_writable(**{folder: run_dir, "cache_dir": pipeline.cache_dir})
-    if cfg.dry_run:
+    if not cfg.dry_run:
+        tracker.check()
+    else:
         model = offline_configs.for_dry_run(pipeline.model, pipeline.cache_dir / "assets")
         pipeline = dataclasses.replace(pipeline, model=model)
     pipeline.check(resources=not cfg.dry_run, save_to=run_dir / CHECKPOINT if cfg.save_checkpoint else None)
@@ -242,6 +246,9 @@ def _run_alone(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Trac
                 ", ".join(stages),
             )
         processes.broadcast(False)
+        if not (run_dir / TRACKED_FILE).is_file():
+            history = run_dir / HISTORY_FILE
+            tracker.log(record, json.loads(history.read_text()) if history.is_file() else [], run_dir)
         return record
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     handler = logging.FileHandler(run_dir / "run.log")
@@ -272,7 +279,8 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Track
     _ = pipeline.content  # of before the run: data that change meanwhile are not what it was made from
     processes.broadcast(True)  # the others run it, too
     try:
-        outcome = pipeline.run()
+        with tracker.watch(run_dir, resolve(cfg)):
+            outcome = pipeline.run()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(pipeline.describe_next_step()) from None
     outcome.plan.save(run_dir / PLAN_FILE)
