@@ -39,6 +39,7 @@ from experiments.recording import (
     TRACKED_FILE,
     changed_content,
     changed_stages,
+    describe_other_environment,
     finished_record,
     is_complete,
     remove_results,
@@ -237,12 +238,15 @@ def _run_alone(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Trac
             "Give output_dir another folder, or delete that one."
         )
     changed = [] if record is None else changed_content(record, pipeline)
-    if record is not None and not changed and is_complete(record, run_dir, cfg):
+    reason = f"{', '.join(changed)} changed since it finished" if changed else ""
+    if cfg.rerun and not changed and record is not None and record.status == "finished":
+        reason = "rerun=true"
+    if record is not None and not reason and is_complete(record, run_dir, cfg):
         logger.info("Already finished: %s", run_dir)
         if stages := changed_stages(record, pipeline):
-            logger.info(
-                "It was made by other code or library versions, or on another kind of device, which changes the stages "
-                "%s. Delete that folder to run it again.",
+            logger.warning(
+                "It was made with %s, which changes the stages %s. Add rerun=true to run it again.",
+                describe_other_environment(record),
                 ", ".join(stages),
             )
         processes.broadcast(False)
@@ -255,12 +259,8 @@ def _run_alone(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Trac
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
-        if changed:
-            logger.warning(
-                "%s is run again: %s changed since it finished. Its record and files are replaced.",
-                run_dir,
-                ", ".join(changed),
-            )
+        if reason:
+            logger.warning("%s is run again: %s. Its record and files are replaced.", run_dir, reason)
             remove_results(run_dir)
         return _run_into(run_dir, cfg, pipeline, tracker)
     except Exception as error:

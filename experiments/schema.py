@@ -40,6 +40,7 @@ class RunConfig:
         evaluate_before: also evaluate before fine-tuning.
         measure_speed: time training steps and inference of the result and of the dense model.
         dry_run: print what would happen; load no weights.
+        rerun: also run what has finished.
         save_checkpoint: write the final model.
         results_dir: folder for run folders.
         output_dir: folder of this run; null: a folder below results_dir.
@@ -61,6 +62,7 @@ class RunConfig:
     evaluate_before: bool = MISSING
     measure_speed: bool = MISSING
     dry_run: bool = MISSING
+    rerun: bool = MISSING
     save_checkpoint: bool = MISSING
     results_dir: str = MISSING
     output_dir: str | None = MISSING

@@ -30,7 +30,7 @@ RECORD_FILE = "record.json"
 # Config keys that results do not depend on: they may differ between runs of one identity. `sparsity` and `merge_count`
 # are here because a method's own settings repeat the values that it uses.
 NOT_IDENTITY = (
-    *("sparsity", "merge_count", "tracker", "reference", "dry_run", "save_checkpoint", "measure_speed"),
+    *("sparsity", "merge_count", "tracker", "reference", "dry_run", "rerun", "save_checkpoint", "measure_speed"),
     *("results_dir", "output_dir", "cache_dir", "num_processes"),
 )
 # Settings of the evaluation that older records lack, with the value that those runs had.
