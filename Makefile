@@ -128,5 +128,5 @@ bench-mergekit: setup  ## compare on-disk pruning with mergekit: equal output, m
 bench-all: bench bench-lm-eval bench-vllm bench-mergekit  ## run every benchmark, including those with their own venv (an hour)
 
 clean:  ## remove caches and run folders; keeps .venv and results/records
-	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache results/runs results/sweeps wandb
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache results/runs results/sweeps results/wandb wandb
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -7,7 +7,7 @@ the downstream datasets as calibration data"). Neither padding nor the batch siz
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,21 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class _NoBatches:
+    """Stands for no batches, which a method that asks for none may ignore, but not loop over."""
+
+    method: str
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise ValueError(
+            f"method={self.method} looks at data, got no batches. Extend CalibratedLayerDropping or define "
+            "calibration(), or give compress() some."
+        )
+
+
+@dataclass(frozen=True)
 class LayerDropping(DepthMethod):
-    """Base of the baselines that drop layers and change nothing else."""
+    """Base of the baselines that drop layers and change nothing else; `score_layers` gets no data."""
 
     def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
         """Scores the layers.
@@ -49,7 +62,7 @@ class LayerDropping(DepthMethod):
             ValueError: if weights or scores are not finite, or calibration data is needed and there is none.
         """
         check_finite_weights(model)
-        scores = self.score_layers(model, batches)
+        scores = self.score_layers(model, list(batches) or _NoBatches(self.name))
         bad = [layer for layer, score in enumerate(scores.layers) if not abs(score) < float("inf")]
         if bad:
             raise ValueError(

@@ -148,7 +148,7 @@ def command_of(side: str, source: Path, target: Path) -> list[str]:
     if side == OURS:
         plan = source.parent / "plan.json"
         PLAN.save(plan)
-        return [sys.executable, str(RUNNER), "ours", str(plan), "-", str(source), str(target)]
+        return [sys.executable, str(RUNNER), "ours", str(plan), str(source), str(target)]
     config = source.parent / "mergekit.yml"
     config.write_text(yaml.safe_dump(mergekit_config(source)), encoding="utf-8")
     # Only the weights and the config, because the source has nothing else.

@@ -1,6 +1,6 @@
 """Runs the command of either side of `benchmarks.mergekit_prune` in this process and prints its time.
 
-    .venv/bin/python benchmarks/mergekit_runner.py ours PLAN - SOURCE TARGET
+    .venv/bin/python benchmarks/mergekit_runner.py ours PLAN SOURCE TARGET
     .venv-mergekit/bin/python benchmarks/mergekit_runner.py mergekit CONFIG TARGET
 
 Arguments after the side go to `experiments.prune_checkpoint` or `mergekit-yaml`. The last line on stdout is JSON:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -29,6 +29,7 @@ from experiments.prune_checkpoint import return_memory_at_once
 from gradpruner.checkpoints.streaming import prune_checkpoint
 from gradpruner.cost import PeakMemory
 from gradpruner.files import write_json
+from gradpruner.igia import layer_importance, squared_frobenius
 from gradpruner.models.architectures import decoder_layers, empty_model, linear_sublayers
 from gradpruner.plan import PruningPlan
 from gradpruner.runtime import environment
@@ -115,15 +116,17 @@ def write_factors(folder: Path) -> None:
     """Writes random factors of the merged layers, as the importance run stores them."""
     sublayers = linear_sublayers(decoder_layers(empty_model(CONFIG))[0])
     folder.mkdir()
+    energies = torch.ones(NUM_STEPS, CONFIG.num_hidden_layers, len(sublayers), dtype=torch.float64)
     for step in range(NUM_STEPS):
         factors = {}
         for layer in MERGED_LAYERS:
-            for name, linear in sublayers.items():
-                factors[f"layers.{layer}.{name}.left"] = 1e-3 * torch.randn(linear.out_features, LORA_RANK)
-                factors[f"layers.{layer}.{name}.right"] = 1e-3 * torch.randn(LORA_RANK, linear.in_features)
+            for index, (name, linear) in enumerate(sublayers.items()):
+                left = 1e-3 * torch.randn(linear.out_features, LORA_RANK)
+                right = 1e-3 * torch.randn(LORA_RANK, linear.in_features)
+                factors |= {f"layers.{layer}.{name}.left": left, f"layers.{layer}.{name}.right": right}
+                energies[step, layer, index] = squared_frobenius(left, right)
         save_file(factors, folder / f"step-{step:05d}.safetensors")
-    energies = torch.ones(NUM_STEPS, CONFIG.num_hidden_layers, len(sublayers)).tolist()
-    result = {"sublayers": list(sublayers), "energies": energies, "losses": [1.0] * NUM_STEPS}
+    result = {"sublayers": list(sublayers), "energies": energies.tolist(), "losses": [1.0] * NUM_STEPS}
     write_json(folder / "importance.json", {**result, "train_seconds": 1.0, "peak_memory_bytes": 1})
 
 
@@ -155,6 +158,7 @@ def measure(role: str, folder: Path, kept_bytes: int) -> Measurement:
         from gradpruner.gradients import EarlyGradients
 
         gradients = EarlyGradients.load(folder / "factors")
+        plan = replace(plan, layer_importance=tuple(layer_importance(gradients.energies).tolist()))
     before = psutil.Process().memory_info().rss
     with PeakMemory() as memory:
         start = time.perf_counter()

@@ -6,6 +6,7 @@ Hydra's own messages name neither the argument that its grammar refuses nor the 
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,7 +15,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config import CONF, options
-from experiments.schema import ConfigError, is_text
+from experiments.schema import ConfigError, is_text, unknown_key
 
 HELP = "--help lists groups and keys"
 
@@ -30,7 +31,8 @@ def check_arguments(arguments: list[str], config_name: str) -> list[str]:
         config_name: primary config, in `conf/`.
 
     Raises:
-        ConfigError: if an argument cannot be read, or if a group is empty or null that must have an option.
+        ConfigError: if an argument cannot be read or adds a key that the config does not have, or if a group is empty
+            or null that must have an option.
     """
     parsed, unknown = get_args_parser().parse_known_args(arguments)
     for argument in unknown:
@@ -42,6 +44,7 @@ def check_arguments(arguments: list[str], config_name: str) -> list[str]:
         moved = [*parsed.overrides, *unknown]
         arguments = [*(argument for argument in arguments if argument not in moved), *moved]
     overrides = [_parse(argument, parsed.multirun) for argument in (*parsed.overrides, *unknown)]
+    _check_added(overrides, config_name)
     _warn_of_repeated(overrides)
     last = {override.key_or_group: override for override in overrides}
     dropped = {key for key, override in last.items() if _is_empty_group(override)}
@@ -109,6 +112,17 @@ def _read(argument: str) -> Override | None:
     return override if is_key else None
 
 
+def _check_added(overrides: Sequence[Override], config_name: str) -> None:
+    """Raises ConfigError for `+sparsty=0.3`, which hydra would add to the config, where nothing reads it."""
+    config = _primary_config(config_name)
+    groups = [str(key) for entry in config.pop("defaults") if isinstance(entry, dict) for key in entry]
+    known = [*config, *(group for group in groups if " " not in group), "hydra"]
+    for override in overrides:
+        root = str(override.key_or_group).replace("/", ".").split(".")[0]
+        if (override.is_add() or override.is_force_add()) and root not in known:
+            raise unknown_key(root, known)
+
+
 def _warn_of_repeated(overrides: Sequence[Override]) -> None:
     given: dict[str, list[str]] = {}
     for override in overrides:
@@ -129,7 +143,11 @@ def _is_empty_group(override: Override) -> bool:
 
 def _optional_groups(config_name: str) -> set[str]:
     """Returns the groups that are null in the defaults list of a primary config."""
+    entries = [entry for entry in _primary_config(config_name)["defaults"] if isinstance(entry, dict)]
+    return {str(key) for entry in entries for key, value in entry.items() if value is None}
+
+
+def _primary_config(config_name: str) -> dict[str, Any]:
     config = OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"))
     assert isinstance(config, dict)
-    entries = [entry for entry in config["defaults"] if isinstance(entry, dict)]
-    return {str(key) for entry in entries for key, value in entry.items() if value is None}
+    return {str(key): value for key, value in config.items()}

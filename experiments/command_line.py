@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 from hydra import initialize_config_dir
@@ -50,6 +51,9 @@ def run_command(main: Callable[[], None], config_name: str, module: str, check: 
     Raises:
         SystemExit: with 1 if the arguments are refused or a worker of a sweep was killed, with 130 after Ctrl-C.
     """
+    if "--version" in sys.argv[1:]:
+        print(f"gradpruner {metadata.version('gradpruner')}")
+        return
     several = ["torchrun", f"--nproc-per-node={processes.count_on_machine()}"]
     start = ["python"] if processes.count() == 1 else several
     again = f"To continue: {shlex.join([*start, '-m', module, *sys.argv[1:]])}"
@@ -59,10 +63,11 @@ def run_command(main: Callable[[], None], config_name: str, module: str, check: 
             sys.argv[1:] = check_arguments(sys.argv[1:], config_name)
         with _passing_exceptions():
             main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if not processes.report("Interrupted"):
             raise SystemExit(INTERRUPTED) from None
-        print(f"\nInterrupted; finished stages are kept.{describe_broken_off()}\n{again}", file=sys.stderr)
+        where = f", and {error}" if str(error) else ""
+        print(f"\nInterrupted; finished stages are kept{where}.{describe_broken_off()}\n{again}", file=sys.stderr)
         processes.leave()
         raise SystemExit(INTERRUPTED) from None
     except BrokenProcessPool as error:
@@ -159,21 +164,33 @@ def _explain(error: Exception, config_name: str) -> str:
 
 def _find_unknown_key(overrides: list[Override], loader: ConfigLoader, config_name: str) -> str | None:
     """Returns the message for the first key that the config of its run does not have, or None."""
-    seen = set()
+    configs: dict[tuple[str, ...], DictConfig] = {}  # by choices of options: the other arguments change no keys
+    first = None
     for cell in cells(overrides):
         parsed = OverridesParser.create().parse_overrides(cell)
         chosen = [each for each in parsed if loader.get_group_options(each.key_or_group, ObjectType.CONFIG)]
         choices = tuple(str(each.input_line) for each in chosen)
-        if choices in seen:  # their keys are the same
+        if choices in configs:
             continue
-        seen.add(choices)
-        config = loader.load_configuration(config_name, list(choices), RunMode.RUN)
+        configs[choices] = loader.load_configuration(config_name, list(choices), RunMode.RUN)
         for override in parsed:
             if override not in chosen and not override.is_add() and not override.is_force_add():
-                message = _check_key(config, override.key_or_group)
-                if message is not None:
-                    return message
-    return None
+                message = _check_key(configs[choices], override.key_or_group)
+                if message is not None and first is None:
+                    first = override.key_or_group, choices, message
+    if first is None:
+        return None
+    key, choices, message = first
+    group = key.partition(".")[0]
+    own = [choice for choice in choices if choice.startswith(f"{group}=")]
+    having = [name for each, config in configs.items() if _check_key(config, key) is None for name in each]
+    others = sorted({name for name in having if name.startswith(f"{group}=")} - set(own))
+    if not own or not others:
+        return message
+    return (
+        f"All cells of a sweep must have its settings, got {key}, which {', '.join(others)} has and {own[-1]} has not. "
+        f"Make two sweeps of it, or leave {own[-1]} or {key} out."
+    )
 
 
 def _check_key(config: DictConfig, key: str) -> str | None:

@@ -1,11 +1,13 @@
 """Turns hydra's config into the pipeline of a run, the settings that results depend on, and the run's folder."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -86,7 +88,7 @@ def _second_task(cfg: DictConfig, key: str, name: str | None, settings: DictConf
         )
     node = OmegaConf.merge(load_option("dataset", name), settings or {})
     assert isinstance(node, DictConfig)
-    node.pop("test"), node.pop("test_settings")
+    node.pop("test", None), node.pop("test_settings", None)
     root = cfg.copy()
     with open_dict(root):
         root.dataset = node  # its interpolations, such as ${show_options}, resolve against the run's config
@@ -127,7 +129,9 @@ def load_option(group: str, name: str) -> DictConfig:
 
 
 def options(group: str) -> list[str]:
-    """Returns the names of the options of a config group."""
+    """Returns the names of the options of a config group, also those of a user's `--config-dir` in a job of hydra's."""
+    if GlobalHydra.instance().is_initialized():
+        return sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
@@ -163,6 +167,7 @@ def run_directory(cfg: DictConfig, pipeline: Pipeline) -> Path:
     """
     if cfg.output_dir is not None:
         return path_setting(cfg, "output_dir")
-    variant = "-".join(part for part in (pipeline.method.variant(), content_hash(identity(cfg))[:8]) if part)
+    rounded = re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4g}", pipeline.method.variant())
+    variant = "-".join(part for part in (rounded, content_hash(identity(cfg))[:8]) if part)
     folder = path_setting(cfg, "results_dir") / pipeline.model.name / pipeline.dataset_name / pipeline.training.mode
     return folder / pipeline.method.name / f"{variant}-seed{cfg.seed}"

@@ -15,10 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from experiments.sweep_tables import Costs, Work
 from gradpruner.checks import AUTO
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.counting import TABLE_11, ModelCounts, count_model, measure_matmul_flops
 from gradpruner.models.offline_configs import STAND_IN_TOKENIZER, OfflineModelSpec
+from gradpruner.pipeline.disk import stage_writes
 from gradpruner.pipeline.estimate import importance_memory, settle_micro_batch, training_memory
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.runtime import default_device
@@ -52,6 +54,29 @@ def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = No
     cached = [] if offline else [stage for stage, found in pipeline.stages().items() if found]
     unknown = "unknown without the Hub" if offline else "none"
     console.print(f"Cached stages: {', '.join(cached) or unknown}\nRun folder: {run_dir}", soft_wrap=True)
+
+
+def cell_costs(pipeline: Pipeline) -> Costs:
+    """Returns what a run of a sweep would take, see `show_dry_run`."""
+    method, training, rows, dtype = (
+        *(pipeline.resolved_method, pipeline.training, pipeline.rows),
+        pipeline.base_model.torch_dtype,
+    )
+    flops_per_second = measure_matmul_flops(dtype, CALIBRATION_SECONDS)
+    pruned = count_model(pipeline.config, pipeline.shape)
+    settled = settle_micro_batch(pipeline, training, rows, pipeline.config, pipeline.shape)
+    memory = training_memory(pipeline, settled, rows, pipeline.config, pipeline.shape).total
+    seconds = {"finetune": _training_flops(pipeline, pruned) / flops_per_second}
+    if isinstance(method, GradPruner):
+        memory = max(memory, importance_memory(pipeline, method).total)
+        dense = count_model(pipeline.dense_config)
+        seconds["measure"] = _importance_flops(pipeline, method, dense) / flops_per_second
+    writes, cached = stage_writes(pipeline), pipeline.stages()
+    work = {
+        name: Work(id_, seconds.get(name, 0.0), writes[name].result, cached[name])
+        for name, id_ in pipeline.stage_ids().items()
+    }
+    return Costs(len(pruned.layers), pruned.num_parameters, training.num_steps(len(rows)), memory, work)
 
 
 def _add_sizes(table: Table, dense: ModelCounts, pruned: ModelCounts, dtype: torch.dtype) -> None:
@@ -103,7 +128,6 @@ def _add_estimates(
 ) -> None:
     """Adds the rows with estimated memory and time."""
     training, method, rows = pipeline.training, pipeline.resolved_method, pipeline.rows
-    lora_rank = training.lora_rank if training.mode == "lora" else None
     models = ((pipeline.dense_config, None), (pipeline.config, pipeline.shape))
     for recompute in (False, True):
         chosen = " *" if recompute == training.gradient_checkpointing else ""
@@ -122,23 +146,33 @@ def _add_estimates(
         if not recompute:
             for part in ("weights", "gradients", "moments", "activations", "transient", "allocator"):
                 _add(table, f"    {part}", _gib, *(getattr(estimate, part) for estimate in memory))
-    mean_length = math.ceil(sum(len(row.input_ids) for row in rows) / len(rows))
-    mean_positions = math.ceil(1 + sum(row.num_answer_tokens for row in rows) / len(rows))
-    tokens_per_row = (mean_length, min(mean_positions, mean_length))
-
-    num_rows = _num_trained_rows(pipeline)
-    flops = [
-        counts.training_flops(num_rows, *tokens_per_row, lora_rank, training.gradient_checkpointing)
-        for counts in (dense, pruned)
-    ]
+    flops = [_training_flops(pipeline, counts) for counts in (dense, pruned)]
     _add(table, "estimated FLOPs of training", _operations, *flops)
     _add(table, "estimated time of training, at least", _seconds, *(work / flops_per_second for work in flops))
     if isinstance(method, GradPruner):
-        num_seen, recompute = method.calibration().num_rows, method.gradient_checkpointing
-        work = dense.training_flops(num_seen, *tokens_per_row, method.lora_rank, recompute)
-        seconds = work / flops_per_second
+        seconds = _importance_flops(pipeline, method, dense) / flops_per_second
         table.add_row("estimated peak memory of the importance run", _gib(importance_memory(pipeline, method).total))
         table.add_row("estimated time of the importance run, at least", _seconds(seconds))
+
+
+def _tokens_per_row(pipeline: Pipeline) -> tuple[int, int]:
+    """Returns the mean length of a training row, and its mean number of positions with logits."""
+    rows = pipeline.rows
+    mean_length = math.ceil(sum(len(row.input_ids) for row in rows) / len(rows))
+    mean_positions = math.ceil(1 + sum(row.num_answer_tokens for row in rows) / len(rows))
+    return mean_length, min(mean_positions, mean_length)
+
+
+def _training_flops(pipeline: Pipeline, counts: ModelCounts) -> float:
+    training = pipeline.training
+    lora_rank = training.lora_rank if training.mode == "lora" else None
+    num_rows, recompute = _num_trained_rows(pipeline), training.gradient_checkpointing
+    return counts.training_flops(num_rows, *_tokens_per_row(pipeline), lora_rank, recompute)
+
+
+def _importance_flops(pipeline: Pipeline, method: GradPruner, dense: ModelCounts) -> float:
+    num_rows, recompute = method.calibration().num_rows, method.gradient_checkpointing
+    return dense.training_flops(num_rows, *_tokens_per_row(pipeline), method.lora_rank, recompute)
 
 
 def _notes(pipeline: Pipeline, dtype: torch.dtype, flops_per_second: float, offline: bool) -> list[str]:

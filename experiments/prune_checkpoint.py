@@ -1,10 +1,11 @@
-"""Apply a saved plan to a safetensors checkpoint on disk, in a few hundred megabytes of memory whatever its size.
+"""Apply a run's plan to a safetensors checkpoint on disk, in a few hundred megabytes of memory whatever its size.
 
-    python -m experiments.prune_checkpoint plan.json importance/ Llama-3.1-8B/ Llama-3.1-8B-pruned/
+    python -m experiments.prune_checkpoint RUN_FOLDER Llama-3.1-8B/ Llama-3.1-8B-pruned/
 
-PLAN is the `plan.json` of a run or of a pruned checkpoint, FACTORS the folder with `importance.json` that the
-importance run left in the cache, SOURCE the dense model. A plan that merges nothing needs no factors: write `-`. The
-result is a stock checkpoint, bit for bit the one that surgery on the loaded model gives.
+RUN is the folder of a finished run, or a `plan.json`. SOURCE is the dense model. A plan that merges layers needs the
+gradients of its importance run: the run's record says where in the cache they are. FACTORS names their folder, with
+`importance.json`, where there is no record. The result is a stock checkpoint, bit for bit the one that surgery on the
+loaded model gives.
 """
 
 import argparse
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradpruner.checkpoints.streaming import prune_checkpoint
-from gradpruner.igia import STEP_WEIGHTINGS
+from gradpruner.files import user_path
 from gradpruner.plan import PruningPlan
+from gradpruner.record import RunRecord
 
 if TYPE_CHECKING:
     from gradpruner.gradients import EarlyGradients
 
-NO_FACTORS = "-"
 MMAP_THRESHOLD = (-3, 4 * 2**20)  # mallopt parameter M_MMAP_THRESHOLD (malloc.h), value in bytes
 
 
@@ -31,16 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        plan = _load_plan(options.plan)
-        gradients = None if options.factors == NO_FACTORS else _load_gradients(Path(options.factors))
-        prune_checkpoint(
-            plan,
-            gradients,
-            options.source,
-            options.target,
-            options.max_shard_bytes,
-            step_weighting=options.step_weighting,
-        )
+        is_folder = options.run.is_dir()
+        plan = _load_plan(options.run / "plan.json" if is_folder else options.run)
+        gradients = None
+        if plan.merges:
+            gradients = _load_gradients(
+                options.factors or _recorded_factors(options.run if is_folder else options.run.parent)
+            )
+        prune_checkpoint(plan, gradients, options.source, options.target, options.max_shard_bytes)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -70,16 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"example:\n{command}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("plan", metavar="PLAN", type=Path, help="plan.json")
-    parser.add_argument("factors", metavar="FACTORS", help="folder of the importance run, or - if nothing merges")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run, or a plan.json")
+    parser.add_argument("factors", metavar="FACTORS", type=Path, nargs="?", help="folder of the importance run")
     parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of the dense safetensors checkpoint")
     parser.add_argument("target", metavar="TARGET", type=Path, help="folder to make; must not exist")
-    parser.add_argument(
-        "--step-weighting",
-        choices=STEP_WEIGHTINGS,
-        default="energy",
-        help="method.step_weighting of the run that made the plan (default: %(default)s)",
-    )
     parser.add_argument(
         "--max-shard-bytes",
         type=int,
@@ -95,11 +88,35 @@ def _load_plan(file: Path) -> PruningPlan:
     try:
         return PruningPlan.load(file)
     except FileNotFoundError as error:
-        raise ValueError(f"PLAN must be a plan.json, got no file at {file}. Pass that of the run.") from error
+        raise ValueError(f"RUN must hold a plan.json or be one, got no file at {file}. Pass a finished run.") from error
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(f"PLAN must be a plan.json, got {file}, not one: {error}. Pass that of the run.") from error
+        raise ValueError(
+            f"RUN must hold a plan.json or be one, got {file}, not one: {error}. Pass a finished run."
+        ) from error
     except ValueError as error:
         raise ValueError(f"Cannot use the plan {file}: {error}") from error
+
+
+def _recorded_factors(run: Path) -> Path:
+    """Returns the folder of the importance run that a run's record names.
+
+    Raises:
+        ValueError: if there is no such record, or the cache no longer has that folder.
+    """
+    record = RunRecord.load(run)
+    if record is None or "measure" not in record.stage_ids:
+        raise ValueError(
+            f"The plan merges layers, and the record beside it must name its importance run, got none in {run}. Give "
+            "the folder of a finished run as RUN, or that of the importance run as FACTORS."
+        )
+    folder = user_path(record.config["cache_dir"]) / "stages" / "measure" / record.stage_ids["measure"]
+    if not folder.is_dir():
+        raise ValueError(
+            f"The cache must hold the importance run of {run}, got no folder {folder.absolute()}. Start this "
+            "command in the folder in which the run was started, run it again, or give the folder of the importance "
+            "run as FACTORS."
+        )
+    return folder
 
 
 def _load_gradients(folder: Path) -> "EarlyGradients":
@@ -111,8 +128,7 @@ def _load_gradients(folder: Path) -> "EarlyGradients":
         return EarlyGradients.load(folder)
     except FileNotFoundError as error:
         raise ValueError(
-            f"FACTORS must be a folder with {RESULT_FILE}, got {folder}. Pass that of the importance run, or "
-            f"{NO_FACTORS} if the plan merges nothing."
+            f"FACTORS must be a folder with {RESULT_FILE}, got {folder}. Pass that of the importance run."
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

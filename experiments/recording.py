@@ -13,6 +13,7 @@ from gradpruner.models.chat_template import CHAT_TEMPLATE_DATE
 from gradpruner.models.counting import ROW_LENGTH, count_model
 from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Outcome, Pipeline
+from gradpruner.pipeline.stages import LIBRARIES
 from gradpruner.record import RECORD_FILE, RunRecord
 from gradpruner.record_sections import ModelSection, TrainingSection, empty_section
 from gradpruner.reporting.row_scores import row_scores, write_numbers
@@ -22,8 +23,12 @@ HISTORY_FILE = "history.json"  # loss and learning rate per optimizer step, besi
 LOSS_PICTURE = "loss.png"
 IMPORTANCE_PICTURE = "importance.png"
 CHECKPOINT = "checkpoint"  # folder
+TRACKED_FILE = "tracker.json"  # there once a tracker has the run
 RUNNING_FILE = "running.lease"  # there while a process runs into the folder, see gradpruner.lease
-RESULTS = (RECORD_FILE, PLAN_FILE, PREDICTIONS_FILE, HISTORY_FILE, LOSS_PICTURE, IMPORTANCE_PICTURE, CHECKPOINT)
+RESULTS = (
+    *(RECORD_FILE, PLAN_FILE, PREDICTIONS_FILE, HISTORY_FILE, LOSS_PICTURE, IMPORTANCE_PICTURE),
+    *(CHECKPOINT, TRACKED_FILE),
+)
 # Key of a record's content -> name in messages.
 CONTENT_NAMES = {
     "model": "the model",
@@ -99,6 +104,20 @@ def changed_stages(record: RunRecord, pipeline: Pipeline) -> list[str]:
     if not record.stage_ids:
         return []
     return [name for name, id_ in pipeline.stage_ids().items() if record.stage_ids.get(name) != id_]
+
+
+def describe_other_environment(record: RunRecord) -> str:
+    """Returns in what a run with other stage keys differs from this process: libraries, device, or else the code."""
+    before, now = record.environment, environment()
+    names = [
+        f"{name} {before['packages'].get(name)} (now {now['packages'].get(name)})"
+        for name in LIBRARIES
+        if before["packages"].get(name) != now["packages"].get(name)
+    ]
+    if before["device"].startswith("cpu") != now["device"].startswith("cpu"):
+        names.append(f"{before['device']} (now {now['device']})")
+    old, new = (str(each["git_commit"])[:7] + "+" * each["git_dirty"] for each in (before, now))
+    return ", ".join(names) or "other code" + (f" (commit {old}, now {new})" if old != new else "")
 
 
 def is_complete(record: RunRecord, run_dir: Path, cfg: DictConfig) -> bool:

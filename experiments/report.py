@@ -23,15 +23,13 @@ from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
 
 from experiments import schema
 from experiments.command_line import run_command
 from experiments.config import CONF, resolve
 from experiments.paths import check_writable, path_setting
 from experiments.recording import HISTORY_FILE
+from experiments.sweep_tables import show
 from gradpruner.files import content_hash
 from gradpruner.models import offline_configs
 from gradpruner.models.shape import config_shape
@@ -41,7 +39,7 @@ from gradpruner.reporting.appendix import appendix_tables
 from gradpruner.reporting.comparison_figures import FIGURES, MODELS, draw
 from gradpruner.reporting.efficiency import counts_table, efficiency_tables
 from gradpruner.reporting.figures import Picture
-from gradpruner.reporting.formats import FORMATS, write_report
+from gradpruner.reporting.formats import FORMATS, TITLES_FILE, write_report
 from gradpruner.reporting.importance_table import importance_tables
 from gradpruner.reporting.learning_rate_table import learning_rate_tables
 from gradpruner.reporting.paper_tables import paper_table
@@ -50,7 +48,13 @@ from gradpruner.reporting.row_scores import read_numbers
 from gradpruner.reporting.tables import Table, comparisons
 from gradpruner.width_surgery import planned_shape
 
-PAPER = Path(__file__).resolve().parents[1] / "results" / "paper"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+PAPER = RESULTS / "paper"
+RUNS = Path("results/runs")
+# Folder of the committed records that a table is made of where there are no runs. Figures and `all` take every record.
+COMMITTED = RESULTS / "records"
+COMMITTED_OF = {"2": "methods", "importance": "importance", "learning_rate": "learning_rate"}
+PRESETS = "small"  # folder of all other tables
 TABLES = (*(str(number) for number in range(1, 14)), *(f"figure{number}" for number in (5, 6, 7, 8, 9)))
 ALL = "all"
 # Tables that the paper does not have: the function that makes each, and the runs it needs (from `experiment=NAME`).
@@ -93,7 +97,10 @@ def hydra_job(cfg: DictConfig) -> None:
         if cfg.output is not None:
             path = path_setting(cfg, "output")
             check_writable(output=path.parent)
-            written += write_report(path, path.suffix.removeprefix("."), report.tables, report.pictures, cfg.title)
+            form = path.suffix.removeprefix(".")
+            written += write_report(path, form, report.tables, report.pictures, cfg.title)
+            if form == "csv" and len(report.tables) > 1:
+                print(f"{len(report.tables)} tables: one CSV file for each, and {TITLES_FILE} with their titles")
     except (ValueError, OSError) as error:
         print(f"\nError: {error}", file=sys.stderr)
         raise SystemExit(1) from error
@@ -118,10 +125,55 @@ def build_report(cfg: DictConfig) -> Report:
         raise ValueError(f"output must end with one of {', '.join(FORMATS)}, got {cfg.output}. Name it so.")
     if table_name == "11" and figure is None:
         return Report([_counts(cfg)], [], [])
-    records, problems = read_records(path_setting(cfg, "runs_dir"))
-    records = _of_methods(records, cfg.methods)
-    tables = [] if table_name is None and figure is not None else _tables(cfg, table_name, list(records.values()))
-    return Report(tables, [] if figure is None else _pictures(cfg, figure, records, problems), problems)
+    found = _find_records(cfg, table_name, figure)
+    records, problems = _of_methods(found.records, cfg.methods), found.problems
+    tables, pictures = [], []
+    if table_name is not None or figure is None:
+        tables = _tables(cfg, table_name, list(records.values()), found.folder)
+    if figure is not None:
+        pictures = _pictures(cfg, figure, records, problems)
+    if found.label:
+        tables = [replace(table, notes=[*table.notes, found.label]) for table in tables]
+        pictures = [replace(picture, caption=f"{picture.caption} {found.label}.") for picture in pictures]
+    return Report(tables, pictures, problems)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The records of a report.
+
+    Attributes:
+        folder: where they are.
+        records: finished ones, by file.
+        problems: one line per record that cannot be shown, and one that says where the records are from.
+        label: what to say beside every table; empty for runs of the user.
+    """
+
+    folder: Path
+    records: dict[Path, RunRecord]
+    problems: list[str]
+    label: str = ""
+
+
+def _find_records(cfg: DictConfig, table: str | None, figure: str | None) -> _Found:
+    """Returns the records in `runs_dir`; if that is not given, those of finished runs, or else the committed ones.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folder = RUNS if cfg.runs_dir is None else path_setting(cfg, "runs_dir")
+    try:
+        return _Found(folder, *read_records(folder))
+    except ValueError as error:
+        committed = COMMITTED
+        if figure is None and table != ALL:
+            committed /= COMMITTED_OF.get(table or "", PRESETS)
+        if cfg.runs_dir is not None or not committed.is_dir():
+            raise
+        records, problems = read_records(committed)
+        said = f"{error}\nShown instead: the {len(records)} committed records in {committed}."
+        label = f"Of the committed records in {committed.relative_to(RESULTS.parent)}, not of runs in {RUNS}"
+        return _Found(committed, records, [said, *problems], label)
 
 
 def _of_methods(records: dict[Path, RunRecord], methods: Sequence[str] | None) -> dict[Path, RunRecord]:
@@ -141,8 +193,15 @@ def _of_methods(records: dict[Path, RunRecord], methods: Sequence[str] | None) -
     return {path: run for path, run in records.items() if run.pruning["method"] in ("dense", *methods)}
 
 
-def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord]) -> list[Table]:
-    """Returns the table `name`; for None the comparisons; for `all` every table that has runs."""
+def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord], folder: Path) -> list[Table]:
+    """Returns the table `name`; for None the comparisons; for `all` every table that has runs.
+
+    Args:
+        cfg: the config.
+        name: name of the table.
+        records: finished runs.
+        folder: where they are, for messages.
+    """
     if name == "11":
         return [_counts(cfg)]
     everything = records
@@ -160,7 +219,7 @@ def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord]) -> list
     if tables := OURS[name][0](records) if name in OURS else _paper_tables(name, records):
         is_own = name in OURS or name == "2"
         return tables if is_own else [*tables, *appendix_tables([_published(name)], records)]
-    folder = path_setting(cfg, "runs_dir").absolute()
+    folder = folder.absolute()
     if name in OURS:
         raise ValueError(
             f"table={name} needs {OURS[name][1]}, got none among {len(records)} in {folder}. Run "
@@ -304,27 +363,11 @@ def read_records(folder: Path) -> tuple[dict[Path, RunRecord], list[str]]:
             problems.append(f"Not shown: {path} has status {record.status} ({record.error}). Run it again.")
     if not records:
         raise ValueError(
-            f"There is no finished run to report, searched {folder.absolute()} for records. Run something first, for "
-            "example `python -m experiments.run experiment=quickstart`, or set runs_dir."
+            f"There is no finished run to report, searched {folder.absolute()} for record.json and other records. Run "
+            "something first, for example `python -m experiments.run experiment=quickstart`, or set runs_dir."
             + "".join(f"\n{problem}" for problem in problems)
         )
     return records, problems
-
-
-def show(table: Table, console: Console | None = None) -> None:
-    """Prints a table."""
-    rich = RichTable(title=escape(table.title))
-    rich.add_column(escape(table.headers[0]), overflow="fold", min_width=16)
-    for header in table.headers[1:]:
-        rich.add_column(escape(header), justify="right", overflow="fold")
-    for row in table.rows:
-        rich.add_row(*map(escape, row), style="bold" if row[0].startswith("GradPruner") else "")
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = 1000  # a pipe has no width, and its lines must not wrap
-    console.print(rich)
-    for note in table.notes:
-        console.print(f"- {escape(note)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Builds what the config names, runs it with `gradpruner.pipeline`, and writes the
 """
 
 import dataclasses
+import json
 import logging
 import shutil
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 import hydra
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import schema
@@ -26,7 +26,7 @@ from experiments.arguments import check_texts
 from experiments.command_line import run_command
 from experiments.config import CONF, build_pipeline, identity, reference_config, resolve, run_directory
 from experiments.devices import taken_gpu
-from experiments.dry_run import show_dry_run
+from experiments.dry_run import cell_costs, show_dry_run
 from experiments.launch import run_with_torchrun, starts_torchrun
 from experiments.paths import check_writable
 from experiments.preview import show_example
@@ -36,14 +36,25 @@ from experiments.recording import (
     IMPORTANCE_PICTURE,
     LOSS_PICTURE,
     RUNNING_FILE,
+    TRACKED_FILE,
     changed_content,
     changed_stages,
+    describe_other_environment,
     finished_record,
     is_complete,
     remove_results,
 )
 from experiments.summary import show_summary
-from experiments.sweep import arguments_of, is_left_out, note_failure, note_finished
+from experiments.sweep import (
+    arguments_of,
+    is_left_out,
+    is_sweep,
+    labelled_output,
+    note_costs,
+    note_failure,
+    note_finished,
+    note_runs,
+)
 from experiments.tracker import Tracker
 from gradpruner import processes
 from gradpruner.checkpoints.checkpoint import save_checkpoint
@@ -74,19 +85,25 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def hydra_job(cfg: DictConfig) -> None:
     """Runs one job of hydra's."""
+    with labelled_output():
+        _run_hydra_job(cfg)
+
+
+def _run_hydra_job(cfg: DictConfig) -> None:
     job = HydraConfig.get()
-    is_sweep = job.mode == RunMode.MULTIRUN
     if (gpu := taken_gpu()) is not None:
         logger.info("Job %s runs on GPU %s", job.job.num, gpu)
     try:
         if not processes.is_main():
             logging.disable(logging.WARNING)  # rank 0 says it
-        if is_sweep and is_left_out(cfg):
+        if is_sweep() and is_left_out(cfg):
             logger.info("Left out of the sweep: %s", " ".join(arguments_of(job.overrides)))
         else:
             _check_launch(cfg)
             if starts_torchrun(cfg):
                 run_with_torchrun(arguments_of(job.overrides), cfg.num_processes)
+                if is_sweep():
+                    note_runs(run_directory(*arm) for arm in _arms(cfg, build_pipeline(cfg)))
             else:
                 run_job(cfg)
     except Exception as error:
@@ -95,7 +112,7 @@ def hydra_job(cfg: DictConfig) -> None:
             raise SystemExit(1) from error  # the process that failed first says why
         expected = (ValueError, DivergedError, OSError, processes.PeerFailedError)
         is_expected = reason is not error or isinstance(error, expected)
-        if is_sweep:
+        if is_sweep():
             note_failure(reason, is_expected)
         elif is_expected:
             logger.debug("", exc_info=True)
@@ -107,7 +124,7 @@ def hydra_job(cfg: DictConfig) -> None:
             processes.leave()
             raise SystemExit(1) from error
     else:
-        if is_sweep:
+        if is_sweep():
             note_finished()
         return
     clear_device_cache(garbage_collection=True)  # what the failed job held, so that the next one has the memory
@@ -150,7 +167,9 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     run_dir = run_directory(cfg, pipeline)
     folder = "results_dir" if cfg.output_dir is None else "output_dir"
     check_writable(**{folder: run_dir, "cache_dir": pipeline.cache_dir})
-    if cfg.dry_run:
+    if not cfg.dry_run:
+        tracker.check()
+    else:
         model = offline_configs.for_dry_run(pipeline.model, pipeline.cache_dir / "assets")
         pipeline = dataclasses.replace(pipeline, model=model)
     pipeline.check(resources=not cfg.dry_run, save_to=run_dir / CHECKPOINT if cfg.save_checkpoint else None)
@@ -158,12 +177,18 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     if not processes.is_main():
         _follow(cfg, pipeline)
         return None
+    if cfg.dry_run and is_sweep():
+        note_costs(cell_costs(pipeline))
+        return None
     show_example(pipeline)
     if cfg.dry_run:
         show_dry_run(pipeline, run_dir)
         processes.wait_for_all()
         return None
-    records = [_run_arm(*arm, tracker) for arm in _arms(cfg, pipeline)]
+    arms = list(_arms(cfg, pipeline))
+    records = [_run_arm(*arm, tracker) for arm in arms]
+    if is_sweep():
+        note_runs(run_directory(*arm) for arm in arms)
     processes.wait_for_all()
     show_summary(records, run_dir, f"{pipeline.model.name} on {pipeline.dataset_name}")
     return records[-1]
@@ -213,27 +238,29 @@ def _run_alone(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Trac
             "Give output_dir another folder, or delete that one."
         )
     changed = [] if record is None else changed_content(record, pipeline)
-    if record is not None and not changed and is_complete(record, run_dir, cfg):
+    reason = f"{', '.join(changed)} changed since it finished" if changed else ""
+    if cfg.rerun and not changed and record is not None and record.status == "finished":
+        reason = "rerun=true"
+    if record is not None and not reason and is_complete(record, run_dir, cfg):
         logger.info("Already finished: %s", run_dir)
         if stages := changed_stages(record, pipeline):
-            logger.info(
-                "It was made by other code or library versions, or on another kind of device, which changes the stages "
-                "%s. Delete that folder to run it again.",
+            logger.warning(
+                "It was made with %s, which changes the stages %s. Add rerun=true to run it again.",
+                describe_other_environment(record),
                 ", ".join(stages),
             )
         processes.broadcast(False)
+        if not (run_dir / TRACKED_FILE).is_file():
+            history = run_dir / HISTORY_FILE
+            tracker.log(record, json.loads(history.read_text()) if history.is_file() else [], run_dir)
         return record
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     handler = logging.FileHandler(run_dir / "run.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
-        if changed:
-            logger.warning(
-                "%s is run again: %s changed since it finished. Its record and files are replaced.",
-                run_dir,
-                ", ".join(changed),
-            )
+        if reason:
+            logger.warning("%s is run again: %s. Its record and files are replaced.", run_dir, reason)
             remove_results(run_dir)
         return _run_into(run_dir, cfg, pipeline, tracker)
     except Exception as error:
@@ -251,7 +278,11 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Track
     own_memory = process_memory_bytes()
     _ = pipeline.content  # of before the run: data that change meanwhile are not what it was made from
     processes.broadcast(True)  # the others run it, too
-    outcome = pipeline.run()
+    try:
+        with tracker.watch(run_dir, resolve(cfg)):
+            outcome = pipeline.run()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(pipeline.describe_next_step()) from None
     outcome.plan.save(run_dir / PLAN_FILE)
     shutil.copyfile(outcome.predictions, run_dir / PREDICTIONS_FILE)
     write_json(run_dir / HISTORY_FILE, outcome.training["history"])

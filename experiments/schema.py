@@ -5,9 +5,10 @@ refused before anything is built.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 from uuid import uuid4
 
 from hydra.core.config_store import ConfigStore
@@ -16,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradpruner.checks import guess
+from gradpruner.messages import one_line
 
 
 @dataclass
@@ -38,6 +40,7 @@ class RunConfig:
         evaluate_before: also evaluate before fine-tuning.
         measure_speed: time training steps and inference of the result and of the dense model.
         dry_run: print what would happen; load no weights.
+        rerun: also run what has finished.
         save_checkpoint: write the final model.
         results_dir: folder for run folders.
         output_dir: folder of this run; null: a folder below results_dir.
@@ -50,7 +53,7 @@ class RunConfig:
     finetune: Any = MISSING
     evaluation: Any = MISSING
     tracker: Any = MISSING
-    sparsity: float | str | None = MISSING
+    sparsity: float | int | str | None = MISSING
     merge_count: int = MISSING
     seed: int = MISSING
     show_options: bool = MISSING
@@ -59,6 +62,7 @@ class RunConfig:
     evaluate_before: bool = MISSING
     measure_speed: bool = MISSING
     dry_run: bool = MISSING
+    rerun: bool = MISSING
     save_checkpoint: bool = MISSING
     results_dir: str = MISSING
     output_dir: str | None = MISSING
@@ -103,11 +107,18 @@ def build(node: DictConfig, where: str) -> Any:
         ValueError: if the class refuses a value.
     """
     values = dict(OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
-    target = get_class(str(values.pop("_target_")))
+    target = _target(str(values.pop("_target_", "???")), where)
     missing = sorted(str(key) for key, value in values.items() if value == "???")
     if missing:
         keys = ", ".join(f"{where}.{key}" for key in missing)
         raise ConfigError(f"{target.__name__} needs {keys}, got no value. Give it on the command line: {keys}=...")
+    hints = get_type_hints(target)
+    known = [field.name for field in dataclasses.fields(target)]
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_key(f"{where}.{key}", known)
+        if type(value) is int and float in get_args(hints[key]) and int not in get_args(hints[key]):
+            values[key] = float(value)  # omegaconf does so for a plain `float`
     try:
         checked = OmegaConf.merge(OmegaConf.structured(_unfrozen(target)), values)
         plain = OmegaConf.to_container(checked, resolve=True)
@@ -120,8 +131,38 @@ def build(node: DictConfig, where: str) -> Any:
     return target(**{str(key): tuple(v) if isinstance(v, list) else v for key, v in plain.items()})
 
 
+def _target(path: str, where: str) -> type:
+    """Returns the class of a node; raises ConfigError if the node names none, or one that cannot be used."""
+    if path == "???":
+        raise ConfigError(
+            f"{where} must name its class, got no _target_. Write `_target_: MODULE.CLASS` into the YAML, or start "
+            f"from one of conf/{where}/base/ in its defaults."
+        )
+    try:
+        target: type = get_class(path)
+    except Exception as error:  # whatever the module raises
+        cause = error.__cause__ or error
+        raise ConfigError(
+            f"{where}._target_ must be a class, got {path}, which cannot be imported: {one_line(cause)}. Correct the "
+            "name, or start in the folder of the module."
+        ) from error
+    if get_type_hints(target).get("name") == ClassVar[str] and not hasattr(target, "name"):
+        raise ConfigError(
+            f"{path} must have a name, for folders and tables, got a class without one. Add `name: ClassVar[str] = "
+            f'"{target.__name__.lower()}"` to it.'
+        )
+    return target
+
+
+def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
+    """Returns the error for a key that does not exist, with the nearest of the `known` names in its place."""
+    parent, _, name = key.rpartition(".")
+    within = f" in {parent}" if parent else ""
+    return ConfigError(f"There is no key {key!r}{guess(name, known)}. Known{within}: {', '.join(known)}.")
+
+
 def check_root(cfg: DictConfig) -> None:
-    """Refuses root keys that no run has, such as `+sede=1`, and missing ones, such as after `~seed`.
+    """Refuses root keys that no run has, and missing ones, such as after `~seed`.
 
     Raises:
         ConfigError: naming the key.
@@ -129,7 +170,7 @@ def check_root(cfg: DictConfig) -> None:
     known = [field.name for field in dataclasses.fields(RunConfig)]
     for key in map(str, cfg):
         if key not in known:
-            raise ConfigError(f"There is no key {key!r}{guess(key, known)}. Known: {', '.join(known)}.")
+            raise unknown_key(key, known)
     for key in known:
         if key not in cfg.keys() or OmegaConf.is_missing(cfg, key):  # noqa: SIM118, where `in` skips missing values
             raise ConfigError(f"A run needs {key}, got no value. Give it on the command line: {key}=...")

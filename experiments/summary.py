@@ -9,6 +9,7 @@ from rich.table import Table
 from gradpruner.checkpoints.adapter import ADAPTER_FOLDER
 from gradpruner.checkpoints.checkpoint import SHAPE_FILE
 from gradpruner.finetune.result import LEAST_SURVIVAL
+from gradpruner.messages import parameters
 from gradpruner.models.shape import ModelShape, describe_shape
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import caveats, describe_origins, metric_columns
@@ -26,7 +27,7 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         table.add_column(label, justify="left" if label == "model" else "right", no_wrap=True)
     for record in records:
         name = record.pruning["method"]
-        size = (str(record.pruning["num_hidden_layers"]), f"{record.pruning['num_parameters'] / 1e6:.1f} M")
+        size = (str(record.pruning["num_hidden_layers"]), parameters(record.pruning["num_parameters"]))
         if record.metrics_before:
             table.add_row(name, *size, *(column.cell(record.metrics_before) for column in columns), "", "", style="dim")
         seconds, memory = record.finetune["train_seconds"], record.finetune["peak_memory_bytes"]

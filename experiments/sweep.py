@@ -1,14 +1,19 @@
-"""What a sweep (-m) adds to hydra's: it skips excluded cells, continues after a failure, and lists what did not finish.
+"""What a sweep (-m) adds to hydra's: it skips excluded cells, continues after a failure, and says how the cells ended.
 
 A job may run in another process (joblib, Slurm), so it writes how it ended to a file in its folder of the sweep.
 """
 
+import io
 import json
 import logging
+import re
 import sys
 import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
@@ -17,18 +22,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.devices import offer_gpus, withdraw_gpus
 from experiments.launch import check_launcher, describe_going_on, is_first_node, outlives_sweep
 from experiments.paths import check_writable
 from experiments.schema import ConfigError
+from experiments.sweep_tables import Costs, comparison_of, costs_table, show
 from gradpruner.files import write_json
 
 logger = logging.getLogger(__name__)
 
 FAILURE_FILE = "failed.json"  # error, traceback and overrides of a failed job
 FINISHED_FILE = "finished.json"  # overrides of a job that finished or was left out
+RUNS_FILE = "runs.json"  # folders of a job's finished runs
+COSTS_FILE = "costs.json"  # of a job in a dry run
+OF_JOBS = (FAILURE_FILE, FINISHED_FILE, RUNS_FILE, COSTS_FILE)
+CELLS_FILE = "cells.json"  # label of each job, in the folder of the sweep
 NUM_LISTED = 20
 _running: list[tuple[DictConfig, ConfigLoader]] = []  # the sweep that this process has started
 
@@ -57,15 +68,22 @@ class SweepReport(Callback):
         except ConfigError as error:
             print(f"\nError: {error}", file=sys.stderr)
             raise SystemExit(1) from error
-        for file in [*_files(config, FAILURE_FILE), *_files(config, FINISHED_FILE)]:
+        for file in [file for name in OF_JOBS for file in _files(config, name)]:
             file.unlink()
         _running.append((config, GlobalHydra.instance().config_loader()))
+        write_json(Path(config.hydra.sweep.dir) / CELLS_FILE, _cell_labels(*_running[-1]))
         offer_gpus(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Raises SystemExit if a job failed."""
+        """Shows what the cells cost or how they compare; raises SystemExit if a job failed."""
         forget_sweep()
-        failures = [json.loads(file.read_text(encoding="utf-8")) for file in _files(config, FAILURE_FILE)]
+        labels = _read(Path(config.hydra.sweep.dir) / CELLS_FILE)
+        found = {int(file.parent.name): _read(file) for file in _files(config, COSTS_FILE)}
+        costs = {f"#{number} {labels[number]}".strip(): Costs.from_dict(found[number]) for number in sorted(found)}
+        folders = [Path(run) for file in _files(config, RUNS_FILE) for run in _read(file)]
+        for table in [costs_table(costs)] if costs else comparison_of(folders):
+            show(table)
+        failures = [_read(file) for file in _files(config, FAILURE_FILE)]
         if not failures:
             return
         print(f"\nError: {len(failures)} runs of this sweep failed, the others are done:", file=sys.stderr)
@@ -113,6 +131,58 @@ def cells(overrides: list[Override]) -> list[list[str]]:
     return jobs
 
 
+def _cell_labels(config: DictConfig, loader: ConfigLoader) -> list[str]:
+    """Returns, for each job of a sweep in order, the arguments in which it differs from others."""
+    params = config.hydra.sweeper.get("params") or {}
+    arguments = [*(f"{key}={value}" for key, value in params.items()), *arguments_of(config.hydra.overrides)]
+    jobs = cells(OverridesParser.create(config_loader=loader).parse_overrides(arguments))
+    shared = set.intersection(*map(set, jobs))  # which the command that continues the sweep shows
+    return [" ".join(argument for argument in job if argument not in shared) for job in jobs]
+
+
+@contextmanager
+def labelled_output() -> Iterator[None]:
+    """Begins every line that this job prints or logs with its label, if jobs print at the same time (joblib)."""
+    job = HydraConfig.get()
+    if job.mode != RunMode.MULTIRUN or not str(job.launcher._target_).endswith(".JoblibLauncher"):
+        yield
+        return
+    label = f"[#{job.job.num} {_read(Path(job.sweep.dir) / CELLS_FILE)[job.job.num]}] "
+    out, err = (_Labelled(stream, label) for stream in (sys.stdout, sys.stderr))
+    handlers = [each for each in logging.getLogger().handlers if getattr(each, "stream", None) is sys.stderr]
+    with redirect_stdout(out), redirect_stderr(err):
+        for handler in handlers:
+            handler.setStream(err)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.setStream(err.stream)  # type: ignore[attr-defined]
+
+
+class _Labelled(io.TextIOBase):
+    """Stream that writes a label at the start of every line, also of one that a progress bar draws again."""
+
+    def __init__(self, stream: TextIO, label: str) -> None:
+        self.stream, self._label, self._at_start = stream, label, True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+    def write(self, text: str) -> int:
+        if not text:
+            return 0
+        lines = re.sub(r"[\r\n](?=[^\r\n])", lambda end: end[0] + self._label, text)
+        starts = self._at_start and text[0] not in "\r\n"
+        self._at_start = text[-1] in "\r\n"
+        self.stream.write(self._label + lines if starts else lines)
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
 def describe_broken_off() -> str:
     """Returns how many jobs of the running sweep have finished, and a list of the others; empty without a sweep."""
     if not _running:
@@ -121,19 +191,13 @@ def describe_broken_off() -> str:
     finished, failed = (
         {int(file.parent.name) for file in _files(config, name)} for name in (FINISHED_FILE, FAILURE_FILE)
     )
-    params = config.hydra.sweeper.get("params") or {}
-    arguments = [*(f"{key}={value}" for key, value in params.items()), *arguments_of(config.hydra.overrides)]
-    jobs = cells(OverridesParser.create(config_loader=loader).parse_overrides(arguments))
-    left = [number for number in range(len(jobs)) if number not in finished]
-    shared = set.intersection(*map(set, jobs))  # which the command that continues the sweep shows
-    lines = []
-    for number in left[:NUM_LISTED]:
-        own = " ".join(argument for argument in jobs[number] if argument not in shared)
-        lines.append(f"  #{number}: {own}{' (failed)' * (number in failed)}")
+    labels = _cell_labels(config, loader)
+    left = [number for number in range(len(labels)) if number not in finished]
+    lines = [f"  #{number}: {labels[number]}{' (failed)' * (number in failed)}" for number in left[:NUM_LISTED]]
     if len(left) > NUM_LISTED:
         lines.append(f"  and {len(left) - NUM_LISTED} more")
     listed = "".join(f"\n{line}" for line in lines)
-    done = f"\n{len(finished)} of {len(jobs)} runs of this sweep have finished and are kept. Not finished:{listed}"
+    done = f"\n{len(finished)} of {len(labels)} runs of this sweep have finished and are kept. Not finished:{listed}"
     folder = Path(config.hydra.sweep.dir, ".submitit")
     return done + (describe_going_on(str(folder)) if outlives_sweep(config.hydra.launcher) else "")
 
@@ -142,6 +206,16 @@ def forget_sweep() -> None:
     """Ends what this process holds for a sweep that it has started, if there is one."""
     _running.clear()
     withdraw_gpus()
+
+
+def note_costs(costs: Costs) -> None:
+    """Records what this job would take."""
+    write_json(Path(HydraConfig.get().runtime.output_dir) / COSTS_FILE, asdict(costs))
+
+
+def note_runs(folders: Iterable[Path]) -> None:
+    """Records the folders of this job's finished runs."""
+    write_json(Path(HydraConfig.get().runtime.output_dir) / RUNS_FILE, [str(folder.absolute()) for folder in folders])
 
 
 def note_finished() -> None:
@@ -167,6 +241,15 @@ def note_failure(error: Exception, is_expected: bool) -> None:
             "traceback": traceback.format_exception(error),
         },
     )
+
+
+def is_sweep() -> bool:
+    """Returns whether this process runs a job of a sweep."""
+    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _files(config: DictConfig, name: str) -> list[Path]:

@@ -5,6 +5,11 @@ from collections.abc import Sequence
 from functools import cache
 
 
+def parameters(count: float) -> str:
+    """Returns a number of parameters in millions, or in thousands where that would round to nothing."""
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e3:.1f} k"
+
+
 def first_few(names: Sequence[str], limit: int = 3) -> str:
     """Returns the first names, separated by commas, and how many more there are."""
     rest = len(names) - limit

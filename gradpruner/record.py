@@ -30,7 +30,7 @@ RECORD_FILE = "record.json"
 # Config keys that results do not depend on: they may differ between runs of one identity. `sparsity` and `merge_count`
 # are here because a method's own settings repeat the values that it uses.
 NOT_IDENTITY = (
-    *("sparsity", "merge_count", "tracker", "reference", "dry_run", "save_checkpoint", "measure_speed"),
+    *("sparsity", "merge_count", "tracker", "reference", "dry_run", "rerun", "save_checkpoint", "measure_speed"),
     *("results_dir", "output_dir", "cache_dir", "num_processes"),
 )
 # Settings of the evaluation that older records lack, with the value that those runs had.
@@ -71,6 +71,7 @@ class RunRecord:
         row_scores: score of each test row by metric, as text, see `reporting.row_scores`: runs on the same rows are
             compared row by row. Failed runs and older records lack it.
         error: what stopped a failed run.
+        path: file that the record was read from; not part of it.
     """
 
     status: str
@@ -89,6 +90,7 @@ class RunRecord:
     row_scores: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     schema_version: int = SCHEMA_VERSION
+    path: Path | None = field(default=None, compare=False)
 
     def metric(self, name: str) -> float | None:
         """Returns the metric `name` of the fine-tuned model, or None if it was not measured."""
@@ -104,7 +106,8 @@ class RunRecord:
 
     def save(self, run_dir: Path) -> None:
         """Writes `record.json` atomically, without those of `MAY_LACK` that are empty."""
-        data = dataclasses.asdict(self)
+        data = dataclasses.asdict(dataclasses.replace(self, path=None))
+        del data["path"]
         write_json(run_dir / RECORD_FILE, {key: value for key, value in data.items() if value or key not in MAY_LACK})
 
     @classmethod
@@ -136,7 +139,7 @@ class RunRecord:
                 f"Cannot read {path}: schema version {version!r}, this release reads {SCHEMA_VERSION}. Delete it to "
                 "run again."
             )
-        known = {each.name for each in dataclasses.fields(cls)}
+        known = {each.name for each in dataclasses.fields(cls)} - {"path"}
         wrong = sorted(data.keys() - known) + [
             name for name in _needed_keys(data) if not _has_key(data, name.split("."))
         ]
@@ -145,7 +148,7 @@ class RunRecord:
                 f"Cannot read {path}: it must be a record as a run wrote it, got one with missing or unknown keys "
                 f"({', '.join(wrong)}). Delete it to run again."
             )
-        return cls(**data)
+        return cls(**data, path=path)
 
 
 def evaluation_settings(config: Mapping[str, Any]) -> dict[str, Any]:

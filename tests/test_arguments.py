@@ -103,11 +103,18 @@ REFUSED = [
          r"finetune\.lora_rank\?"),
     case("a key of another option", "dataset.train_file=x", match=r"It belongs to dataset=jsonl: choose that, too\."),
     case("a key that one method of a sweep lacks", "-m", "method=gradpruner,last", "method.density=0.1",
-         match=r"There is no key 'method\.density'\. It belongs to method=gradpruner: choose"),
+         match=r"All cells of a sweep must have its settings, got method\.density, which method=gradpruner has and "
+         r"method=last has not\. Make two sweeps of it, or leave method=last or method\.density out\."),
     case("a misspelt key of hydra's", "hydra.sweep.dri=x", match=r"Did you mean hydra\.sweep\.dir\?"),
     case("a new key of a random model's config", "model=tiny_random", "model.config.head_dim=8",
          match=r"There is no key 'model\.config\.head_dim'\. Add it: \+model\.config\.head_dim=VALUE\."),
     case("an unknown key with a plus", "+sede=1", match=r"There is no key 'sede' \(did you mean 'seed'\?\)\. Known"),
+    case("an unknown key with two pluses", "++sparsty=0.3", match=r"no key 'sparsty' \(did you mean 'sparsity'\?\)"),
+    case("an unknown key with a plus, in a sweep", "-m", "+sparsty=0.3,0.4",
+         match=r"Error: There is no key 'sparsty' \(did you mean 'sparsity'\?\)\. Known: sparsity"),
+    case("an unknown group with a plus", "+experimnt=table1", match=r"no key 'experimnt' \(did you mean 'experiment'"),
+    case("an unknown key of a group with a plus", "+finetune.learning_rat=1", match=r"There is no key "
+         r"'finetune\.learning_rat' \(did you mean 'learning_rate'\?\)\. Known in finetune: "),
     case("a key that was deleted", "~seed", match=r"A run needs seed, got no value\. Give it .*: seed=\.\.\."),
     case("an unknown option of a group", "method=gradpruner-plus", match=r"There is no method 'gradpruner-plus' \(did "
          r"you mean 'gradpruner_plus'\?\)\. Options of method: angular"),
@@ -120,6 +127,11 @@ REFUSED = [
     case("a config that does not exist", "--config-name=x", match=r"Cannot find primary config 'x'"),
     # ---- values ----
     case("a word for a number", "seed=one", match=r"Cannot use seed=one: Value 'one' .* could not be converted"),
+    *(case(f"sparsity={value}", "debug=smoke", f"sparsity={value}", match=rf"sparsity is the fraction of decoder "
+           rf"layers to prune, in \[0, 1\), got {value}(\.0)?\. For 40 % write sparsity=0\.4\.")
+      for value in ("40", "40.0", "-1")),
+    case("sparsity=40%", "debug=smoke", "sparsity=40%",
+         match=r"sparsity must be a number or auto, got '40%'\. For 40 % write sparsity=0\.4\."),
     case("an empty value for a number", "seed=", match=r"Cannot use seed=: Value '' .* could not be converted"),
     case("a word for a number of a group", "debug=smoke", "evaluation.batch_size=abc",
          match=r"Bad value in evaluation: Value 'abc' of type 'str' could not be converted .*evaluation\.batch_size"),
@@ -148,6 +160,7 @@ def test_refused_command_lines(refused, arguments, match, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(("arguments", "match"), [
     case("a report: a misspelt key", "tabel=1", match=r"There is no key 'tabel'\. Did you mean table\?"),
+    case("a report: a misspelt key with a plus", "+tabel=1", match=r"no key 'tabel' \(did you mean 'table'\?\)"),
     case("a report: a path with = without hydra's quotes", "runs_dir=/a=b",
          match=r"Hydra cannot read the argument 'runs_dir=/a=b'\. .* Write 'runs_dir=\"/a=b\"'\."),
     case("a report: an empty runs_dir", "runs_dir=", match=r"runs_dir must be a path, got ''\. Give runs_dir=PATH"),

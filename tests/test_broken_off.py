@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from experiments import run
 from experiments.config import CONF
+from gradpruner.finetune import run as trainer_callbacks
 
 AREA = "Sweeps and records"
 
@@ -100,6 +102,30 @@ def test_an_interrupted_run(monkeypatch):
     done = call(run.main, "seed=1")
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert "\nInterrupted; finished stages are kept.\nTo continue: python -m experiments.run seed=1\n" in done.stderr
+
+
+@tried("Ctrl-C in a fine-tune", "exit code 130; the step from which the same command goes on")
+def test_an_interrupted_fine_tune(monkeypatch, tmp_path):
+    folders = (f"output_dir={tmp_path}/run", f"cache_dir={tmp_path}/cache")
+    arguments = ("debug=smoke", "method=dense", "evaluate_before=false", "finetune.save_steps=1", *folders)
+    save = trainer_callbacks._Clock.on_save
+
+    def stop(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_callbacks._Clock, "on_save", stop)
+        done = call(run.main, *arguments)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert "\nInterrupted; finished stages are kept, and finetune goes on from step 2.\nTo continue: " in done.stderr
+    done = call(run.main, *arguments)
+    assert done.returncode == 0 and "checkpoint-1" in done.stderr
+
+
+@tried("`--version`", "is that of gradpruner")
+def test_the_version_is_ours():
+    assert re.fullmatch(r"gradpruner \d+\.\d+.*\n", call(run.main, "--version").stdout)
 
 
 @pytest.mark.parametrize("error", [

@@ -1,6 +1,10 @@
 """Tests of the report over run folders."""
 
+import csv
+import dataclasses
 import io
+import re
+from pathlib import Path
 
 import pytest
 from commands import call
@@ -12,6 +16,7 @@ from experiments.report import main, read_records, show
 from experiments.run import run_job
 from gradpruner.files import write_json
 from gradpruner.plan import PruningPlan, WidthPlan
+from gradpruner.record import RunRecord
 from gradpruner.reporting.tables import Table
 
 
@@ -29,13 +34,30 @@ def test_finished_runs_are_compared_and_others_named(tmp_path):
     for method in ("random", "dense", "last"):
         run(tmp_path, f"method={method}")
     write_json(tmp_path / "runs/old/record.json", {"schema_version": 0})
-    write_json(tmp_path / "runs/bad/record.json", {**run(tmp_path, "method=last").__dict__, "status": "failed"})
+    dataclasses.replace(run(tmp_path, "method=last"), status="failed").save(tmp_path / "runs/bad")
     done = report(f"runs_dir={tmp_path}/runs", f"output={tmp_path}/table.md")
     assert done.returncode == 0, done.stderr
     assert done.stdout.index("Dense") < done.stdout.index("Last but the final one") < done.stdout.index("Random")
     assert "schema version 0" in done.stderr and "has status failed" in done.stderr
     text = (tmp_path / "table.md").read_text()
     assert text.startswith("## random-llama on arc_easy, lora") and "| Random | 4 |" in text
+
+    # A number can be traced: to the run's folder, by a link in HTML and by columns in CSV.
+    done = report(f"runs_dir={tmp_path}/runs", f"output={tmp_path}/pages/table.html", "table=all")
+    [link] = set(re.findall(r'<a href="([^"#]*/last/[^"]*)">', (tmp_path / "pages/table.html").read_text()))
+    assert (tmp_path / "pages" / link / "record.json").is_file() and link.startswith("../runs/random-llama/")
+    done = report(f"runs_dir={tmp_path}/runs", f"output={tmp_path}/table.csv")
+    rows = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
+    [last] = [row for row in rows if row["method"].startswith("Last")]
+    record = RunRecord.load(Path(last["runs"]))
+    assert record.pruning["method"] == "last" and last["commits"].startswith(record.environment["git_commit"])
+    done = report(f"runs_dir={tmp_path}/runs", f"output={tmp_path}/all.csv", "table=all", "model=tiny_random",
+                  f"cache_dir={tmp_path}/cache")  # fmt: skip
+    assert "tables: one CSV file for each, and tables.csv with their titles" in done.stdout
+    titles = dict(csv.reader((tmp_path / "all/tables.csv").read_text().splitlines()))
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"tables.csv", *titles} - {"file"}
+    assert titles["1-random-llama-on-arc-easy-lora.csv"] == "random-llama on arc_easy, lora"
+    assert all(len(name) < 50 for name in titles)
 
 
 @pytest.mark.bad_input("Sweeps and records", "a runs_dir without runs", "error: There is no finished run to report")
@@ -44,6 +66,24 @@ def test_nothing_to_report(tmp_path):
         read_records(tmp_path)
     done = report(f"runs_dir={tmp_path}")
     assert done.returncode == 1 and "Error: There is no finished run" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "folder", "shown"), [
+    ((), "small", "smollm2-135m on arc_easy, lora"),
+    (("table=3",), "small", "Table 3: with and without merging"),
+    (("table=importance",), "importance", "Importance runs: smollm2-135m on arc_easy, lora"),
+    (("table=learning_rate",), "learning_rate", "Learning rates: smollm2-135m on arc_easy"),
+    (("figure=9",), "", "Written: "),
+])  # fmt: skip
+def test_a_fresh_clone_shows_the_committed_records(tmp_path, monkeypatch, arguments, folder, shown):
+    monkeypatch.chdir(tmp_path)
+    done = report(*arguments, "output=page.html")
+    assert done.returncode == 0 and shown in done.stdout, done.stderr
+    searched = rf"searched {tmp_path}/results/runs for record\.json and other records\. Run something first"
+    assert re.search(searched, done.stderr)
+    folder = f"results/records/{folder}".rstrip("/")
+    assert re.search(rf"Shown instead: the \d+ committed records in {CONF.parent}/{folder}\.\n", done.stderr)
+    assert f"Of the committed records in {folder}, not of runs in results/runs" in (tmp_path / "page.html").read_text()
 
 
 def test_help_is_its_own():
@@ -129,6 +169,11 @@ def test_one_page_with_everything(tmp_path):
     drawn = {path.stem for path in folder.glob("*.png")}
     assert {"figure1-arc-easy", "figure2", "importance", "plans"} <= drawn
     assert text.count("data:image/png;base64,") == len(list(folder.glob("*.png")))
+    # The paper's figures keep their numbers; ours have names.
+    captions = re.findall(r"<figcaption>(.*?):", text)
+    assert captions == sorted(captions, key=captions.index) and set(captions) == {
+        *("Figure 1", "Figure 2", "Layer importance", "Pruned layers"),
+    }
     assert "Not drawn: Figure 9 shows" in done.stderr
 
 
@@ -137,7 +182,9 @@ def test_records_alone_have_the_losses_and_the_scores_of_rows(tmp_path):
     scores = [int(score) for score in record.row_scores["accuracy"]]
     assert len(scores) == record.metrics["num_examples"] and sum(scores) / len(scores) == record.metrics["accuracy"]
     assert len(record.finetune["losses"].split()) == record.finetune["steps"]
-    write_json(tmp_path / "records/last.json", record.__dict__)  # as in results/records, without the run's folder
+    record.save(tmp_path)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "record.json").rename(tmp_path / "records/last.json")  # as in results/records, without the run's folder
     done = report("figure=1", f"runs_dir={tmp_path}/records", f"figures_dir={tmp_path}/figures")
     assert done.returncode == 0 and (tmp_path / "figures/figure1-arc-easy.png").is_file(), done.stderr
 

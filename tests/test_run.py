@@ -15,8 +15,10 @@ from omegaconf import OmegaConf
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments import prune_checkpoint
 from experiments.config import CONF, build_pipeline, load_option, run_directory
 from experiments.run import main, run_job
+from experiments.tracker import WandbTracker
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.record import RunRecord
 
@@ -47,9 +49,9 @@ def command(*arguments):
 
 
 def test_a_run_writes_its_folder(folders, tmp_path, capsys):
-    record = run("save_checkpoint=true", *folders)
+    record = run("save_checkpoint=true", "merge_count=2", *folders)
     [run_dir] = (tmp_path / "runs/random-llama/arc_easy/lora/gradpruner").iterdir()
-    assert run_dir.name.startswith("sparsity0.4-merge1-") and run_dir.name.endswith("-seed0")
+    assert run_dir.name.startswith("sparsity0.4-merge2-") and run_dir.name.endswith("-seed0")
     written = {path.name for path in run_dir.iterdir()}
     assert written == {
         *("config.yaml", "run.log", "plan.json", "predictions.jsonl", "record.json"),
@@ -71,6 +73,11 @@ def test_a_run_writes_its_folder(folders, tmp_path, capsys):
     assert model.config.num_hidden_layers == 4
     assert model.generate(**tokenizer("Question:", return_tensors="pt"), max_new_tokens=3).shape[1] > 0
     assert not [path for path in (run_dir / "checkpoint").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+    # Its record names the gradients that its plan was made from.
+    [config] = (tmp_path / "cache" / "assets").glob("*/config.json")
+    assert prune_checkpoint.main([str(run_dir), str(config.parent), str(tmp_path / "pruned")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").config.num_hidden_layers == 4
 
     output = capsys.readouterr()
     for text in ("dense + lora", "gradpruner + lora", "Pruned layers", "always the most frequent label", str(run_dir)):
@@ -218,13 +225,27 @@ def test_trained_on_one_dataset_and_tested_on_another(folders, tmp_path, medmcqa
         ),
         (["dataset.test=mmlu_clinical"], r"dataset\.test must name a dataset, got 'mmlu_clinical' \(did you mean"),
         (["dataset.test_settings={path: x}"], r"test_settings belongs to dataset\.test, got .* and dataset\.test=null"),
-        (["dataset.test=piqa", "dataset.test_settings={flavour: mild}"], r"Bad value in dataset: Key 'flavour' not in"),
+        (
+            ["dataset.test=piqa", "dataset.test_settings={flavour: mild}"],
+            r"There is no key 'dataset\.flavour'\. Known in dataset: ",
+        ),
         (["dataset=mmlu_clinical_knowledge"], r"mmlu_clinical_knowledge has no train split .*dataset=medmcqa"),
     ],
 )
 def test_what_a_test_dataset_cannot_be(folders, overrides, match):
     with pytest.raises(ValueError, match=match):
         run(*overrides, *folders)
+
+
+@pytest.mark.parametrize(("overrides", "match"), [
+    (["method=minitron", "method.recover_settings={source: local, path: nowhere}"], r"nowhere/train\.jsonl.* These are "
+     r"rows of method\.recover_on, on which minitron trains .* method\.recover_settings=\{\.\.\.\}, and "),
+    (["method=last", "dataset.test=piqa", "dataset.test_settings={source: local, path: nowhere}"],
+     r"nowhere/test\.jsonl.* These are rows of dataset\.test\. Its settings belong into dataset\.test_settings="),
+])  # fmt: skip
+def test_rows_of_a_second_dataset_name_its_settings(tmp_path, overrides, match):
+    with pytest.raises(ValueError, match=match):
+        run(*overrides, "reference=null", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache")
 
 
 def wandb_records(folder):
@@ -263,6 +284,9 @@ def test_wandb_offline(folders, tmp_path, monkeypatch):
         records[method.rsplit(".", 1)[-1]] = folder, written
     folder, written = records["GradPruner"]
     history = [by_key(each.history.item) for each in written if each.HasField("history")]
+    # Losses are there once, in the order in which they came, before the tables of the finished run.
+    steps = [(key.split("/")[0], entry[key]) for entry in history for key in entry if key.endswith("/step")]
+    assert steps == [("importance", 1), ("importance", 2), ("importance", 3), ("finetune", 1), ("finetune", 2)]
     assert [entry["finetune/loss"] for entry in history if "finetune/loss" in entry]
     summary = {}
     for each in written:
@@ -285,6 +309,34 @@ def test_wandb_offline(folders, tmp_path, monkeypatch):
         *("loss", "importance"),
     }
 
+    # A finished run can be logged later, and is logged once.
+    [marked] = (tmp_path / "runs/random-llama/arc_easy/lora/gradpruner").glob("*/tracker.json")
+    settings = ("tracker=wandb", "tracker.mode=offline", f"tracker.directory={tmp_path}/tracker", *folders)
+    run(*settings)
+    assert len(list((tmp_path / "tracker" / "wandb").glob("offline-run-*"))) == 2
+    marked.unlink()
+    run(*settings)
+    assert len(list((tmp_path / "tracker" / "wandb").glob("offline-run-*"))) == 3 and marked.is_file()
+
+
+@pytest.mark.parametrize(("mode", "environment", "match"), [
+    ("online", {}, r"tracker\.mode=online needs a login, got no API key\. Run `wandb login` or set WANDB_API_KEY, or"),
+    ("online", {"WANDB_MODE": "offline"}, r"that of WANDB_MODE, got tracker\.mode=online and WANDB_MODE=offline"),
+    ("offline", {}, None), ("online", {"WANDB_API_KEY": "x"}, None),
+    ("online", {"NETRC": "machine api.wandb.ai login user password x"}, None),
+])  # fmt: skip
+def test_a_tracker_is_checked_before_the_run(tmp_path, monkeypatch, mode, environment, match):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    (tmp_path / "netrc").write_text(environment.pop("NETRC", ""))
+    for key, value in {"NETRC": str(tmp_path / "netrc"), **environment}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("experiments.run.check_prunes", lambda pipeline: pytest.fail("checked later"))
+    if match is None:
+        return WandbTracker(mode=mode).check()
+    with pytest.raises(ValueError, match=match):
+        run("tracker=wandb", f"tracker.mode={mode}", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache")
+
 
 def test_no_key_in_the_log(folders, monkeypatch, caplog):
     import wandb
@@ -305,8 +357,9 @@ def test_a_failing_tracker_fails_no_run(folders, monkeypatch, caplog):
     def fail(**kwargs):
         raise wandb.errors.CommError("no connection")
 
+    monkeypatch.setenv("WANDB_API_KEY", "x")
     monkeypatch.setattr(wandb, "init", fail)
-    assert run("tracker=wandb", *folders).status == "finished"
+    assert run("tracker=wandb", "reference=null", *folders).status == "finished"
     assert "The tracker failed, the run and its record are complete: CommError: no connection" in caplog.text
 
 
@@ -324,6 +377,11 @@ def test_sweep_with_joblib_measures_once(tmp_path):
     assert len(list((folder / "dense").iterdir())) == 1
     measured = [path for path in (tmp_path / "cache/stages/measure").iterdir() if path.is_dir()]
     assert len(measured) == 2  # GradPruner's importance and the dense model's empty measurement
+    # What two jobs print at the same time has labels; the sweep ends with one table of all cells.
+    for number, label in enumerate(("0.4 merge_count=0", "0.4 merge_count=1", "0.5 merge_count=0")):
+        label = f"[#{number} sparsity={label}] "
+        assert f"{label}INFO " in done.stderr and f"{label}Run folder: " in done.stdout
+    assert "merge_count=1" in done.stdout[done.stdout.rindex("random-llama on arc_easy, lora") :]
 
 
 @pytest.mark.bad_input(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
+from experiments import recording
 from experiments.config import CONF
 from experiments.run import run_job
 from gradpruner.models.spec import ModelSpec
@@ -16,7 +18,7 @@ from gradpruner.pipeline import stages
 from gradpruner.record import RunRecord
 
 FINISHED = "Already finished"
-OTHER_CODE = "It was made by other code or library versions"
+OTHER_CODE = "It was made with other code"
 NAMES = {"model": "the model", "train_rows": "the training rows", "test_rows": "the test rows"}
 
 
@@ -159,8 +161,28 @@ def test_other_code_alone_shows_the_old_record_and_says_so(start, monkeypatch):
     monkeypatch.setattr(stages, "code_version", lambda *args: "another")
     same, log = start()
     assert same == first and FINISHED in log
-    assert f"{OTHER_CODE}, or on another kind of device, which changes the stages measure, prune, finetune" in log
-    assert "Delete that folder to run it again." in log
+    assert f"{OTHER_CODE}, which changes the stages measure, prune, finetune" in log
+    assert "Add rerun=true to run it again." in log
+
+    other, log = start("rerun=true")
+    assert "is run again: rerun=true. Its record and files are replaced." in log and FINISHED not in log
+    assert (other.metrics, other.identity) == (first.metrics, first.identity)
+    assert set(other.stage_ids.values()).isdisjoint(first.stage_ids.values())
+    again, log = start()
+    assert again == other and FINISHED in log and OTHER_CODE not in log
+
+
+def test_other_versions_and_commits_are_named(start, monkeypatch):
+    record, _ = start()
+    monkeypatch.setattr(stages, "_libraries", lambda: {"torch": "99"})
+    now = recording.environment()
+    other = {**now, "packages": {**now["packages"], "torch": "99"}, "device": "NVIDIA H100"}
+    monkeypatch.setattr(recording, "environment", lambda: other)
+    _, log = start()
+    torch_before = now["packages"]["torch"]
+    assert f"It was made with torch {torch_before} (now 99), cpu (x86_64) (now NVIDIA H100), which changes the" in log
+    monkeypatch.setattr(recording, "environment", lambda: {**now, "git_commit": "0123456789", "git_dirty": True})
+    assert re.fullmatch(r"other code \(commit \w+\+?, now 0123456\+\)", recording.describe_other_environment(record))
 
 
 def test_a_record_without_content_is_shown_as_finished(start, inputs, tmp_path):

@@ -122,7 +122,7 @@ def test_a_sweep_and_its_folder(arguments, monkeypatch, tmp_path):
 def test_a_cell_that_would_be_refused_has_failed(arguments):
     done = call(status.main, *arguments, "+method.flavour=mild")
     assert {state for state, _ in states(done).values()} == {"failed"}
-    assert "Key 'flavour' not in" in done.stdout
+    assert "There is no key 'method.flavour'" in done.stdout
 
 
 def test_a_folder_with_another_config_is_told(arguments, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -18,12 +19,13 @@ from gradpruner.checkpoints.streaming import prune_checkpoint
 from gradpruner.files import write_json
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients
-from gradpruner.igia import igia_matrix, squared_frobenius, step_weights
+from gradpruner.igia import SCORES, igia_matrix, layer_importance, squared_frobenius, step_weights
 from gradpruner.merge import MERGE_RULES
 from gradpruner.models import tensor_files
 from gradpruner.models.architectures import linear_sublayers
 from gradpruner.models.contents import INDEX_FILE, WEIGHTS_FILE
 from gradpruner.plan import PruningPlan, preceding_kept_layer
+from gradpruner.record import RunRecord
 from gradpruner.surgery import apply_plan
 
 NUM_LAYERS = 6
@@ -42,9 +44,15 @@ def plan_for(pruned, merged=(), rule="sign_average", density=0.4, num_layers=NUM
     )
 
 
-def make_gradients(folder, model, steps=3, rank=2):
+def scored(plan, gradients, weighting="energy", score="sumsq"):
+    """Returns the plan with the layer importance that the gradients give, as a method makes it."""
+    importance = layer_importance(gradients.energies, score, weighting).tolist()
+    return dataclasses.replace(plan, layer_importance=tuple(importance))
+
+
+def make_gradients(folder, model, steps=3, rank=2, seed=7):
     """Makes random factors for every sublayer, as the importance run stores them; they shrink from step to step."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     shapes = {name: linear.weight.shape for name, linear in linear_sublayers(model.model.layers[0]).items()}
     folder.mkdir()
     energies = torch.zeros(steps, len(model.model.layers), len(shapes), dtype=torch.float64)
@@ -148,7 +156,7 @@ def config_of(folder):
 @pytest.mark.parametrize("shard", ["5GB", SMALL_SHARD])
 def test_equals_the_in_memory_path(make_source, gradients, tmp_path, target, dtype, tied, shard):
     source, _ = make_source(max_shard_size=shard, dtype=dtype, tie_word_embeddings=tied)
-    plan = plan_for(*DEEP)
+    plan = scored(plan_for(*DEEP), gradients)
     in_memory(plan, gradients, source, tmp_path / "expected")
     prune_checkpoint(plan, gradients, source, target)
     same_weights(weights_in(target), weights_in(tmp_path / "expected"))
@@ -160,7 +168,7 @@ def test_equals_the_in_memory_path(make_source, gradients, tmp_path, target, dty
 @pytest.mark.parametrize("rule", MERGE_RULES)
 def test_every_merge_rule(make_source, gradients, tmp_path, target, rule, dtype):
     source, _ = make_source(dtype=dtype)
-    plan = plan_for(*DEEP, rule)
+    plan = scored(plan_for(*DEEP, rule), gradients)
     in_memory(plan, gradients, source, tmp_path / "expected")
     prune_checkpoint(plan, gradients, source, target)
     same_weights(weights_in(target), weights_in(tmp_path / "expected"))
@@ -179,12 +187,13 @@ def test_without_merges(source, tmp_path, target, pruned):
     assert config_of(target) == config_of(tmp_path / "expected")
 
 
-def test_step_weighting_changes_the_merge(source, gradients, tmp_path, target):
-    plan = plan_for(*DEEP)
+@pytest.mark.parametrize("score", SCORES)
+def test_the_step_weighting_is_that_of_the_plan(source, gradients, tmp_path, target, score):
+    plan = scored(plan_for(*DEEP), gradients, "normalized", score)
     in_memory(plan, gradients, source, tmp_path / "expected", "normalized")
-    prune_checkpoint(plan, gradients, source, target, step_weighting="normalized")
+    prune_checkpoint(plan, gradients, source, target)
     same_weights(weights_in(target), weights_in(tmp_path / "expected"))
-    prune_checkpoint(plan, gradients, source, tmp_path / "energy")
+    prune_checkpoint(scored(plan, gradients, "energy", score), gradients, source, tmp_path / "energy")
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(weights_in(target)[name], weights_in(tmp_path / "energy")[name])
 
@@ -200,7 +209,7 @@ def test_equals_what_gradpruner_makes(source, make_batches, tmp_path, target, we
     assert compressed.plan.merges
     compressed.model.save_pretrained(tmp_path / "expected")
     gradients = EarlyGradients.load(tmp_path / "measured")
-    prune_checkpoint(compressed.plan, gradients, source, target, step_weighting=weighting)
+    prune_checkpoint(compressed.plan, gradients, source, target)
     same_weights(weights_in(target), weights_in(tmp_path / "expected"))
 
 
@@ -313,7 +322,7 @@ def test_everything_else_is_carried_along(source, gradients, target):
         (source / name).write_text("weights")
     (source / "original").mkdir()
     (source / "original" / "consolidated.pth").write_text("weights")
-    plan = plan_for(*DEEP)
+    plan = scored(plan_for(*DEEP), gradients)
     prune_checkpoint(plan, gradients, source, target)
     same = ["tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE"]
     for name in [*same, "additional_chat_templates/tool.jinja"]:
@@ -324,7 +333,7 @@ def test_everything_else_is_carried_along(source, gradients, target):
     card = (target / "README.md").read_text()
     assert "# dense with 2 of 6 layers" in card
     assert "2 into 1, 3 into 1, 5 into 4" in card
-    assert '"step_weighting": "energy"' in card and "probe.json" not in card
+    assert '"max_shard_bytes": 5000000000' in card and "probe.json" not in card
     assert GenerationConfig.from_pretrained(target).max_new_tokens == 17
     text = "sixteen bytes, or"
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (source, target)]
@@ -347,7 +356,7 @@ def test_links_of_the_hub_cache_are_followed(source, tmp_path, target):
 
 def test_pruned_layers_are_never_read(sharded, gradients, tmp_path, target, monkeypatch):
     """Layers 0 and 2 are pruned unmerged."""
-    plan = plan_for((0, 2, 3), (3,))
+    plan = scored(plan_for((0, 2, 3), (3,)), gradients)
     in_memory(plan, gradients, sharded, tmp_path / "expected")
     unread = re.compile(r"model\.layers\.(0|2)\.")
     read = []
@@ -428,7 +437,7 @@ def test_starts_without_peft():
 @pytest.mark.parametrize("tied", [False, True])
 def test_loads_as_the_model_that_apply_plan_makes(make_source, gradients, make_batches, tmp_path, target, dtype, tied):
     source, _ = make_source(max_shard_size=SMALL_SHARD, dtype=dtype, tie_word_embeddings=tied)
-    plan = plan_for(*DEEP)
+    plan = scored(plan_for(*DEEP), gradients)
     expected = in_memory(plan, gradients, source, tmp_path / "expected")
     prune_checkpoint(plan, gradients, source, target)
     model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
@@ -550,13 +559,25 @@ def test_factors_that_diverged(source, gradients, target):
     factors = load_file(step)
     factors["layers.2.self_attn.k_proj.left"][0, 0] = torch.nan
     save_file(factors, step)
-    match = r"igia must hold numbers, got \d+ NaN entries\. The gradients behind it diverged"
+    match = r"layer 2, self_attn\.k_proj, must have the norms of importance\.json beside them, got other .*: run the"
     refused(match, plan_for((2,), (2,)), EarlyGradients.load(gradients.directory), source, target)
 
 
-def test_unknown_step_weighting(source, gradients, target):
-    match = "step_weighting must be one of energy, normalized, got 'spiky'"
-    refused(match, plan_for((2,), (2,)), gradients, source, target, step_weighting="spiky")
+def test_factors_of_another_run(source, gradients, tiny_llama, tmp_path, target):
+    plan = scored(plan_for((2, 3), (3,)), gradients)
+    other = make_gradients(tmp_path / "other", tiny_llama(), seed=8)
+    match = r"must give the layer importance that the plan was made from, got a plan with \d.* and factors that give \d"
+    refused(rf"{match}.* in .*other\. Pass the folder of the importance run", plan, other, source, target)
+    refused("got a plan with none and", plan_for((2, 3), (3,)), gradients, source, target)
+    shutil.copy(other.directory / "step-00001.safetensors", gradients.directory)
+    match = r"layer 3, .*, must have the norms .* in .*factors\. Its files are of several importance runs: run"
+    refused(match, plan, gradients, source, target)
+
+
+def test_a_plan_that_merges_without_gradients(source, target):
+    plan = plan_for((2, 3), (2, 3), "laco_code")
+    match = r"Only plans that drop and merge layers .* that merges by laco_code\. Run the method with save_checkpoint"
+    refused(match, plan, None, source, target)
 
 
 def test_shards_of_nothing(source, target):
@@ -586,20 +607,29 @@ def test_file_that_shrinks_while_it_is_read(source, tmp_path, target, monkeypatc
 # Command line
 
 
+def write_run(folder, plan, **record):
+    """Writes what the command reads of a run's folder."""
+    plan.save(folder / "plan.json")
+    RunRecord("failed", {"cache_dir": str(folder.parent / "cache")}, "identity", 0, **record).save(folder)
+
+
 def test_command(sharded, gradients, tmp_path, target, capsys):
-    plan = plan_for(*DEEP)
-    plan.save(tmp_path / "plan.json")
+    plan = scored(plan_for(*DEEP), gradients, "normalized")
     in_memory(plan, gradients, sharded, tmp_path / "expected", "normalized")
-    paths = [tmp_path / "plan.json", gradients.directory, sharded, target]
-    assert main([*map(str, paths), "--step-weighting", "normalized", "--max-shard-bytes", "20000"]) == 0
+    write_run(tmp_path / "run", plan, stage_ids={"measure": "0a1b"})
+    shutil.copytree(gradients.directory, tmp_path / "cache/stages/measure/0a1b")
+    assert main([*map(str, (tmp_path / "run", sharded, target)), "--max-shard-bytes", "20000"]) == 0
     same_weights(weights_in(target), weights_in(tmp_path / "expected"))
     assert (target / INDEX_FILE).exists()
     assert "2 of 6 layers, 3 of the 4 pruned layers merged" in capsys.readouterr().out
+    by_file = [tmp_path / "run/plan.json", gradients.directory, sharded, tmp_path / "by-file"]
+    assert main(list(map(str, by_file))) == 0
+    same_weights(weights_in(tmp_path / "by-file"), weights_in(target))
 
 
 def test_command_without_factors(source, tmp_path, target, capsys):
     plan_for((1, 3)).save(tmp_path / "plan.json")
-    arguments = [str(tmp_path / "plan.json"), "-", str(source), str(target)]
+    arguments = [str(tmp_path / "plan.json"), str(source), str(target)]
     assert main(arguments) == 0
     assert len(weights_in(target)) == len(weights_in(source)) - 2 * 9
     capsys.readouterr()
@@ -609,23 +639,29 @@ def test_command_without_factors(source, tmp_path, target, capsys):
 
 
 @pytest.mark.parametrize(
-    ("plan", "factors", "match"),
+    ("run", "factors", "match"),
     [
-        ("missing.json", "-", r"PLAN must be a plan\.json, got no file at .*missing\.json\. Pass"),
-        ("dense/LICENSE", "-", r"PLAN must be a plan\.json, got .*LICENSE, not one: .*\. Pass"),
-        ("dense/config.json", "-", r"Cannot use the plan .*config\.json: Cannot read plan version None"),
-        ("list.json", "-", r"PLAN must be a plan\.json, got .*list\.json, not one: .*\. Pass"),
-        ("plan.json", "-", r"merges layers \[3\] but no factors were given"),
+        ("missing.json", None, r"RUN must hold a plan\.json or be one, got no file at .*missing\.json\. Pass a fin"),
+        ("dense", None, r"RUN must hold a plan\.json or be one, got no file at .*dense/plan\.json\. Pass a finished"),
+        ("dense/LICENSE", None, r"RUN must hold a plan\.json or be one, got .*LICENSE, not one: .*\. Pass"),
+        ("dense/config.json", None, r"Cannot use the plan .*config\.json: Cannot read plan version None"),
+        ("list.json", None, r"RUN must hold a plan\.json or be one, got .*list\.json, not one: .*\. Pass"),
+        ("plan.json", None, r"record beside it must name its importance run, got none in .*\. Give the folder of"),
+        ("older", None, r"record beside it must name its importance run, got none in .*older\. Give .* as FACTORS"),
+        ("run", None, r"hold the importance run of .*run, got no folder .*cache/stages/measure/0a1b\. Start this"),
         ("plan.json", "dense", r"FACTORS must be a folder with importance\.json, got .*dense\. Pass"),
         ("plan.json", "damaged", r"importance\.json must be as the importance run wrote it, got KeyError.*\. Run"),
     ],
 )
-def test_command_refuses_on_one_line(source, tmp_path, target, capsys, plan, factors, match):
-    plan_for((1, 3), (3,)).save(tmp_path / "plan.json")
+def test_command_refuses_on_one_line(source, tmp_path, target, capsys, run, factors, match):
+    plan = plan_for((1, 3), (3,))
+    plan.save(tmp_path / "plan.json")
+    write_run(tmp_path / "older", plan)
+    write_run(tmp_path / "run", plan, stage_ids={"measure": "0a1b"})
     write_json(tmp_path / "list.json", [1])
     write_json(tmp_path / "damaged" / "importance.json", {"losses": []})
-    factors = factors if factors == "-" else str(tmp_path / factors)
-    assert main([str(tmp_path / plan), factors, str(source), str(target)]) == 1
+    given = [tmp_path / run] + ([] if factors is None else [tmp_path / factors])
+    assert main([*map(str, given), str(source), str(target)]) == 1
     captured = capsys.readouterr()
     assert re.fullmatch(rf"error: .*{match}.*\n", captured.err)
     assert captured.out == ""
@@ -635,6 +671,4 @@ def test_command_refuses_on_one_line(source, tmp_path, target, capsys, plan, fac
 def test_command_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    text = capsys.readouterr().out
-    assert "PLAN FACTORS SOURCE TARGET" in text
-    assert "step_weighting" in text
+    assert "RUN [FACTORS] SOURCE TARGET" in capsys.readouterr().out

@@ -3,8 +3,9 @@
 `prepare` reads names and shapes only. Weights are read, and merged block by block, when a tensor is asked for.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +15,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from gradpruner.checks import check_choice
-from gradpruner.igia import STEP_WEIGHTINGS, Factors, igia_matrix, step_weights
-from gradpruner.merge import merge_layers, top_fraction_mask
+from gradpruner.igia import (
+    SCORES,
+    STEP_WEIGHTINGS,
+    Factors,
+    igia_matrix,
+    layer_importance,
+    squared_frobenius,
+    step_weights,
+)
+from gradpruner.merge import MERGE_RULES, merge_layers, top_fraction_mask
 from gradpruner.models.architectures import decoder_layers, empty_model, linear_sublayers, shrink_config
 from gradpruner.models.contents import check_folder
 from gradpruner.models.loading import check_checkpoint, warn_of_adapter
@@ -127,22 +135,20 @@ class PrunedCheckpoint:
             )
 
 
-def prepare(
-    plan: PruningPlan, gradients: "EarlyGradients | None", source: Path, step_weighting: str
-) -> PrunedCheckpoint:
+def prepare(plan: PruningPlan, gradients: "EarlyGradients | None", source: Path) -> PrunedCheckpoint:
     """Checks that plan, gradients and checkpoint belong together; reads names and shapes, no weights.
 
     Args:
         plan: which layers are pruned and merged.
         gradients: see `streaming.prune_checkpoint`.
         source: folder of the dense model.
-        step_weighting: one of `igia.STEP_WEIGHTINGS`.
 
     Raises:
         ValueError: if they do not belong together, or `source` is no whole, undamaged safetensors checkpoint.
     """
-    check_choice("step_weighting", step_weighting, STEP_WEIGHTINGS)
     beyond = "makes layers narrower" if plan.width is not None else "repairs" if plan.details.get("repair") else None
+    if plan.merge_rule not in MERGE_RULES:
+        beyond = f"merges by {plan.merge_rule}"
     if beyond:
         raise ValueError(
             f"Only plans that drop and merge layers are applied file to file, got one of method={plan.method} that "
@@ -176,7 +182,7 @@ def prepare(
             weights = {layer: stored[f"{prefix}{layer}.{sublayer}.weight"] for layer in (absorber, *merged)}
             name = f"{prefix}{kept_layers.index(absorber)}.{sublayer}.weight"
             tensors[name] = PrunedTensor(weights.pop(absorber), sublayer, absorber, weights)
-    weights_of_steps = step_weights(gradients.energies, step_weighting).tolist()
+    weights_of_steps = step_weights(gradients.energies, _step_weighting(gradients, plan)).tolist()
 
     def igia(layer: int, sublayer: str) -> Tensor:
         return igia_matrix(gradients.factors(layer, sublayer), weights_of_steps)
@@ -241,14 +247,48 @@ def _check_gradients(
     for absorber, merged in plan.merges.items():
         for layer in (absorber, *merged) if plan.merge_rule == "fisher" else merged:
             for sublayer, shape in shapes.items():
-                found = {(left.shape[0], right.shape[1]) for left, right in _factors(gradients, layer, sublayer)}
+                factors = _factors(gradients, layer, sublayer)
+                found = {(left.shape[0], right.shape[1]) for left, right in factors}
                 if found != {shape}:
                     raise ValueError(
                         f"The factors of layer {layer}, {sublayer}, must make a matrix of shape {shape}, got "
                         f"{', '.join(map(str, sorted(found)))} in {gradients.directory}. "
                         "Pass the folder of the importance run that the plan was made from."
                     )
+                made = torch.stack([squared_frobenius(left, right) for left, right in factors])
+                if not _are_close(made, gradients.energies[:, layer, gradients.sublayers.index(sublayer)], 1e-4):
+                    raise ValueError(
+                        f"The factors of layer {layer}, {sublayer}, must have the norms of importance.json beside "
+                        f"them, got other ones in {gradients.directory}. Its files are of several importance runs: "
+                        "run the importance steps again."
+                    )
     return gradients
+
+
+def _step_weighting(gradients: "EarlyGradients", plan: PruningPlan) -> str:
+    """Returns the step weighting with which the factors give the plan's layer importance.
+
+    Raises:
+        ValueError: if none does: the factors are of another run, on other data or with other settings.
+    """
+    planned = torch.tensor(plan.layer_importance, dtype=torch.float64)
+    for weighting, score in itertools.product(STEP_WEIGHTINGS, SCORES):
+        if _are_close(layer_importance(gradients.energies, score, weighting), planned, 1e-9):
+            return weighting
+    found = layer_importance(gradients.energies).tolist()
+    raise ValueError(
+        "The factors must give the layer importance that the plan was made from, got a plan with "
+        f"{_shown(plan.layer_importance)} and factors that give {_shown(found)} in {gradients.directory}. Pass the "
+        "folder of the importance run that the plan was made from."
+    )
+
+
+def _are_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    return one.shape == other.shape and bool(torch.isclose(one, other, tolerance, 0.0, equal_nan=True).all())
+
+
+def _shown(scores: Sequence[float]) -> str:
+    return ", ".join(f"{score:.3g}" for score in scores[:3]) + ", ..." if scores else "none"
 
 
 def _factors(gradients: "EarlyGradients", layer: int, sublayer: str) -> list[Factors]:

@@ -44,8 +44,6 @@ def prune_checkpoint(
     source: Path,
     target: Path,
     max_shard_bytes: int = 5 * 10**9,
-    *,
-    step_weighting: str = "energy",
 ) -> None:
     """Writes the pruned checkpoint to `target`, whole or not at all, without loading the model.
 
@@ -60,7 +58,6 @@ def prune_checkpoint(
         source: folder of the dense model, with `model.safetensors` or shards and their index.
         target: new folder.
         max_shard_bytes: largest weight file; a tensor larger than this has a file of its own.
-        step_weighting: the one of `igia.STEP_WEIGHTINGS` that the plan was made with.
 
     Raises:
         ValueError: if plan, gradients and source do not belong together, `source` is damaged or holds no safetensors,
@@ -73,7 +70,7 @@ def prune_checkpoint(
         raise ValueError(f"The target exists already: {target}. Remove it, or name a new folder.")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be above 0, got {max_shard_bytes}. Leave it out for 5 GB.")
-    pruned = prepare(plan, gradients, source, step_weighting)
+    pruned = prepare(plan, gradients, source)
     read_tokenizer_config(source)  # refuses a damaged one before the weights are read
     side_files = _side_files(source)
     _check_space(target, pruned.num_bytes + sum(file.stat().st_size for file in side_files))
@@ -90,8 +87,8 @@ def prune_checkpoint(
         pruned.config.save_pretrained(partial)
         add_older_keys(partial)
         plan.save(partial / "plan.json")
-        settings = {"step_weighting": step_weighting, "max_shard_bytes": max_shard_bytes}
-        write_text(partial / "README.md", model_card(plan, source.resolve().name, settings))
+        card = model_card(plan, source.resolve().name, {"max_shard_bytes": max_shard_bytes})
+        write_text(partial / "README.md", card)
         os.rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

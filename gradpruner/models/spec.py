@@ -63,13 +63,14 @@ class ModelSpec:
         if self.config and not self.path.startswith("random:"):
             raise ValueError(
                 f"model.config only describes random: models, got path {self.path!r} with config "
-                f"{sorted(self.config)}. A checkpoint brings its own config: remove model.config."
+                f"{sorted(self.config)}. A checkpoint brings its own config: write model.config=null."
             )
 
     @property
     def name(self) -> str:
-        """Short name for folders and tables: the last part of the path."""
-        last = self.path.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+        """Short name for folders and tables: the last part of the path, and of a run's `checkpoint/` the run's."""
+        parts = [part for part in self.path.replace("\\", "/").split("/") if part]
+        last = (parts[-2] if parts[-1:] == ["checkpoint"] and len(parts) > 1 else parts[-1]).rsplit(":", 1)[-1]
         prefix = "random-" if self.path.startswith("random:") else ""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", prefix + last).strip(".") or "model"
 

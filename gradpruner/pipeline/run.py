@@ -17,6 +17,7 @@ from gradpruner.cost import COST_FILE, TotalCost, total_cost
 from gradpruner.dense import Dense
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.finetune.result import PLAN_FILE, REPORT_FILE, TrainingAccount, merge_for_checkpoint, read_result
+from gradpruner.finetune.run import CHECKPOINTS_FOLDER, COMPLETE_MARK
 from gradpruner.finetune.spec import ANSWERS_LOSS, DISTILL
 from gradpruner.finetune.teacher import ANSWERS, PROMPT
 from gradpruner.models.shape import ModelShape
@@ -169,6 +170,15 @@ class Pipeline(Setup):
             "seconds": cost["seconds"] + account["train_seconds"],
             "peak_memory_bytes": max(cost["peak_memory_bytes"], account["peak_memory_bytes"]),
         }
+
+    def describe_next_step(self) -> str:
+        """Describes from which step a training that was interrupted goes on; empty if none has begun."""
+        for name, folder in self._folders().items():
+            checkpoints = folder.with_name(f"{folder.name}.partial") / CHECKPOINTS_FOLDER
+            done = [int(mark.parent.name.split("-")[1]) for mark in checkpoints.glob(f"checkpoint-*/{COMPLETE_MARK}")]
+            if checkpoints.is_dir():
+                return f"{name} goes on from step {max(done, default=0) + 1}"
+        return ""
 
     def load_result(self) -> PreTrainedModel:
         """Returns the fine-tuned model of a finished run as a checkpoint has it, rebuilt from the cache."""

@@ -20,7 +20,7 @@ from gradpruner.method import Method, Recovery
 from gradpruner.models.architectures import count_parameters, empty_model
 from gradpruner.models.shape import ModelShape
 from gradpruner.models.spec import ModelSpec
-from gradpruner.tasks import Example, Task
+from gradpruner.tasks import DataError, Example, Task
 
 NUM_NAMED_TOKENS = 5  # in a message
 
@@ -73,7 +73,10 @@ class Setup:
     @cached_property
     def test_examples(self) -> list[Example]:
         """Rendered test examples."""
-        return self.tested_task.load("test", self.seed)
+        if self.test_task is None:
+            return self.task.load("test", self.seed)
+        advice = "These are rows of dataset.test. Its settings belong into dataset.test_settings={...}"
+        return _load_second(self.test_task, "test", self.seed, advice)
 
     @cached_property
     def rows(self) -> list[TrainingRow]:
@@ -91,7 +94,11 @@ class Setup:
         if self.recovery_task is None or self.recovery is None:
             return []
         task, distillation = self.recovery_task, self.recovery.distillation
-        rows = encode_rows(task.load("train", self.seed), self.encoder(task))
+        advice = (
+            f"These are rows of method.recover_on, on which {self.method.name} trains before the fine-tune. Their "
+            "settings belong into method.recover_settings={...}, and method.recover_on=null omits that training"
+        )
+        rows = encode_rows(_load_second(task, "train", self.seed, advice), self.encoder(task))
         if distillation is None or distillation.tokens == "answer":
             return rows
         # The first token of a row is predicted from nothing.
@@ -245,6 +252,14 @@ class Setup:
                 "Use the tokenizer that the model was trained with, or resize the embedding (resize_token_embeddings) "
                 "and save the model again."
             )
+
+
+def _load_second(task: Task, split: str, seed: int, advice: str) -> list[Example]:
+    """Loads a split of a dataset whose settings are not at `dataset`, as its errors say."""
+    try:
+        return task.load(split, seed)
+    except DataError as error:
+        raise DataError(f"{str(error).rstrip()} {advice}.") from error
 
 
 def hash_rows(rows: list[TrainingRow]) -> str:

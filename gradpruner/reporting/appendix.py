@@ -84,7 +84,7 @@ def _tables(runs: list[RunRecord], known: list[RunRecord]) -> list[Table]:
             notes += describe_origins([record.metrics for record in ordered])
         engine = engine_in_title(first)
         title = f"Other settings: {first.model['name']}, {first.config['finetune']['mode']}{engine}{measured}"
-        tables.append(Table(title, ["method", *headers], cells, notes))
+        tables.append(Table(title, ["method", *headers], cells, notes, list(rows.values())))
     return tables
 
 

@@ -24,7 +24,8 @@ from gradpruner.reporting.run_groups import comparable_groups, distinct_runs, in
 from gradpruner.reporting.tables import dataset_name, row_labels, rows_of_seeds
 
 PAPER_FIGURES = ("1", "2", "5", "6", "7", "8", "9")
-FIGURES = (*PAPER_FIGURES, "importance", "plans")
+NAMES = {"importance": "Layer importance", "plans": "Pruned layers"}  # of the figures that the paper does not have
+FIGURES = (*PAPER_FIGURES, *NAMES)
 MOST_ROWS, MOST_CURVES = 24, 8  # in one picture
 
 
@@ -81,7 +82,7 @@ def draw(
             f"Figure {figure} shows {NEEDED[figure]}, got none among {len(records)} records. "
             "Run such an experiment, or set runs_dir."
         )
-    return pictures
+    return [dataclasses.replace(picture, name=NAMES.get(figure, f"Figure {figure}")) for picture in pictures]
 
 
 @dataclass(frozen=True)

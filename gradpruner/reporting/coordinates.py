@@ -10,6 +10,7 @@ from typing import Any
 from gradpruner.record import RunRecord
 from gradpruner.reporting.labels import VARIANT_OF
 from gradpruner.reporting.published import PublishedRow
+from gradpruner.tasks.jsonl import name_of
 
 # The paper's settings wherever a table does not vary them. The paper does not say which merge rule it uses,
 # that of Eq. 5 or of Eq. 6, so runs with either belong.
@@ -58,8 +59,10 @@ def coordinates(record: RunRecord) -> dict[str, Any]:
 
 
 def dataset_module(record: RunRecord) -> str | None:
-    """Returns the name of a dataset's module in `gradpruner.tasks`; None for records of timings alone."""
+    """Returns the name of a dataset: its module in `gradpruner.tasks` or a user's name; None for timings alone."""
     dataset = record.config["dataset"]
+    if "train_file" in dataset:
+        return name_of(dataset.get("name"), dataset["train_file"])
     return dataset["_target_"].rsplit(".", 2)[-2] if dataset else None
 
 

@@ -205,7 +205,8 @@ def _efficiency_table(
     if num_left_out:
         notes.append(f"left out: {num_left_out} runs without a dense run of their seed on the same machine")
     where = f"{first.model['name']} on {dataset_name(first)}, {mode}"
-    return Table(f"{where}: time and memory (Table 2){title}", headers, rows, notes)
+    sources = [[record] for record, _ in ordered]
+    return Table(f"{where}: time and memory (Table 2){title}", headers, rows, notes, sources)
 
 
 def _training(record: RunRecord, dense: RunRecord, fresh: float | None) -> tuple[float | None, float | None]:

@@ -52,11 +52,13 @@ class Picture:
         path: file of the picture.
         caption: sentences below the picture.
         alt: what it shows, with its numbers, for readers who cannot see it.
+        name: what the picture is called: the paper's number for a figure of the paper.
     """
 
     path: Path
     caption: str
     alt: str
+    name: str = ""
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:

@@ -6,18 +6,23 @@ A cell may have `**bold**` parts; CSV files are written without the marks.
 import base64
 import csv
 import io
+import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradpruner.files import slug, write_text
+from gradpruner.record import RECORD_FILE, RunRecord
 from gradpruner.reporting.figures import Picture
 from gradpruner.reporting.tables import Table
 
 FORMATS = ("md", "tex", "csv", "html")
-LONGEST_NAME = 120  # characters of a title in a file name; file systems stop at 255 bytes with all that is around it
+LONGEST_NAME = 40  # characters of a title in a file name
+TITLES_FILE = "tables.csv"  # titles by file, in the folder of several tables
 IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 BOLD = re.compile(r"\*\*(.+?)\*\*")
 # LaTeX would read `[` or `*` at the start of a row as an argument of the line break before it.
@@ -38,7 +43,7 @@ def write_report(
     """Writes a report.
 
     Args:
-        path: file to write. Several tables as CSV are written beside it, each with its title appended to the name.
+        path: file to write. Several tables as CSV get a folder of the same name, with a file for each.
         form: one of `FORMATS`.
         tables: tables in order.
         pictures: pictures to show in HTML; other formats ignore them.
@@ -53,11 +58,9 @@ def write_report(
     if form not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}. Choose one of these.")
     if form == "csv":
-        by_name = csv_files(tables)
-        alone = len(by_name) == 1
-        texts = {path if alone else path.with_name(f"{path.stem}-{name}.csv"): text for name, text in by_name.items()}
+        texts = {path: csv_text(tables[0])} if len(tables) == 1 else csv_files(tables, path.with_suffix(""))
     elif form == "html":
-        texts = {path: html(title, tables, pictures)}
+        texts = {path: html(title, tables, pictures, path.parent)}
     else:
         texts = {path: markdown(tables) if form == "md" else latex(tables)}
     for file, text in texts.items():
@@ -103,21 +106,50 @@ def _latex_cell(text: str) -> str:
     )
 
 
-def csv_files(tables: Sequence[Table]) -> dict[str, str]:
-    """Returns headers and rows of each table as CSV, by a name made from its title. CSV has no notes."""
-    texts: dict[str, str] = {}
-    for table in tables:
-        stream = io.StringIO()
-        plain = [["".join(part for part, _ in _parts(cell)) for cell in row] for row in (table.headers, *table.rows)]
-        csv.writer(stream, lineterminator="\n").writerows(plain)
-        name = slug(table.title)[:LONGEST_NAME].rstrip("-")
-        same = sum(re.fullmatch(rf"{name}(-\d+)?", other) is not None for other in texts)
-        texts[f"{name}-{same + 1}" if same else name] = stream.getvalue()
-    return texts
+def csv_files(tables: Sequence[Table], folder: Path) -> dict[Path, str]:
+    """Returns the text of a CSV file for each table, numbered, and of one with their titles."""
+    short = [f"{number}-{slug(table.title)[:LONGEST_NAME].rstrip('-')}.csv" for number, table in enumerate(tables, 1)]
+    titles = [["file", "title"], *([name, table.title] for name, table in zip(short, tables, strict=True))]
+    texts = {folder / name: csv_text(table) for name, table in zip(short, tables, strict=True)}
+    return {folder / TITLES_FILE: _csv(titles), **texts}
 
 
-def html(title: str, tables: Sequence[Table], pictures: Sequence[Picture] = ()) -> str:
+def csv_text(table: Table) -> str:
+    """Returns headers and rows as CSV, with the runs of each row and their commits. CSV has no notes."""
+    rows = [["".join(part for part, _ in _parts(cell)) for cell in row] for row in (table.headers, *table.rows)]
+    if table.sources:
+        rows[0] += ["runs", "commits"]
+        for row, records in zip(rows[1:], table.sources, strict=True):
+            row += [" ".join(str(place(record)) for record in records), " ".join(map(commit, records))]
+    return _csv(rows)
+
+
+def _csv(rows: Sequence[Sequence[str]]) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue()
+
+
+def place(record: RunRecord) -> Path:
+    """Returns the folder of a run, or the file of a record by itself."""
+    path = record.path or Path()
+    return path.parent if path.name == RECORD_FILE else path
+
+
+def commit(record: RunRecord) -> str:
+    """Returns the commit that a run was made from; with `+` if files were changed."""
+    found = record.environment.get("git_commit") or "unknown"
+    return found + "+" * record.environment.get("git_dirty", False)
+
+
+def html(title: str, tables: Sequence[Table], pictures: Sequence[Picture] = (), folder: Path = Path()) -> str:
     """Returns one self-contained page, without scripts and without anything loaded from elsewhere.
+
+    Args:
+        title: of the page.
+        tables: in order; each row links to its runs.
+        pictures: in order.
+        folder: folder of the page, at which relative links start.
 
     Raises:
         ValueError: if a picture is neither PNG nor SVG.
@@ -129,8 +161,18 @@ def html(title: str, tables: Sequence[Table], pictures: Sequence[Picture] = ()) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"parts": _parts, "data_uri": _data_uri}
+    environment.filters |= {
+        "parts": _parts,
+        "data_uri": _data_uri,
+        "heading": lambda picture: f"{picture.name}: " if picture.name else "",
+        "href": partial(_href, folder),
+        "commit": lambda record: f"{place(record).stem} @ {commit(record)[:7]}",
+    }
     return environment.get_template("report.html.jinja").render(title=title, tables=tables, pictures=pictures)
+
+
+def _href(folder: Path, record: RunRecord) -> str:
+    return quote(os.path.relpath(place(record), folder).replace(os.sep, "/"))
 
 
 def _data_uri(path: Path) -> str:

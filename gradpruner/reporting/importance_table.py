@@ -63,6 +63,7 @@ def _table(records: list[RunRecord]) -> Table:
             "share of gradient energy in the strongest tenth of the steps; means over seeds, but layers of the first",
             SPREAD_NOTE,
         ],
+        rows,
     )
 
 

@@ -65,11 +65,13 @@ def _table(records: list[RunRecord]) -> Table:
         cells.append([label, *_best_in_bold(texts, [values.get(rate, math.inf) for rate in rates])])
         for rate, value in values.items():
             means[rate].append(value)
+    sources = [[run for runs in by_rate.values() for run in runs] for by_rate in rows.values()]
     # Infinity stands for "no mean": only a rate that every method has can be the best for all of them.
     of_all = [statistics.mean(values) if len(values) == len(rows) else math.inf for values in means.values()]
     if len(rows) > 1 and sum(mean < math.inf for mean in of_all) > 1:
         texts = [f"{mean:.3f}" if mean < math.inf else "-" for mean in of_all]
         cells.append(["mean of all", *_best_in_bold(texts, of_all)])
+        sources.append([])
     first = records[0]
     return Table(
         f"Learning rates: {first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}, "
@@ -82,6 +84,7 @@ def _table(records: list[RunRecord]) -> Table:
             "bold: the least of a row",
             *caveats(records),
         ],
+        sources,
     )
 
 

@@ -1,9 +1,11 @@
 """The paper's tables with our values: the same rows and columns, the paper's value in square brackets beside ours."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from gradpruner.messages import parameters
 from gradpruner.record import RunRecord
 from gradpruner.reporting.cells import DASH, FEWER, Value, average, paper_average, value_of
 from gradpruner.reporting.comparing import SPREAD_NOTE, Difference, difference, mean_difference
@@ -129,15 +131,16 @@ def _table(published: Published, placement: Placement, metrics: list[str]) -> Ta
     notes += _about_others(placement)
     if is_score:
         notes += _about_paper(published, placement, [reason for reason in reasons if reason])
-    return Table(_title(published, placement, "" if is_score else ", answer NLL"), ["method", *headers], texts, notes)
+    title = _title(published, placement, "" if is_score else ", answer NLL")
+    return Table(title, ["method", *headers], texts, notes, [list(itertools.chain(*row.cells)) for row in rows])
 
 
 def _title(published: Published, placement: Placement, measured: str) -> str:
     first = placement.runs[0]
     own = coordinates(first)
     place = "" if published.axis == "dataset" else f" on {own['dataset']}"
-    parameters = f"{first.model['num_parameters'] / 1e6:.1f} M parameters"
-    name = f"{first.model['name']} with {parameters}{place}, {own['finetune']}{engine_in_title(first)}"
+    size = parameters(first.model["num_parameters"])
+    name = f"{first.model['name']} with {size} parameters{place}, {own['finetune']}{engine_in_title(first)}"
     return f"{published.label}: {published.title}; {name}{measured}"
 
 
@@ -207,7 +210,7 @@ def _differences(published: Published, placement: Placement, metrics: list[str])
     """Returns the table of what each method loses against dense, with 95 % intervals; None without dense runs."""
     dense, *others = placement.rows  # every published table starts with the dense model
     columns = [at for at in range(len(placement.columns)) if _has(dense, at, metrics[at])]
-    rows = []
+    rows, sources = [], []
     is_paired = []
     for row in others:
         known = [at for at in columns if _has(row, at, metrics[at])]
@@ -219,6 +222,7 @@ def _differences(published: Published, placement: Placement, metrics: list[str])
             cells.append(_difference_text(mean_difference(list(found.values())) if full else None))
         if known:
             rows.append([row.label, *cells])
+            sources.append(list(itertools.chain(*row.cells)))
     if not rows:
         return None
     headers = [placement.columns[at].header for at in columns]
@@ -229,7 +233,8 @@ def _differences(published: Published, placement: Placement, metrics: list[str])
     else:
         how = "unpaired where records have no scores of their rows" + ("" if any(is_paired) else ", as all of these")
     notes = [f"in brackets: the 95 % interval, {how}", "≠: can be told from dense at 5 %"]
-    return Table(_title(published, placement, ", difference from dense"), ["method", *headers], rows, notes)
+    title = _title(published, placement, ", difference from dense")
+    return Table(title, ["method", *headers], rows, notes, sources)
 
 
 def _has(row: PlacedRow, at: int, metric: str) -> bool:

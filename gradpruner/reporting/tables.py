@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradpruner.files import content_hash
+from gradpruner.messages import parameters
 from gradpruner.models.counting import ROW_LENGTH
 from gradpruner.record import NOT_IDENTITY, RunRecord, evaluation_settings
 from gradpruner.reporting.comparing import SPREAD_NOTE, mean_error
@@ -49,12 +50,14 @@ class Table:
         headers: names of the columns; the first column holds the labels of the rows.
         rows: cells.
         notes: sentences below the table.
+        sources: the runs behind each row; empty if nothing was run for the table.
     """
 
     title: str
     headers: list[str]
     rows: list[list[str]]
     notes: list[str]
+    sources: Sequence[Sequence[RunRecord]] = ()
 
     def markdown(self) -> str:
         """Returns the table in Markdown."""
@@ -78,7 +81,7 @@ def dataset_name(record: RunRecord) -> str:
     dataset = record.config["dataset"]
     if not dataset:  # timings alone
         return "random rows"
-    tested = f", tested on {dataset['test']}" if dataset["test"] else ""
+    tested = f", tested on {dataset['test']}" if dataset.get("test") else ""
     if dataset.get("validation_fraction"):
         tested += ", validation rows"
     return f"{dataset_module(record)}{tested}"
@@ -168,6 +171,7 @@ def _comparison(records: list[RunRecord]) -> Table:
         headers,
         [[label, *_cells(group, columns, has_counts, has_before)] for label, group in zip(labels, rows, strict=True)],
         _notes(records),
+        rows,
     )
 
 
@@ -267,7 +271,7 @@ def row_order(record: RunRecord) -> tuple[tuple[int, str], int, str]:
 
 def _cells(group: list[RunRecord], columns: list[MetricColumn], has_counts: bool, has_before: bool) -> list[str]:
     first = group[0]
-    cells = [str(first.pruning["num_hidden_layers"]), f"{first.pruning['num_parameters'] / 1e6:.1f} M"]
+    cells = [str(first.pruning["num_hidden_layers"]), parameters(first.pruning["num_parameters"])]
     if has_counts:
         cells += _counts(first)
     cells += cells_of_seeds(group, columns)
@@ -286,7 +290,7 @@ def _counts(record: RunRecord) -> list[str]:
     pruning = record.pruning
     if "num_macs" not in pruning:
         return ["-"] * len(COUNTS)
-    return [f"{pruning['num_parameters_without_embedding'] / 1e6:.1f} M", f"{pruning['num_macs'] / 1e9:.2f}"]
+    return [parameters(pruning["num_parameters_without_embedding"]), f"{pruning['num_macs'] / 1e9:.2f}"]
 
 
 def cells_of_seeds(group: list[RunRecord], columns: list[MetricColumn]) -> list[str]:

@@ -5,6 +5,7 @@ r"""A user's own data: files, folders or datasets of the Hub, whose column names
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,9 +21,20 @@ from gradpruner.tasks.sources import SourceRow, read_hub
 from gradpruner.tasks.template import Template
 
 HUB = "hf://datasets/"  # as `datasets` and pandas write it
-COLUMNS_OF_PROMPTS = ("answer_field", "choices_field", "option_fields", "long_field", "prompt_with_options")
+CHOICES = ("choices", "choices_field", "option_fields")  # settings that say where choices are
+COLUMNS_OF_PROMPTS = ("answer_field", *CHOICES, "long_field", "prompt_with_options")
+PLAIN_NAMES = ("train", "training", "data")  # of files, which do not name a dataset
 
 logger = logging.getLogger(__name__)
+
+
+def name_of(name: str | None, train_file: str) -> str:
+    """Returns the name of a dataset: the one given, else that of its file, or of the folder of a `train.jsonl`."""
+    if name is None:
+        parts = [part for part in train_file.removeprefix(HUB).replace("\\", "/").split("/") if part]
+        names = [part.partition("@")[0].partition(".")[0] for part in parts]
+        name = next((each for each in reversed(names) if each and each not in PLAIN_NAMES), names[-1])
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,35 +45,39 @@ class JsonLines(Task):
 
     Attributes:
         source: always `local`.
+        name: name of the dataset, for folders and tables; None: that of `train_file`, see `name_of`.
         train_file: a file of the train split, in any format of `local_files.read_local`; a folder as on the Hub; or
             `hf://datasets/OWNER/NAME`, with `@REVISION` behind it for another than the newest.
-        test_file: the same of the test split; a folder or dataset may be that of `train_file`.
+        test_file: the same of the test split; a folder or dataset may be that of `train_file`. None: the test rows are
+            those of `validation_fraction`, or of another dataset.
         train_split: name of the train split in a folder or a dataset of the Hub.
         test_split: name of the test split there.
         subset: configuration of a folder or a dataset that has several.
         messages_field: column with the turns of a conversation, see `conversations.read_turns`.
         answer_field: column with the answer: free text, or with choices what `answer_as` says.
-        choices_field: column with the list of choices; None for open answers.
-        option_fields: columns with one choice each, in place of `choices_field`; the last ones may be empty.
+        choices: choices of every row, such as the labels of a classification.
+        choices_field: column with the list of choices; without one of these three, answers are open.
+        option_fields: columns with one choice each; the last ones may be empty.
         answer_as: how the answer names a choice, see `answers.read_label`.
         long_field: column to shorten at its end when a prompt is too long; None: such rows are refused.
         id_field: column with an id, unique within a file; None to number the rows.
     """
 
-    name: ClassVar[str] = "jsonl"
     sources: ClassVar[tuple[str, ...]] = ("local",)
     prompt_fields: ClassVar[tuple[str, ...] | None] = None
 
     source: str = "local"
     prompt: str | None = None
     choice: str = " {choice}"
+    name: str | None = None  # type: ignore[assignment, misc]  # of a dataset that is ours it is the class's
     train_file: str
-    test_file: str
+    test_file: str | None = None
     train_split: str = "train"
     test_split: str = "test"
     subset: str | None = None
     messages_field: str | None = None
     answer_field: str | None = None
+    choices: tuple[str, ...] | None = None
     choices_field: str | None = None
     option_fields: tuple[str, ...] | None = None
     answer_as: str = "auto"
@@ -71,6 +87,7 @@ class JsonLines(Task):
     def __post_init__(self) -> None:
         """Checks the settings."""
         super().__post_init__()
+        object.__setattr__(self, "name", name_of(self.name, self.train_file))
         if self.answer_as not in ANSWER_KINDS:
             raise DataError(
                 f"There is no such way to name a choice, got dataset.answer_as={self.answer_as!r}"
@@ -85,15 +102,16 @@ class JsonLines(Task):
                 f"{self.answer_field!r} and dataset.messages_field={self.messages_field!r}. Name the column with the "
                 "answer, or leave dataset.prompt null."
             )
-        if self.choices_field is not None and self.option_fields is not None:
+        given = [f"dataset.{name}={getattr(self, name)!r}" for name in CHOICES if getattr(self, name) is not None]
+        if len(given) > 1:
             raise DataError(
-                f"Choices are in one column or in several, got dataset.choices_field={self.choices_field!r} and "
-                f"dataset.option_fields={list(self.option_fields)}. Set one of them to null."
+                "Choices are the same for all rows, in one column or in several, got "
+                f"{' and '.join(given)}. Set all but one of them to null."
             )
         if self.answer_as != "auto" and not self._has_choices:
             raise DataError(
                 f"dataset.answer_as says how an answer names a choice, got {self.answer_as!r} with "
-                "dataset.choices_field=null. Set dataset.choices_field or dataset.option_fields, or answer_as=auto."
+                "dataset.choices_field=null. Set dataset.choices, choices_field or option_fields, or answer_as=auto."
             )
         if self.prompt_with_options is not None and not self._has_choices:
             raise DataError(
@@ -118,7 +136,7 @@ class JsonLines(Task):
 
     @property
     def _has_choices(self) -> bool:
-        return self.choices_field is not None or self.option_fields is not None
+        return any(getattr(self, name) is not None for name in CHOICES)
 
     def check_source(self) -> None:
         """Refuses the settings of other sources, and empty names.
@@ -128,11 +146,12 @@ class JsonLines(Task):
         """
         if self.source != "local" or self.path is not None or self.revision is not None:
             raise DataError(
-                f"dataset=jsonl reads two files of yours, got source={self.source!r}, path={self.path!r}, "
+                f"dataset=jsonl reads files of yours, got source={self.source!r}, path={self.path!r}, "
                 f"revision={self.revision!r}. Set dataset.train_file and dataset.test_file, and leave these alone."
             )
         for setting in ("train_file", "test_file", "train_split", "test_split"):
-            self._check_name(setting, "a path" if setting.endswith("file") else "the name of a split", optional=False)
+            kind = "a path" if setting.endswith("file") else "the name of a split"
+            self._check_name(setting, kind, optional=setting == "test_file")
         for setting in ("subset", "messages_field", "answer_field", "choices_field", "long_field", "id_field"):
             self._check_name(setting, "a column name" if setting.endswith("field") else "a name", optional=True)
         if self.train_file == self.test_file and (not self._has_splits("train") or self.train_split == self.test_split):
@@ -152,7 +171,7 @@ class JsonLines(Task):
         return self.long_field
 
     def _has_splits(self, split: str) -> bool:
-        file = self.train_file if split == "train" else self.test_file
+        file = (self.train_file if split == "train" else self.test_file) or ""
         return file.startswith(HUB) or user_path(file).is_dir()
 
     def rows(self, split: str) -> Iterator[SourceRow]:
@@ -162,6 +181,11 @@ class JsonLines(Task):
             DataError: if it cannot be read.
         """
         file, setting = (self.train_file, "train_split") if split == "train" else (self.test_file, "test_split")
+        if file is None:
+            raise DataError(
+                "dataset=jsonl needs rows to test on, got dataset.test_file=null. Set dataset.test_file, or "
+                "dataset.validation_fraction=0.1 to hold a tenth of the training rows out of training."
+            )
         name = getattr(self, setting)
         if not self._has_splits(split):
             if name != split or self.subset is not None:
@@ -195,6 +219,8 @@ class JsonLines(Task):
         return Parsed(columns, choices, label, id=row_id, answer_as=answer_as)
 
     def _options(self, columns: Mapping[str, Any]) -> tuple[str, ...]:
+        if self.choices is not None:
+            return self.choices
         if self.option_fields is None:
             assert self.choices_field is not None
             return take_options(columns, self.choices_field)

@@ -171,7 +171,7 @@ def test_a_layer_that_does_nothing_leaves_first_and_is_not_missed(finder, model_
 
 @pytest.mark.parametrize("data_method", LOOK_AT_DATA)
 def test_no_data_is_refused(data_method, make_model):
-    with pytest.raises(ValueError, match=r"looks at data, got no batches\. Give compress\(\) some"):
+    with pytest.raises(ValueError, match=r"looks at data, got no batches\. .* compress\(\) some"):
         method(data_method).compress(make_model(), [])
 
 

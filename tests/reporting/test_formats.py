@@ -7,9 +7,10 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from reporting.test_tables import record
 
 from gradpruner.reporting.figures import Picture
-from gradpruner.reporting.formats import csv_files, html, latex, markdown, write_report
+from gradpruner.reporting.formats import csv_text, html, latex, markdown, write_report
 from gradpruner.reporting.tables import Table
 
 EVIL = "<script>alert('a & b')</script>"
@@ -112,15 +113,32 @@ def test_latex_escapes_every_special_character_once():
 
 
 def test_csv_reads_back_without_marks():
-    [text] = csv_files([TABLE]).values()
-    rows = list(csv.reader(io.StringIO(text)))
+    rows = list(csv.reader(io.StringIO(csv_text(TABLE))))
     assert rows == [TABLE.headers, *[[cell.replace("**", "") for cell in row] for row in TABLE.rows]]
 
 
+def test_the_runs_of_each_row_are_named(tmp_path):
+    run = dataclasses.replace(record("dense"), path=tmp_path / "runs/a b/record.json")
+    copy = dataclasses.replace(record("laco"), path=tmp_path / "records/laco.json")
+    copy.environment.update(git_commit="0123456789", git_dirty=True)
+    table = dataclasses.replace(TABLE, sources=[[run], [run, copy], []])
+    rows = list(csv.DictReader(io.StringIO(csv_text(table))))
+    assert [row["runs"] for row in rows] == [str(run.path.parent), f"{run.path.parent} {copy.path}", ""]
+    assert rows[1]["commits"] == "unknown 0123456789+"
+
+    page = Page(html("Report", [table], folder=tmp_path / "pages"))
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a" and not attrs["href"].startswith("#")]
+    assert links == ["../runs/a%20b", "../runs/a%20b", "../records/laco.json"] and page.open == []
+    assert page.cells[3] == "runs" and "laco @ 0123456" in " ".join(page.cells) and "2 runs" in " ".join(page.cells)
+    assert markdown([table]) == markdown([TABLE])
+
+
 def test_csv_of_tables_with_one_title_are_different_files(tmp_path):
-    assert list(csv_files([TABLE] * 3)) == [f"model-on-arc-easy-40{end}" for end in ("", "-2", "-3")]
     paths = write_report(tmp_path / "all.csv", "csv", [TABLE] * 2)
-    assert [path.name for path in paths] == ["all-model-on-arc-easy-40.csv", "all-model-on-arc-easy-40-2.csv"]
+    names = ["1-model-on-arc-easy-40.csv", "2-model-on-arc-easy-40.csv"]
+    assert [path.relative_to(tmp_path / "all").as_posix() for path in paths] == ["tables.csv", *names]
+    titles = list(csv.reader((tmp_path / "all/tables.csv").read_text().splitlines()))
+    assert titles == [["file", "title"], *([name, TABLE.title] for name in names)]
     assert write_report(tmp_path / "one.csv", "csv", [TABLE]) == [tmp_path / "one.csv"]
 
 
@@ -143,5 +161,5 @@ def test_unknown_format(tmp_path):
 
 def test_csv_of_a_table_with_a_long_title_can_be_written(tmp_path):
     long = dataclasses.replace(TABLE, title="x=1, " * 100)
-    [first, second] = write_report(tmp_path / "all.csv", "csv", [long, long])
-    assert first.is_file() and second.is_file() and len(second.name) < 150
+    _, first, second = write_report(tmp_path / "all.csv", "csv", [long, long])
+    assert first.is_file() and second.is_file() and len(second.name) < 50

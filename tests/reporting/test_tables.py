@@ -77,6 +77,13 @@ def test_methods_come_in_the_papers_order_and_the_unknown_last():
     assert [name for name in METHOD_LABELS if name in paper] == paper
 
 
+def test_a_dataset_of_ones_own_may_lack_what_ours_have():
+    own = {"dataset": {"_target_": "riddles.Riddles", "prompt": "{riddle}"}}
+    [table] = comparisons([record("mine", config=own), record("dense", config=own)])
+    assert "riddles" in table.title
+    assert [row[0] for row in table.rows] == ["Dense", "mine"]
+
+
 def test_every_method_has_a_name():
     from experiments.config import CONF
 

@@ -79,7 +79,7 @@ def test_every_malformed_line_is_reported_at_once(tmp_path: Path) -> None:
     }
     content = b"".join(lines.get(number, (b"",))[0] + b"\n" for number in range(1, 13))
     (tmp_path / "mine.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match="jsonl train has 9 bad of 11 rows") as error:
+    with pytest.raises(DataError, match="mine train has 9 bad of 11 rows") as error:
         task(tmp_path, id_field="key").load("train", seed=0)
     reported = str(error.value).split("\n")[1:-1]
     expected = [(number, reason) for number, (_, reason) in lines.items() if reason]
@@ -93,7 +93,7 @@ def test_every_malformed_line_is_reported_at_once(tmp_path: Path) -> None:
     ("content", "match"),
     [
         (b"", r"A data file is empty: .*mine.jsonl has 0 bytes"),
-        (b"\n \r\n", r"The train split of jsonl has no rows"),
+        (b"\n \r\n", r"The train split of mine has no rows"),
         (
             b"[\n",
             r"A data file is not a valid JSON array: .*mine.jsonl: Expecting value: line 1 column 2 .* Correct it th",
@@ -196,10 +196,10 @@ def test_duplicate_ids(tmp_path: Path) -> None:
     [
         (
             {"source": "hub"},
-            r"reads two files of yours, got source='hub'.*Set dataset.train_file and dataset.test_file",
+            r"reads files of yours, got source='hub'.*Set dataset.train_file and dataset.test_file",
         ),
-        ({"path": "data"}, r"reads two files of yours, got .*path='data'"),
-        ({"revision": "v1"}, r"reads two files of yours, got .*revision='v1'"),
+        ({"path": "data"}, r"reads files of yours, got .*path='data'"),
+        ({"revision": "v1"}, r"reads files of yours, got .*revision='v1'"),
         ({"train_file": None}, r"dataset.train_file must be a path, got None. Set dataset.train_file\.$"),
         (
             {"prompt": None},
@@ -220,7 +220,15 @@ def test_duplicate_ids(tmp_path: Path) -> None:
         ),
         (
             {"choices_field": "o", "option_fields": ("a",)},
-            r"in one column or in several, got .*Set one of them to null",
+            r"in one column or in several, got .*Set all but one of them to null",
+        ),
+        (
+            {"choices": ("yes", "no"), "choices_field": "o"},
+            r"same for all rows, in one .*, got dataset.choices=\('yes', 'no'\) and dataset.choices_field='o'. Set all",
+        ),
+        (
+            {"choices": ("yes", "no"), "prompt": None, "answer_field": None},
+            r"dataset.choices belongs to dataset.prompt",
         ),
         ({"test_split": ""}, r"dataset.test_split must be the name of a split, got ''. Set dataset.test_split"),
         ({"answer_field": ""}, r"dataset.answer_field must be a column name, got ''"),
@@ -259,3 +267,28 @@ def test_the_same_file_twice_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         task(tmp_path, train_file="a.jsonl", test_file="a.jsonl")
     assert "train_file and test_file are both a.jsonl" in caplog.text
+
+
+def test_choices_that_all_rows_share(tmp_path: Path) -> None:
+    rows = [{"question": "?", "answer": answer} for answer in ("no", 0)]
+    first, second = load(tmp_path, *rows, choices=("yes", "no"))
+    assert (first.label, second.label) == (1, 0) and first.choices == second.choices == (" yes", " no")
+
+
+def test_one_file_with_validation_rows(tmp_path: Path) -> None:
+    rows = [{"question": f"{n}?", "answer": "a"} for n in range(10)]
+    assert len(load(tmp_path, *rows, test_file=None, validation_fraction=0.2)) == 8
+    one = task(tmp_path, test_file=None, validation_fraction=0.2)
+    assert len(one.load("test", 0)) == 2
+    match = r"needs rows to test on, got dataset.test_file=null. Set dataset.test_file, or dataset.validation_fraction="
+    with pytest.raises(DataError, match=match):
+        task(tmp_path, test_file=None).load("test", 0)
+
+
+@pytest.mark.parametrize(("name", "file", "expected"), [
+    (None, "data/reviews.csv.gz", "reviews"), (None, "reviews/train.jsonl", "reviews"), (None, "train.jsonl", "train"),
+    (None, "reviews/data/train.jsonl", "reviews"), (None, "hf://datasets/org/reviews@main", "reviews"),
+    (None, "my folder/", "my-folder"), ("mine: v2", "train.jsonl", "mine-v2"), ("../..", "x", "jsonl"),
+])  # fmt: skip
+def test_the_name_of_a_dataset(name: str | None, file: str, expected: str) -> None:
+    assert task(Path(), name=name, train_file=file).name == expected
