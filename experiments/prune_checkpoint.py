@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omegaconf import OmegaConf
+
 from gradpruner.checkpoints.streaming import prune_checkpoint
 from gradpruner.files import user_path
 from gradpruner.plan import PruningPlan
-from gradpruner.record import RunRecord
+from gradpruner.record import CONFIG_FILE, RunRecord
 
 if TYPE_CHECKING:
     from gradpruner.gradients import EarlyGradients
@@ -103,13 +105,14 @@ def _recorded_factors(run: Path) -> Path:
     Raises:
         ValueError: if there is no such record, or the cache no longer has that folder.
     """
-    record = RunRecord.load(run)
-    if record is None or "measure" not in record.stage_ids:
+    record, config = RunRecord.load(run), run / CONFIG_FILE
+    if record is None or "measure" not in record.stage_ids or not config.is_file():
         raise ValueError(
             f"The plan merges layers, and the record beside it must name its importance run, got none in {run}. Give "
             "the folder of a finished run as RUN, or that of the importance run as FACTORS."
         )
-    folder = user_path(record.config["cache_dir"]) / "stages" / "measure" / record.stage_ids["measure"]
+    cache = OmegaConf.to_container(OmegaConf.load(config))["cache_dir"]  # type: ignore[call-overload, index]
+    folder = user_path(str(cache)) / "stages" / "measure" / record.stage_ids["measure"]
     if not folder.is_dir():
         raise ValueError(
             f"The cache must hold the importance run of {run}, got no folder {folder.absolute()}. Start this "

@@ -13,8 +13,8 @@ from gradpruner.models.chat_template import CHAT_TEMPLATE_DATE
 from gradpruner.models.counting import ROW_LENGTH, count_model
 from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Outcome, Pipeline
-from gradpruner.pipeline.stages import LIBRARIES
-from gradpruner.record import RECORD_FILE, RunRecord
+from gradpruner.pipeline.runner import LIBRARIES
+from gradpruner.record import RECORD_FILE, RunRecord, portable
 from gradpruner.record_sections import ModelSection, TrainingSection, empty_section
 from gradpruner.reporting.row_scores import row_scores, write_numbers
 from gradpruner.runtime import environment
@@ -53,7 +53,7 @@ def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_m
     num_dense_layers, num_dense_parameters = pipeline.dense_config.num_hidden_layers, pipeline.num_dense_parameters
     return RunRecord(
         status="finished",
-        config=resolve(cfg),
+        config=portable(resolve(cfg)),
         identity=content_hash(identity(cfg)),
         seed=cfg.seed,
         model=_model_section(pipeline),

@@ -66,7 +66,7 @@ from gradpruner.finetune.trainer import DivergedError
 from gradpruner.models import offline_configs
 from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Pipeline
-from gradpruner.record import RunRecord
+from gradpruner.record import CONFIG_FILE, RunRecord, portable
 from gradpruner.reporting.figures import plot_importance, plot_loss
 from gradpruner.runtime import quiet_libraries
 from gradpruner.waiting import leased
@@ -254,7 +254,7 @@ def _run_alone(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Trac
             history = run_dir / HISTORY_FILE
             tracker.log(record, json.loads(history.read_text()) if history.is_file() else [], run_dir)
         return record
-    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(run_dir / CONFIG_FILE, OmegaConf.to_yaml(cfg, resolve=True))
     handler = logging.FileHandler(run_dir / "run.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -265,7 +265,9 @@ def _run_alone(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Trac
         return _run_into(run_dir, cfg, pipeline, tracker)
     except Exception as error:
         cause = processes.cause_of(error)
-        failed = RunRecord("failed", resolve(cfg), identity_hash, cfg.seed, error=f"{type(cause).__name__}: {cause}")
+        failed = RunRecord(
+            "failed", portable(resolve(cfg)), identity_hash, cfg.seed, error=f"{type(cause).__name__}: {cause}"
+        )
         failed.save(run_dir)
         raise cause from error
     finally:

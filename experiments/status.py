@@ -35,7 +35,7 @@ from experiments.sweep import FAILURE_FILE, arguments_of, cells, is_left_out
 from gradpruner.files import content_hash
 from gradpruner.lease import find_holder
 from gradpruner.messages import one_line
-from gradpruner.record import RunRecord
+from gradpruner.record import CONFIG_FILE, RunRecord
 
 STATES = ("done", "running", "failed", "missing")
 STYLES = {"done": "green", "running": "yellow", "failed": "red", "missing": "dim"}
@@ -153,7 +153,7 @@ def _state(cfg: DictConfig, failure: str | None) -> tuple[str, str]:
         return "failed", failure
     if record is not None:
         return "missing", "finished without the checkpoint or speed that is asked for"
-    return "missing", "broken off, and will be resumed" if (run_dir / "config.yaml").is_file() else ""
+    return "missing", "broken off, and will be resumed" if (run_dir / CONFIG_FILE).is_file() else ""
 
 
 def _failures(sweeps: Path) -> dict[frozenset[str], str]:

@@ -27,12 +27,16 @@ from gradpruner.record_sections import (
 
 SCHEMA_VERSION = 3  # 3: shapes, recovery
 RECORD_FILE = "record.json"
+CONFIG_FILE = "config.yaml"  # beside it: the whole config
 # Config keys that results do not depend on: they may differ between runs of one identity. `sparsity` and `merge_count`
 # are here because a method's own settings repeat the values that it uses.
 NOT_IDENTITY = (
     *("sparsity", "merge_count", "tracker", "reference", "dry_run", "rerun", "save_checkpoint", "measure_speed"),
     *("results_dir", "output_dir", "cache_dir", "num_processes"),
 )
+# Ends of the names of settings that hold paths.
+PATH_SETTINGS = ("path", "_file", "_dir", "_python")
+KEPT_PARTS = 2  # of an absolute path
 # Settings of the evaluation that older records lack, with the value that those runs had.
 LATER_EVALUATION = {"engine": "transformers", "vllm_dtype": "auto"}
 SECTIONS: dict[str, Any] = {  # those that every finished run has
@@ -44,6 +48,22 @@ SECTIONS: dict[str, Any] = {  # those that every finished run has
 }
 OF_TRAINING = ("finetune", "efficiency")
 MAY_LACK = ("content", "stage_ids", "row_scores")  # sections that failed runs and older records lack
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config without folders of the machine: of absolute paths the last two parts remain.
+
+    `CONFIG_FILE` has them whole.
+    """
+
+    def part(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return portable(value)
+        if isinstance(value, str) and key.endswith(PATH_SETTINGS) and Path(value).is_absolute():
+            return "/".join(Path(value).parts[1:][-KEPT_PARTS:])
+        return value
+
+    return {key: part(key, value) for key, value in config.items()}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gradpruner.record import RunRecord
+from gradpruner.record import RunRecord, portable
 from gradpruner.record_sections import metric_stderr, metric_value
 
 RECORDS = Path(__file__).resolve().parents[1] / "results" / "records"
@@ -87,3 +87,30 @@ def test_metrics_by_name():
     assert metric_value({}, "accuracy") is None
     with pytest.raises(KeyError, match="rouge_l_stderr"):
         metric_stderr(metrics, "rouge_l")
+
+
+def test_a_portable_config_names_no_folder_of_the_machine():
+    config = {
+        "cache_dir": "/home/someone/study/cache",
+        "results_dir": "results/runs",
+        "output_dir": None,
+        "dataset": {"path": "/data", "train_file": "/mnt/x/y/train.jsonl", "prompt": "/no_think {question}"},
+        "model": {"path": "org/model"},
+        "evaluation": {"vllm_python": "/opt/venv/bin/python"},
+    }
+    assert portable(config) == {
+        "cache_dir": "study/cache",
+        "results_dir": "results/runs",
+        "output_dir": None,
+        "dataset": {"path": "data", "train_file": "y/train.jsonl", "prompt": "/no_think {question}"},
+        "model": {"path": "org/model"},
+        "evaluation": {"vllm_python": "bin/python"},
+    }
+    assert portable(portable(config)) == portable(config) and config["dataset"]["path"] == "/data"
+
+
+def test_committed_records_name_no_folder_of_a_machine():
+    found = committed()
+    assert found
+    for file, data in found.items():
+        assert portable(data["config"]) == data["config"], file

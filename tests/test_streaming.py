@@ -610,7 +610,8 @@ def test_file_that_shrinks_while_it_is_read(source, tmp_path, target, monkeypatc
 def write_run(folder, plan, **record):
     """Writes what the command reads of a run's folder."""
     plan.save(folder / "plan.json")
-    RunRecord("failed", {"cache_dir": str(folder.parent / "cache")}, "identity", 0, **record).save(folder)
+    (folder / "config.yaml").write_text(f"cache_dir: {folder.parent / 'cache'}\n")
+    RunRecord("failed", {}, "identity", 0, **record).save(folder)
 
 
 def test_command(sharded, gradients, tmp_path, target, capsys):
