@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.config import CONF
-from experiments.run import run_job
+from experiments.job import run_job
 
 CACHE = CONF.parent / ".cache"  # the converted model is shared with `make run`
 ROWS = {"train": 48, "test": 40}

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from experiments.config import CONF
 from experiments.report import main, read_records, show
-from experiments.run import run_job
+from experiments.job import run_job
 from gradpruner.files import write_json
 from gradpruner.plan import PruningPlan, WidthPlan
 from gradpruner.reporting.tables import Table

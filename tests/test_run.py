@@ -16,7 +16,8 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.config import CONF, build_pipeline, load_option, run_directory
-from experiments.run import main, run_job
+from experiments.job import run_job
+from experiments.run import main
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.record import RunRecord
 
@@ -384,7 +385,7 @@ def test_a_bug_in_a_run_ends_with_its_traceback(monkeypatch):
     def broken(cfg):
         return cfg.no_such_key
 
-    monkeypatch.setattr("experiments.run.run_job", broken)
+    monkeypatch.setattr("experiments.job.run_job", broken)
     done = call(main)
     assert done.returncode == 1 and "in broken" in done.stderr and "ConfigAttributeError" in done.stderr
 
@@ -450,6 +451,16 @@ def test_a_model_path_cannot_lead_out_of_the_results(folders, tmp_path, monkeypa
             cfg = compose("config", overrides=[f"model.path={path}", *folders])
             run_dir = run_directory(cfg, build_pipeline(cfg)).resolve()
             assert run_dir.is_relative_to(tmp_path / "runs"), path
+
+
+def test_a_typo_costs_no_import_of_torch():
+    code = "import sys\nfrom experiments.run import main\ntry: main()\nfinally: print(sorted(sys.modules))"
+    arguments = [sys.executable, "-c", code, "-m", "method=dense,lcao"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "There is no method 'lcao' (did you mean 'laco'?)" in done.stderr
+    assert "'hydra'" in done.stdout
+    for library in ("torch", "transformers", "peft", "datasets", "matplotlib"):
+        assert f"'{library}'" not in done.stdout
 
 
 def test_help_lists_groups_and_examples():

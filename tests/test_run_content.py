@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 from experiments.config import CONF
-from experiments.run import run_job
+from experiments.job import run_job
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline import stages
 from gradpruner.record import RunRecord
