@@ -158,7 +158,9 @@ def _arms(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[DictConfig, Pip
     """Yields config and pipeline of the reference method, if there is one, and of the run itself."""
     if cfg.reference is not None and cfg.reference != pipeline.method.name:
         reference = reference_config(cfg)
-        yield reference, build_pipeline(reference)
+        first = build_pipeline(reference)
+        first.take_examples(pipeline)
+        yield reference, first
     yield cfg, pipeline
 
 
