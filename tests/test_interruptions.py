@@ -1,6 +1,7 @@
 """kill -9 at random moments of every stage, then the same command: the record equals that of an undisturbed run."""
 
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ def overrides(folder):
 
 
 def work(folder):
+    gc.freeze()  # as in conftest.py, which is not in force in a process of the fork server
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         run_job(compose("config", overrides=overrides(folder)))
