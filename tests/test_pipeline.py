@@ -126,7 +126,7 @@ def test_a_sweep_measures_once(make, tmp_path):
         method = dataclasses.replace(
             GRADPRUNER, sparsity=None, num_pruned_layers=num_pruned, merge_count=merge_count, **changes
         )
-        make(method).run()
+        make(method, evaluate_before=False).run()
     assert len(entries(tmp_path / "cache", "measure")) == 1
     assert len(entries(tmp_path / "cache", "finetune")) == 5
 
