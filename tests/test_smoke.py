@@ -32,9 +32,12 @@ def test_smoke_wins_over_every_preset(name):
         assert pipeline.evaluation.name == "likelihood" and not pipeline.measure_speed
 
 
-@pytest.mark.parametrize("method", ["igia_only", "kernel_igia", "gradpruner_plus"])
-def test_importance_runs_are_short(method):
-    assert build_pipeline(config("experiment=table1", f"method={method}")).method.steps == 8
+@pytest.mark.parametrize(
+    ("method", "expected"), [("igia_only", (8, 100)), ("kernel_igia", (8, 100)), ("gradpruner_plus", ("auto", 8))]
+)
+def test_importance_runs_are_short(method, expected):
+    method = build_pipeline(config(f"method={method}")).method
+    assert (method.steps, method.max_steps) == expected
 
 
 def test_minitron_needs_no_hub():
