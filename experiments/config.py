@@ -3,7 +3,7 @@
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -16,9 +16,11 @@ from experiments.paths import path_setting
 from gradpruner.checks import guess
 from gradpruner.files import content_hash
 from gradpruner.messages import first_line
-from gradpruner.pipeline.run import Pipeline
 from gradpruner.record import NOT_IDENTITY, evaluation_settings
-from gradpruner.tasks import Task
+
+if TYPE_CHECKING:
+    from gradpruner.pipeline.run import Pipeline
+    from gradpruner.tasks import Task
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # Keys that name a second dataset, and the keys with its settings.
@@ -29,8 +31,10 @@ schema.register()
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/.*' is validated against ConfigStore schema")
 
 
-def build_pipeline(cfg: DictConfig) -> Pipeline:
-    """Builds every node of the config; loads nothing, so a typo costs a second."""
+def build_pipeline(cfg: DictConfig) -> "Pipeline":
+    """Builds every node of the config; loads no weights and no data."""
+    from gradpruner.pipeline.run import Pipeline  # takes seconds, which a typo in the config's names must not cost
+
     task, test_task = build_tasks(cfg)
     recover_on, recover_settings = (cfg.method.get(key) for key in ("recover_on", "recover_settings"))
     return Pipeline(
@@ -48,7 +52,7 @@ def build_pipeline(cfg: DictConfig) -> Pipeline:
     )
 
 
-def build_tasks(cfg: DictConfig) -> tuple[Task, Task | None]:
+def build_tasks(cfg: DictConfig) -> "tuple[Task, Task | None]":
     """Returns the dataset to train on and, if `dataset.test` names another one, the dataset to test on.
 
     Raises:
@@ -67,7 +71,7 @@ def build_tasks(cfg: DictConfig) -> tuple[Task, Task | None]:
     return task, _second_task(cfg, "dataset.test", name, settings)
 
 
-def _second_task(cfg: DictConfig, key: str, name: str | None, settings: DictConfig | None) -> Task | None:
+def _second_task(cfg: DictConfig, key: str, name: str | None, settings: DictConfig | None) -> "Task | None":
     """Returns the dataset that `key` names, with the settings next to that key.
 
     Raises:
@@ -160,7 +164,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     return {**settings, "finetune": finetune, "evaluation": evaluation_settings(resolved)}
 
 
-def run_directory(cfg: DictConfig, pipeline: Pipeline) -> Path:
+def run_directory(cfg: DictConfig, pipeline: "Pipeline") -> Path:
     """Returns `<results_dir>/<model>/<dataset>/<finetune>/<method>/<variant>-<hash>-seed<k>`, or `output_dir`.
 
     The variant is for people to read; the hash covers everything that results depend on and keeps runs apart.

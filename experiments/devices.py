@@ -34,10 +34,12 @@ def offer_gpus(config: "DictConfig") -> None:
     Args:
         config: the sweep's config, with hydra's own node.
     """
+    if not str(config.hydra.launcher._target_).endswith(".JoblibLauncher"):
+        return
     import torch
 
     count, size = torch.cuda.device_count(), config.num_processes
-    if count < 2 * size or not str(config.hydra.launcher._target_).endswith(".JoblibLauncher"):
+    if count < 2 * size:
         return
     listed = os.environ.get(VISIBLE)
     gpus = listed.split(",")[:count] if listed else [str(index) for index in range(count)]

@@ -8,14 +8,12 @@ has a time limit, which a long stage on rank 0 would exceed. With one process no
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
-
-import torch
-from torch import distributed
 
 from gradpruner.messages import first_line
 
@@ -42,15 +40,15 @@ class PeerFailedError(RuntimeError):
 
 def count() -> int:
     """Returns the number of processes of the run."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size()
+    if (distributed := _joined()) is not None:
+        return int(distributed.get_world_size())
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
     """Returns the number of this process among them, from 0."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank()
+    if (distributed := _joined()) is not None:
+        return int(distributed.get_rank())
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
@@ -75,8 +73,11 @@ def start() -> None:
     Raises:
         ValueError: if the launcher's variables are incomplete, or there are fewer GPUs than processes.
     """
-    if count() == 1 or distributed.is_initialized():
+    if count() == 1 or _joined() is not None:
         return
+    import torch
+    from torch import distributed
+
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ValueError(
             f"A run on several processes needs a launcher, got WORLD_SIZE={os.environ['WORLD_SIZE']} without "
@@ -97,7 +98,8 @@ def start() -> None:
 
 def finish() -> None:
     """Leaves the other processes, at the end of a command. Rank 0 may keep the store, so it leaves last."""
-    if count() == 1 or not distributed.is_initialized():
+    distributed = _joined()
+    if count() == 1 or distributed is None:
         return
     store, names = _shared_store(), [f"{other} has left" for other in range(1, count())]
     with suppress(RuntimeError):  # the store ended with the process that kept it
@@ -165,7 +167,7 @@ def report(failure: str) -> bool:
     Returns:
         Whether this process is the first to fail, so that it is the one to show the failure.
     """
-    if count() == 1 or not distributed.is_initialized():
+    if count() == 1 or _joined() is None:
         return True
     try:
         if is_main():
@@ -184,7 +186,7 @@ def leave() -> None:
     Another process than rank 0 stays for some seconds, in which rank 0 can note the failure: the launcher ends all
     processes when the first one exits.
     """
-    if count() == 1 or not distributed.is_initialized():
+    if count() == 1 or _joined() is None:
         return
     store = _shared_store()
     finish()
@@ -198,7 +200,8 @@ def leave() -> None:
 
 def cause_of(error: Exception) -> Exception:
     """Returns the failure of another process if it is behind an error of this one, else the error."""
-    if count() == 1 or not distributed.is_initialized() or isinstance(error, PeerFailedError):
+    distributed = _joined()
+    if count() == 1 or distributed is None or isinstance(error, PeerFailedError):
         return error
     if not (isinstance(error, distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
         return error
@@ -216,6 +219,17 @@ def cause_of(error: Exception) -> Exception:
         f"Another process of the run ended without a message, as one does that is killed or that the system ends for "
         f"lack of memory, got {lost!r}. Run the same command again: finished stages and checkpoints are kept."
     )
+
+
+def _joined() -> Any:
+    """Returns the module torch.distributed if it is started, else None.
+
+    Does not import it: torch takes seconds, and a command asks how many processes there are before it needs torch.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed
 
 
 def _next_exchange() -> int:

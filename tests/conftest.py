@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -52,12 +53,18 @@ TINY_CONFIG: dict[str, Any] = {
 Batches = list[dict[str, Tensor]]
 
 
+def pytest_sessionstart() -> None:
+    """Collects no garbage while test modules are imported and tests are collected: there is none."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Exempts all objects imported so far from garbage collection.
 
     Every training run collects twice, and scanning torch's and transformers' objects takes 3/4 of a tiny run's time.
     """
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +78,16 @@ def seed() -> int:
 def assets_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder in which `ModelSpec` creates models; one per session."""
     return tmp_path_factory.mktemp("assets")
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a `cache_dir` for runs that tests start from: equal stages run once, for all workers of pytest-xdist.
+
+    Not for tests of what a run computes or finds in its cache.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shared-cache"
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from experiments import report, run
 from experiments.arguments import quote
+from experiments.config import build_pipeline
 
 AREA = "Paths and overrides"
 
@@ -27,7 +28,7 @@ def tried(given_, gets):
 def configs(monkeypatch):
     """Configs of the jobs that a command starts; none of them runs."""
     found = []
-    monkeypatch.setattr(run, "run_job", found.append)
+    monkeypatch.setattr("experiments.job.run_job", found.append)
     return found
 
 
@@ -218,4 +219,4 @@ def test_words_for_true(configs, value):
 def test_digits_as_a_text(configs):
     assert call(run.main, "model.revision=1234567").returncode == 0
     assert OmegaConf.to_container(configs[0])["model"]["revision"] == 1234567
-    assert run.build_pipeline(configs[0]).model.revision == "1234567"
+    assert build_pipeline(configs[0]).model.revision == "1234567"

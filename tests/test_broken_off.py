@@ -31,7 +31,7 @@ def sweep(monkeypatch, tmp_path):
     """Returns `sweep(job, *arguments, seeds="0,1")`, a sweep over seeds whose jobs call `job(seed)`."""
 
     def start(job, *arguments, seeds="0,1,2,3"):
-        monkeypatch.setattr(run, "run_job", lambda cfg: job(cfg.seed))
+        monkeypatch.setattr("experiments.job.run_job", lambda cfg: job(cfg.seed))
         return call(run.main, "-m", f"seed={seeds}", "method=last", f"hydra.sweep.dir={tmp_path}/a b", *arguments)
 
     return start
@@ -98,7 +98,7 @@ def test_an_interrupted_run(monkeypatch):
     def stop(cfg):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "run_job", stop)
+    monkeypatch.setattr("experiments.job.run_job", stop)
     done = call(run.main, "seed=1")
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert "\nInterrupted; finished stages are kept.\nTo continue: python -m experiments.run seed=1\n" in done.stderr
@@ -175,7 +175,7 @@ def test_a_single_run_out_of_memory(monkeypatch):
     def job(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    monkeypatch.setattr(run, "run_job", job)
+    monkeypatch.setattr("experiments.job.run_job", job)
     done = call(run.main)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (

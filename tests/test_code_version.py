@@ -45,6 +45,12 @@ def another(x):
 }
 
 
+def forget():
+    """Forgets what was derived from the sources."""
+    for function in (module._tree, module._module_hash, module.imported_modules):
+        function.cache_clear()
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """Makes a package, and gives a function that edits its files and says what a process started then would hash."""
@@ -58,8 +64,7 @@ def toy(tmp_path, monkeypatch):
 
     def restart():
         monkeypatch.setattr(module, "SOURCES", module._read_sources(["toy"]))
-        module._tree.cache_clear()
-        module._module_hash.cache_clear()
+        forget()
 
     def edit(name, old, new):
         file = folder / f"{name}.py"
@@ -73,8 +78,7 @@ def toy(tmp_path, monkeypatch):
 
     version.edit, version.make = edit, make
     yield version
-    module._tree.cache_clear()
-    module._module_hash.cache_clear()
+    forget()
     for name in [name for name in sys.modules if name.split(".")[0] == "toy"]:
         del sys.modules[name]
 
@@ -120,8 +124,7 @@ def test_prose_and_what_a_stage_does_not_use_are_no_other_version(toy, name, old
 def test_code_that_is_edited_while_a_process_runs_does_not_change_its_keys(toy):
     before = toy()
     toy.edit("deep", "x + 1", "x + 2")
-    module._tree.cache_clear()  # as if no key had been asked for yet
-    module._module_hash.cache_clear()
+    forget()  # as if no key had been asked for yet
     assert toy(restarted=False) == before
     assert toy() != before
 

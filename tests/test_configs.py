@@ -1,6 +1,7 @@
 """Every YAML under conf/ composes and builds; the command line refuses invalid settings."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ OWN_DATA = [
 ]
 
 
+@functools.cache  # several tests look at the same config, and none changes it
 def config(*overrides):
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         return compose("config", overrides=list(overrides))

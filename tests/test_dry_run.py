@@ -83,7 +83,7 @@ def test_what_only_the_run_finds_out_is_said(tmp_path):
     both = show(tmp_path, "debug=smoke", "method=gradpruner_plus", "sparsity=auto")
     said = "Only the run finds out how many layers leave and how many importance steps it takes: the table has the most"
     assert said in both and row(both, "decoder layers") == ["6", "3", "0.500"]
-    assert row(both, "rows seen before pruning")[-1] == "800"
+    assert row(both, "rows seen before pruning")[-1] == "16"  # 8 steps of 2 rows
     assert "Only the run finds out" not in show(tmp_path, "debug=smoke")
 
 

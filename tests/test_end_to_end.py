@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.config import CONF
-from experiments.run import run_job
+from experiments.job import run_job
 
 CACHE = CONF.parent / ".cache"  # the converted model is shared with `make run`
-ROWS = {"train": 48, "test": 40}
+ROWS = {"train": 12, "test": 16}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,9 @@ def finished(tmp_path_factory):
         f"dataset.max_train_samples={ROWS['train']}",
         f"dataset.max_test_samples={ROWS['test']}",
         "method.steps=4",
+        "method.batch_size=2",
+        "finetune.batch_size=2",
+        "finetune.micro_batch_size=2",
         "finetune.max_steps=6",
         "measure_speed=false",  # tests time nothing
     ]
@@ -41,7 +44,7 @@ def finished(tmp_path_factory):
 def test_the_dense_model_is_a_real_one(finished):
     _, run_dir = finished
     before = json.loads((run_dir / "reference" / "record.json").read_text())["metrics_before"]
-    # Forty rows say little about accuracy; a model that knew nothing would need log(49152) = 10.8 nats per token.
+    # Sixteen rows say little about accuracy; a model that knew nothing would need log(49152) = 10.8 nats per token.
     assert before["answer_nll"] + 5 * before["answer_nll_stderr"] < 0.7 * math.log(49152)
 
 

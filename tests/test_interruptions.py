@@ -1,6 +1,7 @@
 """kill -9 at random moments of every stage, then the same command: the record equals that of an undisturbed run."""
 
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments.config import CONF
-from experiments.run import run_job
+from experiments.job import run_job
 
 STAGES = ("measure", "prune", "finetune", "predict")
 NOT_COMPARED = ("second", "bytes", "environment", "config", "identity", "runtime")
@@ -29,6 +30,7 @@ def overrides(folder):
 
 
 def work(folder):
+    gc.freeze()  # as in conftest.py, which is not in force in a process of the fork server
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         run_job(compose("config", overrides=overrides(folder)))
@@ -122,7 +124,7 @@ def test_a_full_disk_is_said_and_damages_nothing(small_disk, tmp_path, monkeypat
     monkeypatch.setattr(
         "gradpruner.pipeline.run.Pipeline.check", lambda self, **kwargs: None
     )  # which would refuse to start
-    monkeypatch.setattr("experiments.run.check_writable", lambda **folders: None)  # likewise
+    monkeypatch.setattr("experiments.job.check_writable", lambda **folders: None)  # likewise
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * (31 * 2**19))
     with pytest.raises(OSError, match=r"The disk of .*cache/stages is full .*Free some space, or set cache_dir"):

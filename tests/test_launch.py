@@ -91,13 +91,13 @@ def test_each_cell_is_a_run_under_torchrun(stub, tmp_path):
 def test_a_process_of_torchruns_runs_the_job_itself(stub, monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_RANK", "0")
     seen = []
-    monkeypatch.setattr(run, "run_job", lambda cfg: seen.append(cfg.num_processes))
+    monkeypatch.setattr("experiments.job.run_job", lambda cfg: seen.append(cfg.num_processes))
     assert call(run.main, "num_processes=4", "experiment=table1", "hydra.mode=RUN").returncode == 0
     assert seen == [4] and not (tmp_path / "calls").exists()
 
 
 def test_a_dry_run_is_one_process(stub, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "run_job", lambda cfg: None)
+    monkeypatch.setattr("experiments.job.run_job", lambda cfg: None)
     assert call(run.main, "num_processes=4", "dry_run=true").returncode == 0 and not (tmp_path / "calls").exists()
 
 

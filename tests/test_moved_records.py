@@ -10,8 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.config import CONF
+from experiments.job import run_job
 from experiments.report import build_report, read_records
-from experiments.run import run_job
 from gradpruner.record import RunRecord
 
 AREA = "Sweeps and records"

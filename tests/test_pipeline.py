@@ -1,7 +1,9 @@
 """Stages, their keys, and what a sweep computes how often."""
 
 import dataclasses
+import functools
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,13 +44,12 @@ def rows(count):
     ]
 
 
-@pytest.fixture
-def task(tmp_path):
+def make_task(folder):
     for name, count in (("train", 8), ("test", 5)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
     return JsonLines(
-        train_file=str(tmp_path / "train.jsonl"),
-        test_file=str(tmp_path / "test.jsonl"),
+        train_file=str(folder / "train.jsonl"),
+        test_file=str(folder / "test.jsonl"),
         prompt="Question: {question}\nAnswer:",
         choice=" {choice}",
         answer_field="answer",
@@ -56,21 +57,40 @@ def task(tmp_path):
     )
 
 
+def make_pipeline(method=GRADPRUNER, **changes):
+    values = {
+        "model": ModelSpec("random:llama", config=CONFIG),
+        "method": method,
+        "training": TRAINING,
+        "evaluation": Likelihood(),
+        "seed": 0,
+    }
+    return Pipeline(**{**values, **changes})
+
+
+@pytest.fixture
+def task(tmp_path):
+    return make_task(tmp_path)
+
+
 @pytest.fixture
 def make(tmp_path, task):
-    def make(method=GRADPRUNER, **changes):
-        values = {
-            "model": ModelSpec("random:llama", config=CONFIG),
-            "task": task,
-            "method": method,
-            "training": TRAINING,
-            "evaluation": Likelihood(),
-            "seed": 0,
-            "cache_dir": tmp_path / "cache",
-        }
-        return Pipeline(**{**values, **changes})
+    return functools.partial(make_pipeline, task=task, cache_dir=tmp_path / "cache")
 
-    return make
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """What the run of `make()` finds."""
+    folder = tmp_path_factory.mktemp("finished")
+    return make_pipeline(task=make_task(folder), cache_dir=folder / "cache").run()
+
+
+@pytest.fixture
+def finished(outcome, tmp_path):
+    """Returns `outcome`; the cache in which `make` looks has all of its stages."""
+    [cache] = (parent for parent in outcome.predictions.parents if parent.name == "cache")
+    shutil.copytree(cache, tmp_path / "cache")
+    return outcome
 
 
 def entries(cache_dir, stage):
@@ -106,7 +126,7 @@ def test_a_sweep_measures_once(make, tmp_path):
         method = dataclasses.replace(
             GRADPRUNER, sparsity=None, num_pruned_layers=num_pruned, merge_count=merge_count, **changes
         )
-        make(method).run()
+        make(method, evaluate_before=False).run()
     assert len(entries(tmp_path / "cache", "measure")) == 1
     assert len(entries(tmp_path / "cache", "finetune")) == 5
 
@@ -130,14 +150,12 @@ def test_the_time_of_a_stage_is_its_own(make, monkeypatch):
     assert seconds == {"measure": 0.0, "finetune": 300.0, "predict": 20.0, "evaluate": 0.0}
 
 
-def test_a_second_run_computes_nothing(make, monkeypatch):
-    first = make().run()
-
+def test_a_second_run_computes_nothing(make, finished, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a weight was loaded")
 
     monkeypatch.setattr(ModelSpec, "load", refuse)
-    assert comparable(make().run()) == comparable(first)
+    assert comparable(make().run()) == comparable(finished)
     assert all(make().stages().values())
 
 
@@ -155,14 +173,13 @@ def test_a_second_run_computes_nothing(make, monkeypatch):
         ),
     ],
 )
-def test_a_change_recomputes_what_depends_on_it(make, changes, recomputed):
-    make().run()
+def test_a_change_recomputes_what_depends_on_it(make, finished, changes, recomputed):
+    assert all(make().stages().values())
     assert {stage for stage, found in make(**changes).stages().items() if not found} == recomputed
 
 
 @pytest.mark.parametrize("change", ["version", "device"])
-def test_other_libraries_or_another_device_recompute(make, monkeypatch, change):
-    make().run()
+def test_other_libraries_or_another_device_recompute(make, finished, monkeypatch, change):
     if change == "version":
         monkeypatch.setattr(stages.metadata, "version", lambda name: f"9.{name}")
     else:
@@ -195,8 +212,8 @@ def test_a_finished_run_holds_no_model(make):
     assert pipeline._runner._held is None
 
 
-def test_changed_data_recomputes(make, task):
-    make().run()
+def test_changed_data_recomputes(make, task, finished):
+    assert all(make().stages().values())
     file = Path(task.train_file)
     file.write_text(file.read_text().replace("plus", "and"))
     assert not any(make().stages().values())
@@ -208,15 +225,14 @@ def test_dense_prunes_nothing_and_learns(make):
     assert outcome.metrics["answer_nll"] < outcome.metrics_before["answer_nll"]
 
 
-def test_result_is_the_model_that_was_evaluated(make, tmp_path):
+def test_result_is_the_model_that_was_evaluated(make, finished, tmp_path):
     pipeline = make()
-    outcome = pipeline.run()
     model = pipeline.load_result()
     assert model.config.num_hidden_layers == 3 and len(model.model.layers) == 3
     path = predict_all(
         lambda: model, pipeline.resolved_evaluation, pipeline.encoder(pipeline.task), pipeline.questions, tmp_path
     )
-    assert pipeline.resolved_evaluation.measure(read_jsonl(path), pipeline.test_examples)[0] == outcome.metrics
+    assert pipeline.resolved_evaluation.measure(read_jsonl(path), pipeline.test_examples)[0] == finished.metrics
 
 
 GENERATE = Generation(bertscore_model="packaged:minilm")
@@ -270,8 +286,8 @@ def other_task(tmp_path, task):
     return dataclasses.replace(task, name="other", test_file=str(file), max_length=128)
 
 
-def test_another_dataset_to_test_on(make, other_task):
-    own, other = make().run(), make(test_task=other_task).run()
+def test_another_dataset_to_test_on(make, finished, other_task):
+    own, other = finished, make(test_task=other_task).run()
     assert other.metrics["num_examples"] == 3 and own.metrics["num_examples"] == 5
     assert other.training == own.training  # one fine-tune serves both
     assert make(test_task=other_task).dataset_name.endswith("-to-other")

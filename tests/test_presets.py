@@ -20,8 +20,8 @@ from omegaconf import open_dict
 from transformers import LlamaConfig
 
 from experiments.config import CONF, build_pipeline, run_directory
+from experiments.job import check_prunes
 from experiments.paper_scale import DATA
-from experiments.run import check_prunes
 from experiments.schema import ConfigError
 from experiments.sweep import is_left_out
 from gradpruner.encoding import TrainingRow

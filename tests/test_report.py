@@ -12,29 +12,33 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from experiments.config import CONF
+from experiments.job import run_job
 from experiments.report import main, read_records, show
-from experiments.run import run_job
 from gradpruner.files import write_json
 from gradpruner.plan import PruningPlan, WidthPlan
 from gradpruner.record import RunRecord
 from gradpruner.reporting.tables import Table
 
 
-def run(tmp_path, *overrides):
-    folders = [f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", "reference=null"]
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return run_job(compose("config", overrides=["debug=smoke", *folders, *overrides]))
+@pytest.fixture
+def run(tmp_path, shared_cache):
+    def run(*overrides):
+        folders = [f"results_dir={tmp_path}/runs", f"cache_dir={shared_cache}", "reference=null"]
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            return run_job(compose("config", overrides=["debug=smoke", *folders, *overrides]))
+
+    return run
 
 
 def report(*arguments):
     return call(main, *arguments)
 
 
-def test_finished_runs_are_compared_and_others_named(tmp_path):
+def test_finished_runs_are_compared_and_others_named(run, tmp_path):
     for method in ("random", "dense", "last"):
-        run(tmp_path, f"method={method}")
+        run(f"method={method}")
     write_json(tmp_path / "runs/old/record.json", {"schema_version": 0})
-    dataclasses.replace(run(tmp_path, "method=last"), status="failed").save(tmp_path / "runs/bad")
+    dataclasses.replace(run("method=last"), status="failed").save(tmp_path / "runs/bad")
     done = report(f"runs_dir={tmp_path}/runs", f"output={tmp_path}/table.md")
     assert done.returncode == 0, done.stderr
     assert done.stdout.index("Dense") < done.stdout.index("Last but the final one") < done.stdout.index("Random")
@@ -112,11 +116,11 @@ def test_table_11_takes_any_model_and_plan(tmp_path):
     ("learning_rate", "last", "needs runs that differ in the learning rate of the fine-tune alone, got none among 1 in",
      ["method=last", "finetune.learning_rate=0.01"], "Learning rates: random-llama on arc_easy, lora"),
 ])  # fmt: skip
-def test_tables_that_want_a_certain_run(tmp_path, table, lacks, match, wanted, shown):
-    run(tmp_path, f"method={lacks}")
+def test_tables_that_want_a_certain_run(run, tmp_path, table, lacks, match, wanted, shown):
+    run(f"method={lacks}")
     done = report(f"table={table}", f"runs_dir={tmp_path}/runs")
     assert done.returncode == 1 and match in done.stderr
-    run(tmp_path, *wanted)
+    run(*wanted)
     done = report(f"table={table}", f"runs_dir={tmp_path}/runs")
     assert done.returncode == 0 and shown in done.stdout, done.stderr
 
@@ -133,9 +137,9 @@ def test_no_number_is_cut_off(width):
         assert all(value in text for value in values) and text.count("[red]") == 20
 
 
-def test_tables_of_the_paper_with_ours(tmp_path):
+def test_tables_of_the_paper_with_ours(run, tmp_path):
     for method in ("dense", "laco"):
-        run(tmp_path, f"method={method}")
+        run(f"method={method}")
     done = report("table=1", f"runs_dir={tmp_path}/runs", f"output={tmp_path}/table.md")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "table.md").read_text()
@@ -149,16 +153,16 @@ def test_tables_of_the_paper_with_ours(tmp_path):
     )
 
 
-def test_figures_as_tables(tmp_path):
+def test_figures_as_tables(run, tmp_path):
     for density in (0.1, 0.2):
-        run(tmp_path, "method=gradpruner", f"method.density={density}")
+        run("method=gradpruner", f"method.density={density}")
     done = report("table=figure6", f"runs_dir={tmp_path}/runs")
     assert done.returncode == 0 and "Figure 6: density of merged weights" in done.stdout, done.stderr
 
 
-def test_one_page_with_everything(tmp_path):
+def test_one_page_with_everything(run, tmp_path):
     for method in ("dense", "gradpruner"):
-        run(tmp_path, f"method={method}")
+        run(f"method={method}")
     folder, page = tmp_path / "figures", tmp_path / "report.html"
     done = report("table=all", "figure=all", f"runs_dir={tmp_path}/runs", f"figures_dir={folder}", f"output={page}",
                   "model=tiny_random", f"cache_dir={tmp_path}/cache")  # fmt: skip
@@ -177,8 +181,8 @@ def test_one_page_with_everything(tmp_path):
     assert "Not drawn: Figure 9 shows" in done.stderr
 
 
-def test_records_alone_have_the_losses_and_the_scores_of_rows(tmp_path):
-    record = run(tmp_path, "method=last")
+def test_records_alone_have_the_losses_and_the_scores_of_rows(run, tmp_path):
+    record = run("method=last")
     scores = [int(score) for score in record.row_scores["accuracy"]]
     assert len(scores) == record.metrics["num_examples"] and sum(scores) / len(scores) == record.metrics["accuracy"]
     assert len(record.finetune["losses"].split()) == record.finetune["steps"]
@@ -189,9 +193,9 @@ def test_records_alone_have_the_losses_and_the_scores_of_rows(tmp_path):
     assert done.returncode == 0 and (tmp_path / "figures/figure1-arc-easy.png").is_file(), done.stderr
 
 
-def test_some_methods_alone(tmp_path):
+def test_some_methods_alone(run, tmp_path):
     for method in ("dense", "last", "random"):
-        run(tmp_path, f"method={method}")
+        run(f"method={method}")
     done = report("methods=[last]", f"runs_dir={tmp_path}/runs")
     assert done.returncode == 0 and "Last but" in done.stdout and "Random" not in done.stdout, done.stderr
     done = report("methods=[lst]", f"runs_dir={tmp_path}/runs")
@@ -201,8 +205,8 @@ def test_some_methods_alone(tmp_path):
     )
 
 
-def test_one_figure(tmp_path):
-    run(tmp_path, "method=gradpruner")
+def test_one_figure(run, tmp_path):
+    run("method=gradpruner")
     done = report("figure=plans", f"runs_dir={tmp_path}/runs", f"figures_dir={tmp_path}/figures")
     assert done.returncode == 0 and f"Written: {tmp_path}/figures/plans.png" in done.stdout, done.stderr
     assert "random-llama on" not in done.stdout  # no table was asked for

@@ -1,5 +1,6 @@
 """Tests of the runner: folders, records, resuming, sweeps, trackers."""
 
+import functools
 import json
 import logging
 import subprocess
@@ -16,11 +17,13 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import prune_checkpoint
-from experiments.config import CONF, build_pipeline, load_option, run_directory
-from experiments.run import main, run_job
+from experiments.config import CONF, build_pipeline, load_option, reference_config, run_directory
+from experiments.job import run_job
+from experiments.run import main
 from experiments.tracker import WandbTracker
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.record import RunRecord
+from gradpruner.tasks import Task
 
 ROOT = CONF.parent
 COUNTS = ("num_parameters", "num_parameters_without_embedding", "num_macs")
@@ -33,8 +36,8 @@ KEYS = {
 
 
 @pytest.fixture
-def folders(tmp_path):
-    return [f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", "method.steps=3", "method.batch_size=2"]
+def folders(tmp_path, shared_cache):
+    return [f"results_dir={tmp_path}/runs", f"cache_dir={shared_cache}"]
 
 
 def run(*overrides):
@@ -91,16 +94,24 @@ def test_the_dense_reference_has_its_own_record(folders, tmp_path):
     assert RunRecord.load(run_dir).pruning["pruned_layers"] == []
 
 
+def test_both_runs_share_the_examples(folders, monkeypatch):
+    splits, original = [], Task.load
+    monkeypatch.setattr(Task, "load", lambda task, split, seed: splits.append(split) or original(task, split, seed))
+    run(*folders)
+    assert sorted(splits) == ["test", "train"]
+
+
 def test_no_reference(folders, tmp_path):
     run("reference=null", *folders)
     assert not (tmp_path / "runs/random-llama/arc_easy/lora/dense").exists()
 
 
-def test_a_reference_whose_yaml_inherits(folders, tmp_path):
-    run("reference=igia_only", *folders)
-    [run_dir] = (tmp_path / "runs/random-llama/arc_easy/lora/igia_only").iterdir()
-    record = RunRecord.load(run_dir)
-    assert record.pruning["method"] == "igia_only" and record.config["method"]["merge_count"] == 0
+def test_a_reference_whose_yaml_inherits():
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        cfg = reference_config(compose("config", overrides=["debug=smoke", "reference=igia_only"]))
+        method = build_pipeline(cfg).method
+    assert (method.name, method.merge_count, method.seed) == ("igia_only", 0, 0)
+    assert cfg.method.merge_count == 0
 
 
 @pytest.mark.bad_input("Paths and overrides", "a misspelt reference", "error: reference must name a method")
@@ -154,7 +165,7 @@ def test_dry_run_loads_no_weights(folders, tmp_path, monkeypatch, capsys):
     from gradpruner.models.spec import ModelSpec
 
     monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a weight was loaded"))
-    assert run("dry_run=true", *folders) is None
+    assert run("dry_run=true", *folders, f"cache_dir={tmp_path}/cache") is None
     output = capsys.readouterr().out
     assert "decoder layers" in output and "0.667" in output and "Cached stages: none" in output
     assert not (tmp_path / "runs").exists()
@@ -366,13 +377,13 @@ def test_a_failing_tracker_fails_no_run(folders, monkeypatch, caplog):
 def test_sweep_with_joblib_measures_once(tmp_path):
     done = command(
         *("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}/sweep"),
-        *("debug=smoke", "sparsity=0.4,0.5", "merge_count=0,1", "method.steps=3"),
+        *("debug=smoke", "sparsity=0.4,0.5"),
         *(f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"),
     )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/random-llama/arc_easy/lora"
     records = [RunRecord.load(path) for path in sorted((folder / "gradpruner").iterdir())]
-    assert [record.status for record in records] == ["finished"] * 4
+    assert [record.status for record in records] == ["finished"] * 2
     assert len({tuple(record.pruning["pruned_layers"]) for record in records}) == 2
     assert len(list((folder / "dense").iterdir())) == 1
     measured = [path for path in (tmp_path / "cache/stages/measure").iterdir() if path.is_dir()]
@@ -399,7 +410,9 @@ def test_a_sweep_goes_on_after_a_failure(tmp_path, launcher):
             "hydra.callbacks.sweep.exclude=[{sparsity: 0.3}]",
         ),
     )
-    done = command(*arguments, "sparsity=0.9,0.3,0.4,0.95")
+    # In processes of their own, joblib's workers write to their own stderr.
+    start = command if launcher else functools.partial(call, main)
+    done = start(*arguments, "sparsity=0.9,0.3,0.4,0.95")
     assert done.returncode == 1
     assert "2 runs of this sweep failed, the others are done:\n  #0: " in done.stderr
     listed = done.stderr[done.stderr.index("2 runs of this sweep failed") :]
@@ -409,7 +422,7 @@ def test_a_sweep_goes_on_after_a_failure(tmp_path, launcher):
     [run_dir] = (tmp_path / "runs/random-llama/arc_easy/lora/last").iterdir()
     assert RunRecord.load(run_dir).status == "finished"
 
-    again = command(*arguments, "sparsity=0.4,0.3")
+    again = start(*arguments, "sparsity=0.4,0.3")
     assert again.returncode == 0, again.stderr
     assert "Already finished" in again.stderr and "Left out of the sweep" in again.stderr
 
@@ -442,7 +455,7 @@ def test_a_bug_in_a_run_ends_with_its_traceback(monkeypatch):
     def broken(cfg):
         return cfg.no_such_key
 
-    monkeypatch.setattr("experiments.run.run_job", broken)
+    monkeypatch.setattr("experiments.job.run_job", broken)
     done = call(main)
     assert done.returncode == 1 and "in broken" in done.stderr and "ConfigAttributeError" in done.stderr
 
@@ -470,7 +483,7 @@ def test_importance_with_qlora(folders):
 
 
 def test_errors_are_one_readable_line(tmp_path):
-    done = command("debug=smoke", "sparsity=0.9", f"results_dir={tmp_path}", f"cache_dir={tmp_path}/cache")
+    done = call(main, "debug=smoke", "sparsity=0.9", f"results_dir={tmp_path}", f"cache_dir={tmp_path}/cache")
     assert done.returncode == 1
     assert "Error: num_pruned_layers must leave at least 2 of the model's 6 decoder layers, got 5." in done.stderr
     assert "Traceback" not in done.stderr
@@ -508,6 +521,16 @@ def test_a_model_path_cannot_lead_out_of_the_results(folders, tmp_path, monkeypa
             cfg = compose("config", overrides=[f"model.path={path}", *folders])
             run_dir = run_directory(cfg, build_pipeline(cfg)).resolve()
             assert run_dir.is_relative_to(tmp_path / "runs"), path
+
+
+def test_a_typo_costs_no_import_of_torch():
+    code = "import sys\nfrom experiments.run import main\ntry: main()\nfinally: print(sorted(sys.modules))"
+    arguments = [sys.executable, "-c", code, "-m", "method=dense,lcao"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "There is no method 'lcao' (did you mean 'laco'?)" in done.stderr
+    assert "'hydra'" in done.stdout
+    for library in ("torch", "transformers", "peft", "datasets", "matplotlib"):
+        assert f"'{library}'" not in done.stdout
 
 
 def test_help_lists_groups_and_examples():

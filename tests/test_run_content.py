@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments import recording
 from experiments.config import CONF
-from experiments.run import run_job
+from experiments.job import run_job
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline import stages
 from gradpruner.record import RunRecord

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments import run, status
 from experiments.config import CONF, build_pipeline, identity, run_directory
+from experiments.job import _run_arm, run_job
 from experiments.recording import RUNNING_FILE
 from gradpruner import lease
 from gradpruner.files import content_hash
@@ -94,14 +95,14 @@ def test_a_process_on_another_host_runs_while_its_heart_beats(arguments, folder_
 
 def test_a_sweep_and_its_folder(arguments, monkeypatch, tmp_path):
     """One cell fails before it has a folder; the sweep's folder knows why, and names the same sweep."""
-    original = run.run_job
+    original = run_job
 
     def job(cfg):
         if "magnitude" in cfg.method._target_:
             raise ValueError("no such rows")
         return None if "random" in cfg.method._target_ else original(cfg)
 
-    monkeypatch.setattr(run, "run_job", job)
+    monkeypatch.setattr("experiments.job.run_job", job)
     assert call(run.main, *arguments).returncode == 1
     for given in (arguments, [f"{tmp_path}/sweeps/one"]):
         done = call(status.main, *given)
@@ -150,7 +151,7 @@ def test_a_run_waits_for_another_one_of_the_same(folder_of, monkeypatch, caplog)
     folder, cfg = folder_of("last")
     caplog.set_level(logging.INFO)
     monkeypatch.setattr("gradpruner.waiting.SILENT_SECONDS", 0.01)
-    monkeypatch.setattr(run, "_run_alone", lambda *args: (folder / RUNNING_FILE).is_file())
+    monkeypatch.setattr("experiments.job._run_alone", lambda *args: (folder / RUNNING_FILE).is_file())
     folder.mkdir(parents=True)
     held = filelock.SoftFileLease(folder / RUNNING_FILE, lease_duration=lease.LEASE_SECONDS)
     waits = []
@@ -164,7 +165,7 @@ def test_a_run_waits_for_another_one_of_the_same(folder_of, monkeypatch, caplog)
 
     held.acquire()
     monkeypatch.setattr(lease, "time", _Clock(sleep))
-    assert run._run_arm(cfg, build_pipeline(cfg), None)
+    assert _run_arm(cfg, build_pipeline(cfg), None)
     assert waits and not (folder / RUNNING_FILE).exists()
     assert f"Waiting for another process that runs the same; process {os.getpid()} on" in caplog.text
 

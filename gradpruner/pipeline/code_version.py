@@ -71,7 +71,7 @@ def code_version(stage: Callable[..., Any], *users: type) -> str:
 
 def modules_of(stage: Callable[..., Any], *users: type) -> list[str]:
     """Names of the modules in `code_version`, sorted; see there."""
-    home = imported_modules(_tree(stage.__module__))
+    home = imported_modules(stage.__module__)
     waiting = {module for name in _used_names(stage) for module in home.get(name, ())}
     waiting |= {user.__module__ for user in users}
     found: set[str] = set()
@@ -79,7 +79,7 @@ def modules_of(stage: Callable[..., Any], *users: type) -> list[str]:
         module = waiting.pop()
         if module not in found and not cannot_change_results(module):
             found.add(module)
-            waiting |= set().union(*imported_modules(_tree(module)).values())
+            waiting |= set().union(*imported_modules(module).values())
     return sorted(found)
 
 
@@ -88,18 +88,19 @@ def cannot_change_results(module: str) -> bool:
     return any(fnmatch(module, pattern) for pattern in CANNOT_CHANGE_RESULTS)
 
 
-def imported_modules(tree: ast.Module) -> dict[str, set[str]]:
+@cache  # a run asks for each module once per stage, and walking all of them takes longer than a step of training
+def imported_modules(module: str) -> dict[str, set[str]]:
     """Modules of our packages by the names under which a module imports them or something out of them.
 
     Imports within functions count. Those for type checkers do not: nothing of them is there when the code runs.
     """
     found: dict[str, set[str]] = {}
-    for node in _running_nodes(tree):
+    for node in _running_statements(_tree(module)):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
-                module = submodule if submodule in SOURCES else node.module
-                found.setdefault(alias.asname or alias.name, set()).add(module)
+                source = submodule if submodule in SOURCES else node.module
+                found.setdefault(alias.asname or alias.name, set()).add(source)
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 found.setdefault((alias.asname or alias.name).split(".")[0], set()).add(alias.name)
@@ -107,13 +108,16 @@ def imported_modules(tree: ast.Module) -> dict[str, set[str]]:
     return {name: modules for name, modules in ours.items() if modules}
 
 
-def _running_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those under `if TYPE_CHECKING:`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        yield node
-        yield from _running_nodes(node)
+def _running_statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every statement but those under `if TYPE_CHECKING:`; expressions hold no imports."""
+    waiting = [tree]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                continue
+            if not isinstance(node, ast.expr):
+                yield node
+                waiting.append(node)
 
 
 def _used_definitions(function: Callable[..., Any]) -> list[str]:

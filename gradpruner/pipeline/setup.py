@@ -78,6 +78,11 @@ class Setup:
         advice = "These are rows of dataset.test. Its settings belong into dataset.test_settings={...}"
         return _load_second(self.test_task, "test", self.seed, advice)
 
+    def take_examples(self, other: "Setup") -> None:
+        """Takes over the examples of a run with the same data, which would otherwise be read and rendered again."""
+        if (self.task, self.test_task, self.seed) == (other.task, other.test_task, other.seed):
+            vars(self).update(train_examples=other.train_examples, test_examples=other.test_examples)
+
     @cached_property
     def rows(self) -> list[TrainingRow]:
         """Tokenized training rows."""
