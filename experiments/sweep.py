@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
@@ -29,8 +29,10 @@ from experiments.devices import offer_gpus, withdraw_gpus
 from experiments.launch import check_launcher, describe_going_on, is_first_node, outlives_sweep
 from experiments.paths import check_writable
 from experiments.schema import ConfigError
-from experiments.sweep_tables import Costs, comparison_of, costs_table, show
 from gradpruner.files import write_json
+
+if TYPE_CHECKING:
+    from experiments.sweep_tables import Costs
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,9 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Shows what the cells cost or how they compare; raises SystemExit if a job failed."""
+        # Imported here: the tables need libraries for which a typo in the command should not wait.
+        from experiments.sweep_tables import Costs, comparison_of, costs_table, show
+
         forget_sweep()
         labels = _read(Path(config.hydra.sweep.dir) / CELLS_FILE)
         found = {int(file.parent.name): _read(file) for file in _files(config, COSTS_FILE)}
@@ -208,7 +213,7 @@ def forget_sweep() -> None:
     withdraw_gpus()
 
 
-def note_costs(costs: Costs) -> None:
+def note_costs(costs: "Costs") -> None:
     """Records what this job would take."""
     write_json(Path(HydraConfig.get().runtime.output_dir) / COSTS_FILE, asdict(costs))
 

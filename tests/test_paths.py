@@ -81,7 +81,7 @@ def test_relative_paths_of_a_sweep(folder):
     assert {record.seed for record in records(folder)} == {0, 1}
     assert {path.name for path in folder.iterdir()} == {NAME, "results"}
     [sweep] = (folder / "results/sweeps").iterdir()
-    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+    assert {path.name for path in sweep.iterdir()} == {"0", "1", "cells.json", "multirun.yaml"}
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def test_two_sweeps_of_one_second_have_two_folders(tmp_path):
     folders = list((tmp_path / "results/sweeps").iterdir())
     assert len(folders) == 2 and all(folder.name.startswith("2030-01-02_03-04-05-") for folder in folders)
     for folder in folders:  # both jobs of a sweep are in its own folder, whichever process they ran in
-        assert {path.name for path in folder.iterdir()} == {"0", "1", "multirun.yaml"}
+        assert {path.name for path in folder.iterdir()} == {"0", "1", "cells.json", "multirun.yaml"}
 
 
 class Frozen(datetime):

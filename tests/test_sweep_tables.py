@@ -44,7 +44,7 @@ def test_a_dry_run_of_a_sweep_is_one_table(tmp_path, monkeypatch):
         if len(cells := line.split("│")) > 2
     }
     assert list(rows) == ["#0 method=last", "#1 method=igia_only", "2 cells"]
-    assert rows["#0 method=last"][:3] == ["4", "45.6 k", "2"] and rows["2 cells"][-1] == "0 of 10 stages"
+    assert rows["#0 method=last"][:3] == ["4", "45.4 k", "2"] and rows["2 cells"][-1] == "0 of 10 stages"
 
 
 def test_finished_cells_are_compared(tmp_path):
