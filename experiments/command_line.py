@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_dir
@@ -206,7 +207,9 @@ def _check_key(config: DictConfig, key: str) -> str | None:
     parent, leaf = ".".join(parts[:depth]), parts[-1]
     places = [name for name in _all_keys(config) if name.rsplit(".", 1)[-1] == leaf]
     owners = [
-        f"{parts[0]}={name}" for name in options(parts[0]) if leaf in _keys(OmegaConf.load(_file(parts[0], name)))
+        f"{parts[0]}={name}"
+        for name in options(parts[0])
+        if Path(file := _file(parts[0], name)).is_file() and leaf in _keys(OmegaConf.load(file))
     ]
     near = difflib.get_close_matches(parts[depth], known, n=1)
     hint = ""

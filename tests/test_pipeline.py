@@ -181,9 +181,9 @@ def test_a_change_recomputes_what_depends_on_it(make, finished, changes, recompu
 @pytest.mark.parametrize("change", ["version", "device"])
 def test_other_libraries_or_another_device_recompute(make, finished, monkeypatch, change):
     if change == "version":
-        monkeypatch.setattr(stages.metadata, "version", lambda name: f"9.{name}")
+        monkeypatch.setattr(runner.metadata, "version", lambda name: f"9.{name}")
     else:
-        monkeypatch.setattr(stages, "default_device", lambda: torch.device("cuda"))
+        monkeypatch.setattr(runner, "default_device", lambda: torch.device("cuda"))
     assert not any(make().stages().values())
 
 

@@ -174,7 +174,7 @@ def test_other_code_alone_shows_the_old_record_and_says_so(start, monkeypatch):
 
 def test_other_versions_and_commits_are_named(start, monkeypatch):
     record, _ = start()
-    monkeypatch.setattr(stages, "_libraries", lambda: {"torch": "99"})
+    monkeypatch.setattr(stages, "libraries", lambda: {"torch": "99"})
     now = recording.environment()
     other = {**now, "packages": {**now["packages"], "torch": "99"}, "device": "NVIDIA H100"}
     monkeypatch.setattr(recording, "environment", lambda: other)

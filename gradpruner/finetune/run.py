@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import save_file, save_model
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,6 +24,7 @@ from gradpruner import processes
 from gradpruner.cost import PeakMemory
 from gradpruner.encoding import TrainingRow
 from gradpruner.files import write_json
+from gradpruner.finetune.adapters import lora_config
 from gradpruner.finetune.micro_batch import settle_for
 from gradpruner.finetune.order import collate_items, make_dataset, make_sampler, num_blank_rows, with_blank_row
 from gradpruner.finetune.parallel import (
@@ -50,7 +51,6 @@ from gradpruner.finetune.result import (
 )
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.finetune.trainer import CHECKPOINTING, CompletionTrainer, DivergedError, Loss
-from gradpruner.models.architectures import lora_targets
 from gradpruner.plan import PruningPlan
 from gradpruner.runtime import default_device, set_seed
 
@@ -153,7 +153,7 @@ def finetune(
     spec = settle_for(model, spec, rows, None if resume_from is None else Path(resume_from))
     prepare_weights(model, spec, precision)
     if spec.mode == "lora":
-        model = get_peft_model(model, _lora_config(model, spec, resume_from))
+        model = get_peft_model(model, lora_config(model, spec, resume_from))
     elif not all(parameter.requires_grad for parameter in model.parameters()):
         model.requires_grad_(True)
     clock = _Clock(spec, seconds_before, len(rows))
@@ -289,21 +289,6 @@ def _last_whole_checkpoint(checkpoints: Path) -> tuple[str | None, float, str | 
         return None, 0.0, None
     mark = json.loads(marks[-1].read_text())
     return str(marks[-1].parent), float(mark["train_seconds"]), mark.get("layout")
-
-
-def _lora_config(model: PreTrainedModel, spec: TrainingSpec, resume_from: str | None) -> LoraConfig:
-    """Returns adapters for all linear sublayers; on resuming with saved ranks, which a `PruningCallback` may change."""
-    patterns = ("rank_pattern", "alpha_pattern")
-    has_saved = resume_from is not None and (Path(resume_from) / "adapter_config.json").is_file()  # shards have none
-    saved = LoraConfig.from_pretrained(resume_from) if has_saved else None
-    return LoraConfig(
-        **{name: getattr(saved, name) for name in patterns if saved is not None},
-        r=spec.lora_rank,
-        lora_alpha=spec.lora_alpha,
-        lora_dropout=spec.lora_dropout,
-        target_modules=lora_targets(model),
-        task_type="CAUSAL_LM",
-    )
 
 
 def _gathered(trainer: CompletionTrainer, spec: TrainingSpec) -> dict[str, Tensor] | None:

@@ -10,10 +10,10 @@ from gradpruner import tasks
 from gradpruner.tasks import Example, Task
 
 ROOT = Path(__file__).parents[2]
-SAMPLES = Path("/work/shared/data")  # rows of the Hub's datasets; exists on some machines only
+SAMPLES = ROOT.parent / "shared/data"  # rows of the Hub's datasets; exists on some machines only
 OF_THE_PIPELINE = ("test", "test_settings")  # in the YAML, but not fields of the class
 CLASSES: dict[str, type[Task]] = {
-    cls.name: cls
+    cls.__module__.rpartition(".")[2]: cls
     for cls in map(tasks.__dict__.__getitem__, tasks.__all__)
     if isinstance(cls, type) and issubclass(cls, Task) and cls is not Task
 }
