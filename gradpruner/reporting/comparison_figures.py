@@ -247,7 +247,7 @@ def _bars(records: Sequence[RunRecord], bars: _Bars, path: Path) -> list[Picture
         panels, caption = _panels([(label, 0.0, record) for label, record in zip(labels, group, strict=True)])
         methods = dict(zip(labels, (record.pruning["method"] for record in group), strict=True))
         shown = Counter(methods[label] for lines in panels.values() for label in lines)
-        if any(shown[method] < number * len(panels) for method, number in bars.methods.items()):
+        if not panels or any(shown[method] < number * len(panels) for method, number in bars.methods.items()):
             continue  # nothing to compare
         title = numbered(title, sum(other.startswith(title) for other in groups))
         groups[title] = {
