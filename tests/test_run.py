@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,16 @@ def wandb_records(folder):
             record = b""
 
 
+def finished_wandb_records(folder):
+    """Returns what an offline run wrote; wandb's own process writes the end of the file after `finish` returned."""
+    for _ in range(600):
+        written = list(wandb_records(folder))
+        if written and written[-1].HasField("exit"):
+            return written
+        time.sleep(0.1)
+    raise AssertionError(f"{folder} never got to its end")
+
+
 def by_key(items):
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
@@ -292,7 +303,7 @@ def test_wandb_offline(folders, tmp_path, monkeypatch):
     assert len(runs) == 2  # the method and its reference, each finished
     records = {}
     for folder in runs:
-        written = list(wandb_records(folder))
+        written = finished_wandb_records(folder)
         [method] = {by_key(each.run.config.update)["method"]["_target_"] for each in written if each.HasField("run")}
         records[method.rsplit(".", 1)[-1]] = folder, written
     folder, written = records["GradPruner"]
