@@ -10,6 +10,7 @@ from test_repair import make_pipeline  # noqa: F401
 
 from baselines.apt import Apt
 from baselines.last import Last
+from baselines.small_dense import SmallDense
 from gradpruner import hidden_states
 from gradpruner.dense import Dense
 from gradpruner.encoding import TrainingRow, collate
@@ -244,3 +245,13 @@ def test_a_run_learns_from_stages_of_the_dense_model(make_pipeline):  # noqa: F8
     assert "teach_prompts" not in weaker and weaker["teach_answers"]
     alone = make(method, loss="all_tokens").stages()
     assert not [name for name in alone if name.startswith("teach")] and not alone["finetune"]
+
+
+def test_a_teacher_needs_the_students_tokens(make_pipeline):  # noqa: F811
+    plain = make_pipeline(SmallDense(path="random:llama", config={"num_hidden_layers": 2}))
+    training = dataclasses.replace(plain.training, loss="distill")
+    larger = dataclasses.replace(plain.model, config={**plain.model.config, "vocab_size": 400})
+    match = r"with the same tokens, got .* whose tokenizers or vocabularies differ\. Set finetune\.loss=all_tokens"
+    with pytest.raises(ValueError, match=match):
+        dataclasses.replace(plain, model=larger, training=training).stages()
+    assert "teach_prompts" in dataclasses.replace(plain, training=training).stages()

@@ -98,14 +98,9 @@ def test_a_portable_config_names_no_folder_of_the_machine():
         "model": {"path": "org/model"},
         "evaluation": {"vllm_python": "/opt/venv/bin/python"},
     }
-    assert portable(config) == {
-        "cache_dir": "study/cache",
-        "results_dir": "results/runs",
-        "output_dir": None,
-        "dataset": {"path": "data", "train_file": "y/train.jsonl", "prompt": "/no_think {question}"},
-        "model": {"path": "org/model"},
-        "evaluation": {"vllm_python": "bin/python"},
-    }
+    shortened = {"cache_dir": "study/cache", "evaluation": {"vllm_python": "bin/python"}}
+    dataset = {**config["dataset"], "path": "data", "train_file": "y/train.jsonl"}
+    assert portable(config) == {**config, **shortened, "dataset": dataset}
     assert portable(portable(config)) == portable(config) and config["dataset"]["path"] == "/data"
 
 

@@ -115,7 +115,7 @@ def stage_writes(setup: Setup) -> dict[str, Writes]:
 
 
 def teacher_writes(setup: Setup) -> dict[str, Writes]:
-    """Returns what the stages of `stages.teacher_stages` write: predictions, and the fine-tuned dense model."""
+    """Returns what the stages of `teachers.Teachers` write: predictions, and the fine-tuned dense model."""
     training = setup.training
     if training.loss != DISTILL:
         return {}

@@ -235,10 +235,11 @@ class Pipeline(Setup):
             return Teachers()
         plain = dataclasses.replace(training, loss=ANSWERS_LOSS, tuned_teacher=0.0, prompt_weight=1.0)
         dense = self.with_method(Dense(), plain)
-        if dense.rows_hash != self.rows_hash:
+        if dense.rows_hash != self.rows_hash or dense.config.vocab_size > self.config.vocab_size:
             raise ValueError(
                 f"The dense model can teach a model with the same tokens, got {self.model.name} and "
-                f"{self.base_model.name}, whose tokenizers differ. Set finetune.loss=all_tokens or answers."
+                f"{self.base_model.name}, whose tokenizers or vocabularies differ. Set finetune.loss=all_tokens or "
+                "answers."
             )
         untuned = prune_stage(dense, runner, measure_stage(dense))
         prompts = teach_stage(dense, runner, untuned, PROMPT) if training.prompt_weight else None

@@ -56,11 +56,11 @@ class Setup:
     measure_speed: bool = False
 
     def with_method(self, method: Method, training: TrainingSpec) -> "Setup":
-        """Returns a setup of the same data without other training; rows that were read already are shared."""
+        """Returns a setup of the same data, with its examples and rows, without other training."""
         other = dataclasses.replace(self, method=method, training=training, recovery_task=None)
+        other.take_examples(self)
         if other.base_model == self.base_model:
-            read = ("train_examples", "test_examples", "tokenizer", "rows", "rows_hash")
-            vars(other).update({name: vars(self)[name] for name in read if name in vars(self)})
+            vars(other).update(rows=self.rows, rows_hash=self.rows_hash)
         return other
 
     # ---- data ----
