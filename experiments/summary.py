@@ -1,5 +1,6 @@
 """The table at the end of a run: reference and method, before and after fine-tuning."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from gradpruner.finetune.result import LEAST_SURVIVAL
 from gradpruner.messages import parameters
 from gradpruner.models.shape import ModelShape, describe_shape
 from gradpruner.record import RunRecord
+from gradpruner.record_sections import MethodReport
 from gradpruner.reporting.labels import caveats, describe_origins, metric_columns
 
 NUM_NAMED_CANDIDATES = 4
@@ -55,25 +57,8 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         absorbed = [(layer, absorber) for layer, absorber in pruning["absorbed_by"].items() if absorber is not None]
         merged = ", ".join(f"{layer} into {absorber}" for layer, absorber in absorbed)
         console.print(f"Pruned layers: {pruning['pruned_layers']}; merged: {merged or 'none'}")
-    if search := pruning["report"].get("search"):
-        tried = ", ".join(f"{number}: {nll:.2f}" for number, nll in search["curve"].items())
-        console.print(
-            f"sparsity=auto: answer NLL by layers pruned, repaired, untrained: 0: {search['dense']:.2f}, {tried}; "
-            f"at most {search['limit']:.2f}",
-            soft_wrap=True,
-        )
-    if choice := pruning["report"].get("candidates"):
-        best, *others = choice["candidates"]
-        tried = "; ".join(f"{'/'.join(each['names'])} {_nll(each)}" for each in others[:NUM_NAMED_CANDIDATES])
-        more = f"; {len(others) - NUM_NAMED_CANDIDATES} more" if len(others) > NUM_NAMED_CANDIDATES else ""
-        console.print(
-            f"Sets that competed, answer NLL on held-out training rows: {'/'.join(best['names'])} {_nll(best)} is "
-            f"pruned; {tried}{more}; dense {choice['dense_nll']:.2f}",
-            soft_wrap=True,
-        )
-    if undecided := pruning["report"].get("undecided_layers"):
-        chances = ", ".join(f"{layer} ({pruning['report']['pruned_probability'][layer]:.0%})" for layer in undecided)
-        console.print(f"Near the cut, with how often resampled steps prune them: {chances}", soft_wrap=True)
+    for line in _choices(pruning["report"]):
+        console.print(line, soft_wrap=True)
     if widths := _widths(records[-1]):
         console.print(widths, soft_wrap=True)
     if ratios := records[-1].efficiency.get("speed", {}).get("ratios"):
@@ -96,6 +81,27 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
             loader = f"the model before fine-tuning with {loader}, {ADAPTER_FOLDER}/ on it with peft"
         console.print(f"Checkpoint ({loader}): {run_dir / 'checkpoint'}", soft_wrap=True)
     console.print(f"Run folder: {run_dir}", soft_wrap=True)
+
+
+def _choices(report: MethodReport) -> Iterator[str]:
+    """Yields how the number of layers was found, which sets competed, and which layers were near the cut."""
+    if search := report.get("search"):
+        tried = ", ".join(f"{number}: {nll:.2f}" for number, nll in search["curve"].items())
+        yield (
+            f"sparsity=auto: answer NLL by layers pruned, repaired, untrained: 0: {search['dense']:.2f}, {tried}; "
+            f"at most {search['limit']:.2f}"
+        )
+    if choice := report.get("candidates"):
+        best, *others = choice["candidates"]
+        tried = "; ".join(f"{'/'.join(each['names'])} {_nll(each)}" for each in others[:NUM_NAMED_CANDIDATES])
+        more = f"; {len(others) - NUM_NAMED_CANDIDATES} more" if len(others) > NUM_NAMED_CANDIDATES else ""
+        yield (
+            f"Sets that competed, answer NLL on held-out training rows: {'/'.join(best['names'])} {_nll(best)} is "
+            f"pruned; {tried}{more}; dense {choice['dense_nll']:.2f}"
+        )
+    if undecided := report.get("undecided_layers"):
+        chances = ", ".join(f"{layer} ({report['pruned_probability'][layer]:.0%})" for layer in undecided)
+        yield f"Near the cut, with how often resampled steps prune them: {chances}"
 
 
 def _nll(candidate: dict[str, Any]) -> str:

@@ -1,15 +1,19 @@
 """Sets of layers that compete: the pool, edits, greedy removal, the choice, and GradPruner+ through all of it."""
 
+import io
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from test_repair import make_model, make_pipeline  # noqa: F401
 
 from baselines.angular import Angular
 from baselines.last import Last
 from baselines.shortgpt import ShortGpt
+from experiments.summary import show_summary
 from gradpruner import candidates
 from gradpruner.batch_rows import distinct_rows
 from gradpruner.candidates import CandidateSettings, LayerScores, choose_layers, edits, greedy
@@ -17,6 +21,7 @@ from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradpruner_plus import GradPrunerPlus
 from gradpruner.hidden_states import answer_nll
 from gradpruner.plan import PruningPlan
+from gradpruner.record import RunRecord
 from gradpruner.repair.judged import divide_rows
 from gradpruner.surgery import apply_plan, sharing_copy
 
@@ -184,3 +189,14 @@ def test_through_the_pipeline(make_pipeline):  # noqa: F811
 def test_what_is_refused(changes, match):
     with pytest.raises(ValueError, match=match):
         GradPrunerPlus(**SETTINGS | changes)
+
+
+def test_the_summary_names_the_sets_that_competed(tmp_path):
+    """Of a committed record: the pruned set, the four next ones, how many more, and the dense model."""
+    folder = Path(__file__).parents[1] / "results/records/gradpruner_plus"
+    file = folder / "arc_easy-lora-gradpruner_plus-judged-distill-tuned0.5-lr0.003-seed0.json"
+    record = RunRecord.from_dict(json.loads(file.read_text()), file)
+    console = Console(width=200, record=True, file=io.StringIO())
+    show_summary([record], tmp_path, "title", console)
+    said = "edit 6.10 is pruned; edit 6.10; edit 6.20; block_influence 6.23; edit 6.26; 7 more; dense 4.19"
+    assert f"Sets that competed, answer NLL on held-out training rows: {said}\n" in console.export_text()
