@@ -1,6 +1,6 @@
 """Answer likelihood of many models that share their first layers, whose states are computed once."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -62,15 +62,10 @@ class AnswerJudge:
         self._position, self._states = position, seen
 
     @torch.no_grad()
-    def nll(self, without: Collection[int] = ()) -> float:
-        """Returns nats per answer token.
-
-        Args:
-            without: layers from the position on to leave out, counted in the model.
-        """
-        layers = range(self._position, len(decoder_layers(self._model)))
+    def nll(self) -> float:
+        """Returns nats per answer token."""
         total, num_tokens = 0.0, 0
-        with only_layers(self._model, tuple(layer for layer in layers if layer not in without)):
+        with only_layers(self._model, tuple(range(self._position, len(decoder_layers(self._model))))):
             for number, batch in enumerate(self._batches):
                 with self._entering(number):
                     loss, count = answer_loss(self._model, batch)
