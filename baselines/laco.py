@@ -28,10 +28,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from baselines.calibration import checked, real_tokens
+from gradpruner.progress import Steps
 from gradpruner.checks import check_choice, check_positive
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
@@ -204,7 +204,7 @@ class LaCo(DepthMethod):
         assert self.num_pruned_layers is not None
         target = num_layers - self.num_pruned_layers
         threshold, trials = self.threshold, []
-        with tqdm(total=self.num_pruned_layers, desc="laco", unit="layer") as bar:
+        with Steps("laco", "layer", self.num_pruned_layers) as steps:
             while num_layers > target:
                 highest = min(self._highest(num_layers), num_layers)
                 layer = max(self.lowest_layer, highest - self.layers_per_merge)
@@ -224,7 +224,7 @@ class LaCo(DepthMethod):
                         continue
                     merge(layer, num_absorbed)
                     num_layers -= num_absorbed
-                    bar.update(num_absorbed)
+                    steps.advance(num_absorbed)
                     layer -= self.interval
                     if self.rule == "paper":
                         layer = min(layer, num_layers - self.layers_per_merge)

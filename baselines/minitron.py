@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from baselines.calibration import Calibrated, checked, real_tokens
 from baselines.width_pruning import WidthPruning, heads_of, highest, load_scores, save_scores, training_spec
+from gradpruner.progress import track
 from gradpruner.budget import nearest_size, solve_size, target_parameters
 from gradpruner.checks import check_choice
 from gradpruner.encoding import Batch
@@ -222,7 +222,7 @@ class Minitron(Calibrated, WidthPruning):
         """Returns `heads` (L, query heads), `channels` (L, d_ff) and `hidden` (d,)."""
         squares: dict[str, Tensor] = {}
         with _mean_activations(model) as means:
-            for batch in tqdm(batches, desc="activations", unit="batch"):
+            for batch in track(batches, "activations", "batch"):
                 means.mask = real_tokens(batch, model.device)
                 last_hidden_state(model, batch)
                 for name, values in means.rows.items():

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from baselines.calibration import checked
 from baselines.layer_dropping import CalibratedLayerDropping, Scores
+from gradpruner.progress import track
 from gradpruner.encoding import Batch
 from gradpruner.layer_scores import block_influence
 from gradpruner.models.architectures import decoder_layers
@@ -44,7 +44,7 @@ class ShortGpt(CalibratedLayerDropping):
         assert self.num_pruned_layers is not None
         kept = list(range(len(decoder_layers(model))))
         rounds: list[dict[str, Any]] = []
-        for _ in tqdm(range(self.num_pruned_layers), desc="shortgpt, one by one", unit="layer"):
+        for _ in track(range(self.num_pruned_layers), "shortgpt, one by one", "layer"):
             with only_layers(model, tuple(kept)):
                 influence = block_influence(model, taken)
             lowest = min(range(len(kept)), key=lambda position: (influence[position], position))

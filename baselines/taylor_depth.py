@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from baselines.calibration import checked
 from baselines.layer_dropping import CalibratedLayerDropping, Scores
+from gradpruner.progress import track
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.hidden_states import answer_loss
 from gradpruner.models.architectures import decoder_layers, linear_sublayers
@@ -41,7 +41,7 @@ class TaylorDepth(CalibratedLayerDropping):
             model.requires_grad_(False)
             for weight in (weight for layer in weights for weight in layer):
                 weight.requires_grad_(True)
-            for batch in tqdm(taken, desc="full gradient", unit="batch"):
+            for batch in track(taken, "full gradient", "batch"):
                 loss, _ = answer_loss(model, batch)
                 torch.autograd.backward(loss / num_tokens)
                 total += float(loss.detach())

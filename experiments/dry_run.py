@@ -7,7 +7,6 @@ what is counted, and how memory and time are estimated.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from gradpruner.models.offline_configs import STAND_IN_TOKENIZER, OfflineModelSp
 from gradpruner.pipeline.disk import stage_writes
 from gradpruner.pipeline.estimate import importance_memory, settle_micro_batch, training_memory
 from gradpruner.pipeline.run import Pipeline
+from gradpruner.pipeline.work import importance_flops, num_trained_rows, training_flops
 from gradpruner.runtime import default_device
 
 LENGTH = 128  # tokens of the forward pass that is counted, as in the paper's Table 11
@@ -66,11 +66,11 @@ def cell_costs(pipeline: Pipeline) -> Costs:
     pruned = count_model(pipeline.config, pipeline.shape)
     settled = settle_micro_batch(pipeline, training, rows, pipeline.config, pipeline.shape)
     memory = training_memory(pipeline, settled, rows, pipeline.config, pipeline.shape).total
-    seconds = {"finetune": _training_flops(pipeline, pruned) / flops_per_second}
+    seconds = {"finetune": training_flops(pruned, training, rows) / flops_per_second}
     if isinstance(method, GradPruner):
         memory = max(memory, importance_memory(pipeline, method).total)
         dense = count_model(pipeline.dense_config)
-        seconds["measure"] = _importance_flops(pipeline, method, dense) / flops_per_second
+        seconds["measure"] = importance_flops(pipeline, method, dense) / flops_per_second
     writes, cached = stage_writes(pipeline), pipeline.stages()
     work = {
         name: Work(id_, seconds.get(name, 0.0), writes[name].result, cached[name])
@@ -107,7 +107,7 @@ def _add_data(table: Table, pipeline: Pipeline, estimated: str) -> None:
     table.add_row("train rows", f"{len(pipeline.rows):,}")
     table.add_row(f"{estimated}tokens an epoch", f"{tokens:,}")
     table.add_row("fine-tuning steps", f"{steps:,}", f"{steps:,}")
-    trained = round(tokens / len(pipeline.rows) * _num_trained_rows(pipeline))
+    trained = round(tokens / len(pipeline.rows) * num_trained_rows(pipeline.training, len(pipeline.rows)))
     table.add_row(f"{estimated}tokens trained on", f"{trained:,}", f"{trained:,}")
     if calibration:
         table.add_row("rows seen before pruning", "", f"{calibration.count(len(pipeline.rows)):,}")
@@ -146,33 +146,13 @@ def _add_estimates(
         if not recompute:
             for part in ("weights", "gradients", "moments", "activations", "transient", "allocator"):
                 _add(table, f"    {part}", _gib, *(getattr(estimate, part) for estimate in memory))
-    flops = [_training_flops(pipeline, counts) for counts in (dense, pruned)]
+    flops = [training_flops(counts, training, rows) for counts in (dense, pruned)]
     _add(table, "estimated FLOPs of training", _operations, *flops)
     _add(table, "estimated time of training, at least", _seconds, *(work / flops_per_second for work in flops))
     if isinstance(method, GradPruner):
-        seconds = _importance_flops(pipeline, method, dense) / flops_per_second
+        seconds = importance_flops(pipeline, method, dense) / flops_per_second
         table.add_row("estimated peak memory of the importance run", _gib(importance_memory(pipeline, method).total))
         table.add_row("estimated time of the importance run, at least", _seconds(seconds))
-
-
-def _tokens_per_row(pipeline: Pipeline) -> tuple[int, int]:
-    """Returns the mean length of a training row, and its mean number of positions with logits."""
-    rows = pipeline.rows
-    mean_length = math.ceil(sum(len(row.input_ids) for row in rows) / len(rows))
-    mean_positions = math.ceil(1 + sum(row.num_answer_tokens for row in rows) / len(rows))
-    return mean_length, min(mean_positions, mean_length)
-
-
-def _training_flops(pipeline: Pipeline, counts: ModelCounts) -> float:
-    training = pipeline.training
-    lora_rank = training.lora_rank if training.mode == "lora" else None
-    num_rows, recompute = _num_trained_rows(pipeline), training.gradient_checkpointing
-    return counts.training_flops(num_rows, *_tokens_per_row(pipeline), lora_rank, recompute)
-
-
-def _importance_flops(pipeline: Pipeline, method: GradPruner, dense: ModelCounts) -> float:
-    num_rows, recompute = method.calibration().num_rows, method.gradient_checkpointing
-    return dense.training_flops(num_rows, *_tokens_per_row(pipeline), method.lora_rank, recompute)
 
 
 def _notes(pipeline: Pipeline, dtype: torch.dtype, flops_per_second: float, offline: bool) -> list[str]:
@@ -196,14 +176,6 @@ def _notes(pipeline: Pipeline, dtype: torch.dtype, flops_per_second: float, offl
             f"({characters / tokens:.2f} characters a token)."
         )
     return notes
-
-
-def _num_trained_rows(pipeline: Pipeline) -> int:
-    """Returns the number of rows that the fine-tune sees; the last batch of an epoch may be short."""
-    training, num_rows = pipeline.training, len(pipeline.rows)
-    if training.max_steps is not None:
-        return training.max_steps * training.batch_size
-    return math.ceil(training.epochs * num_rows)
 
 
 def _add(table: Table, label: str, cell: Cell, dense: float, pruned: float) -> None:

@@ -24,6 +24,7 @@ from experiments.dry_run import cell_costs, show_dry_run
 from experiments.launch import run_with_torchrun, starts_torchrun
 from experiments.paths import check_writable
 from experiments.preview import show_example
+from experiments.progress import run_progress
 from experiments.recording import (
     CHECKPOINT,
     HISTORY_FILE,
@@ -171,7 +172,11 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
         processes.wait_for_all()
         return None
     arms = list(_arms(cfg, pipeline))
-    records = [_run_arm(*arm, tracker) for arm in arms]
+    progress, records = run_progress([(arm.method.name, arm.planned()) for _, arm in arms]), []
+    with progress.shown():
+        for number, arm in enumerate(arms):
+            progress.begin_arm(number)
+            records.append(_run_arm(*arm, tracker))
     if is_sweep():
         note_runs(run_directory(*arm) for arm in arms)
     processes.wait_for_all()

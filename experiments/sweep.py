@@ -253,6 +253,14 @@ def is_sweep() -> bool:
     return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
+def place_in_sweep() -> tuple[int, int] | None:
+    """Returns the number of this job in its sweep, from 1, and how many jobs there are; None outside a sweep."""
+    if not is_sweep():
+        return None
+    job = HydraConfig.get()
+    return int(job.job.num) + 1, len(_read(Path(job.sweep.dir) / CELLS_FILE))
+
+
 def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from gradpruner.progress import Steps
 from gradpruner.batch_rows import distinct_rows, split_rows
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_nll
@@ -101,14 +101,14 @@ def search(
     dense = answer_nll(model, held_out)
     limit = (1.0 + tolerance) * dense
 
-    with tqdm(desc="sparsity=auto", unit="cut") as bar:
+    with Steps("sparsity=auto", "cut") as steps:
 
         def nll(num_pruned_layers: int) -> float:
             candidate = sharing_copy(model)
             plan = prune(candidate, num_pruned_layers)
             if repair is not None:
                 repair(candidate, model, plan, fitted)
-            bar.update()
+            steps.advance()
             return answer_nll(candidate, held_out)
 
         num_pruned_layers, curve = largest_cut(nll, limit, most)

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from gradpruner.progress import Steps
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_nll
 from gradpruner.layer_scores import angular_distances, block_influence, nearest_block
@@ -146,8 +146,8 @@ def choose_layers(
         ValueError: if there are fewer than ten rows, or rows without answers.
     """
     _, choosing, _ = divide_rows(batches)
-    with tqdm(desc="candidates", unit="set") as bar:
-        scorer = _Scorer(model, choosing, bar.update)
+    with Steps("candidates", "set") as steps:
+        scorer = _Scorer(model, choosing, steps.advance)
         for name, layers in scores.sets(num_pruned_layers).items():
             scorer.add(name, layers)
         if settings.greedy_width:

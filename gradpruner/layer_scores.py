@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from gradpruner.progress import track
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import last_hidden_state, watch_layers
 from gradpruner.models.architectures import decoder_layers
@@ -15,7 +15,7 @@ def block_influence(model: PreTrainedModel, batches: list[Batch], description: s
     """Returns 1 - mean over all real tokens of cos(input, output), for every layer of the model."""
     sums = torch.zeros(len(decoder_layers(model)), dtype=torch.float64)
     num_tokens = 0
-    for batch in tqdm(batches, desc=description, unit="batch", disable=description is None):
+    for batch in batches if description is None else track(batches, description, "batch"):
         mask = batch["attention_mask"].to(model.device).bool()  # (B, T)
         num_tokens += int(mask.sum())
 
@@ -46,7 +46,7 @@ def angular_distances(model: PreTrainedModel, batches: list[Batch]) -> list[list
     num_states = len(decoder_layers(model)) + 1
     sums = torch.zeros(num_states, num_states, dtype=torch.float64)
     num_rows = 0
-    for batch in tqdm(batches, desc="angular distance", unit="batch"):
+    for batch in track(batches, "angular distance", "batch"):
         states = _last_token_states(model, batch)  # (B, L+1, d)
         unit = torch.nn.functional.normalize(states, dim=-1)
         cosines = (unit @ unit.transpose(1, 2)).clamp(-1.0, 1.0)  # rounding can exceed [-1, 1], where arccos is NaN

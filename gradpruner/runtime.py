@@ -2,11 +2,14 @@
 
 import platform
 import subprocess
+import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from datasets.utils import logging as datasets_logging
+from huggingface_hub.utils import disable_progress_bars
 from transformers import set_seed as _set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -34,8 +37,14 @@ def set_seed(seed: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Turns off progress bars and irrelevant warnings of libraries."""
+    """Turns off progress bars and irrelevant warnings of libraries.
+
+    Downloads from the Hub keep their bars on a terminal; elsewhere each bar would be a line per update.
+    """
     transformers_logging.disable_progress_bar()
+    datasets_logging.disable_progress_bar()
+    if not getattr(sys.stderr, "isatty", bool)():
+        disable_progress_bars()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft reads it
 
 

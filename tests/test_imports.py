@@ -47,6 +47,7 @@ LAYERS = {
                 "record_sections",
                 "waiting",
                 "processes",
+                "progress",
                 "lease",
             ),
         )

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
-from tqdm.auto import tqdm
 
+from gradpruner.progress import Steps
 from gradpruner.checkpoints.model_card import model_card
 from gradpruner.checkpoints.older_readers import add_older_keys, read_tokenizer_config
 from gradpruner.checkpoints.pruned_tensors import PrunedCheckpoint, prepare
@@ -123,9 +123,9 @@ def _write_weights(pruned: PrunedCheckpoint, folder: Path, max_shard_bytes: int)
         filename_pattern=SHARD_PATTERN,
         max_shard_size=max_shard_bytes,
     )
-    with tqdm(total=pruned.num_bytes, desc="prune checkpoint", unit="B", unit_scale=True) as bar:
+    with Steps("prune checkpoint", "B", pruned.num_bytes) as steps:
         for file_name, names in split.filename_to_tensors.items():
-            _write_file(folder / file_name, pruned, names, bar.update)
+            _write_file(folder / file_name, pruned, names, steps.advance)
     if split.is_sharded:
         total_parameters = sum(math.prod(tensor.kept.shape) for tensor in pruned.tensors.values())
         metadata = {"total_parameters": total_parameters, **split.metadata}

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from gradpruner.progress import Steps
 from gradpruner import processes
 from gradpruner.encoding import Encoder
 from gradpruner.files import write_jsonl
@@ -164,13 +164,12 @@ def predict_all(
         logger.info("Going on after %d of %d batches in %s", len(done), len(batches), directory)
     model = load_model() if missing else None
     with (
-        tqdm(
+        Steps(
+            "evaluate",
+            "row",
             total=sum(len(batches[index]) for index in own),
-            initial=sum(len(batches[index]) for index in own if index in done),
-            desc="evaluate",
-            unit="row",
-            disable=not processes.is_main(),
-        ) as bar,
+            done=sum(len(batches[index]) for index in own if index in done),
+        ) as steps,
         (directory / _journal(processes.rank())).open("a", encoding="utf-8") as stream,
     ):
         for index in missing:
@@ -180,7 +179,7 @@ def predict_all(
             stream.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
             stream.flush()
             done[index] = rows
-            bar.update(len(rows))
+            steps.advance(len(rows))
     path = directory / PREDICTIONS_FILE
     processes.wait_for_all()
     if processes.is_main():

@@ -13,9 +13,9 @@ import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from gradpruner.progress import track
 from gradpruner.checks import check_choice
 from gradpruner.encoding import IGNORED, Batch, TrainingRow, collate
 from gradpruner.hidden_states import CHUNK_LOGITS, decode, head_logits
@@ -80,7 +80,7 @@ def write_predictions(
     log_probs = open_memmap(directory / LOG_PROBS_FILE, mode="w+", dtype=np.float32, shape=(num_tokens, k))
     rest = open_memmap(directory / REST_FILE, mode="w+", dtype=np.float32, shape=(num_tokens,))
     at = 0
-    for start in tqdm(range(0, len(rows), BATCH_SIZE), desc=f"teacher, {tokens}", unit="batch"):
+    for start in track(range(0, len(rows), BATCH_SIZE), f"teacher, {tokens}", "batch"):
         batch = collate(rows[start : start + BATCH_SIZE], pad_token_id)
         states = decode(model, batch)
         states = states[:, :-1][predicted(batch, tokens).to(states.device)]  # (n, d)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -16,6 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from gradpruner.progress import Steps
 from gradpruner import processes
 from gradpruner.encoding import Batch, trim_to_answers
 
@@ -33,7 +33,7 @@ class DivergedError(RuntimeError):
 
 
 class CompletionTrainer(Trainer):
-    """Trainer with completion-only logits, a stop at the first non-finite loss, and a quiet progress bar."""
+    """Trainer with completion-only logits, a stop at the first non-finite loss, and a count of steps."""
 
     def __init__(
         self, model: nn.Module, args: TrainingArguments, *, description: str, loss: Loss | None = None, **kwargs: Any
@@ -47,7 +47,7 @@ class CompletionTrainer(Trainer):
             model.forward = lambda **batch: loss(model, batch)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(_ProgressBar(description))
+        self.add_callback(_Progress(description))
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -71,22 +71,23 @@ class CompletionTrainer(Trainer):
         return result
 
 
-class _ProgressBar(TrainerCallback):
-    """Progress bar over optimizer steps that shows the current loss."""
+class _Progress(TrainerCallback):
+    """Counts optimizer steps, with the current loss."""
 
     def __init__(self, description: str) -> None:
         self._description = description
-        self._bar: tqdm[Any] | None = None
+        self._steps: Steps | None = None
+        self._loss = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if processes.is_main():
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._description, unit="step")
+            self._steps = Steps(self._description, "step", state.max_steps, state.global_step).__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+        if self._steps is not None:
+            self._steps.advance(state.global_step - self._steps.done, self._loss)
 
     def on_log(
         self,
@@ -96,11 +97,11 @@ class _ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._bar is not None and logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        if logs and "loss" in logs:
+            self._loss = f"loss {logs['loss']:.3f}"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._steps is not None:
+            self._steps.__exit__()

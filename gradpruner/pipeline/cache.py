@@ -73,7 +73,7 @@ class StageCache:
         if entry.is_dir():
             problem = _problem(entry)
             if problem is None:
-                logger.info("%s: cached (%s)", stage, entry.name)
+                logger.debug("%s: cached (%s)", stage, entry.name)
                 return entry
             logger.warning("%s: cache entry %s is damaged (%s), computing it again", stage, entry, problem)
             shutil.rmtree(entry)

@@ -45,6 +45,8 @@ CANNOT_CHANGE_RESULTS = {
     "gradpruner.pipeline.estimate": "refuses a run or lets it pass, unchanged; serves dry runs",
     "gradpruner.pipeline.run": "calls the stages and collects their results",
     "gradpruner.pipeline.setup": "what it makes definite (rows, method, evaluation) is in the keys itself",
+    "gradpruner.progress": "shows how far work is",
+    "gradpruner.pipeline.work": "estimates how long stages take",
     "gradpruner.processes": "names this process and carries messages; results do not depend on how many there are",
     "gradpruner.record*": "holds results of finished runs",
     "gradpruner.reporting*": "reads records",

@@ -41,6 +41,7 @@ from gradpruner.pipeline.stages import (
 )
 from gradpruner.pipeline.teachers import Teachers, teach_stage
 from gradpruner.pipeline.vllm_checks import check_vllm, uses_vllm
+from gradpruner.pipeline.work import PlannedStage, stage_flops
 from gradpruner.plan import PruningPlan
 from gradpruner.record_sections import ContentSection, MethodReport, Metrics, SpeedSection, empty_section
 from gradpruner.repair.saved import read_fits
@@ -187,6 +188,25 @@ class Pipeline(Setup):
     def stages(self) -> dict[str, bool]:
         """Which stages are in the cache already."""
         return {name: self._runner.is_cached(stage) for name, stage in self._named_stages().items()}
+
+    def planned(self) -> list[PlannedStage]:
+        """Returns the stages that `run` will ask for, in order, with the work that they take; computes none."""
+        chain, flops = self._chain, stage_flops(self)
+        named = self._named_stages()
+        if self.evaluate_before:
+            predicted = self._predictions_of(chain.untuned)
+            before = {"predict_before": predicted, "evaluate_before": evaluate_stage(self, self._runner, predicted)}
+            at = list(named).index("finetune")
+            named = dict([*list(named.items())[:at], *before.items(), *list(named.items())[at:]])
+        cache = StageCache(self.cache_dir / "stages")
+        planned = [
+            PlannedStage(
+                name.replace("_", " "), stage.id, flops.get(name, 0.0), cache.path(stage.name, stage.key).is_dir()
+            )
+            for name, stage in named.items()
+        ]
+        # Only the run finds out the shape that is timed.
+        return planned + [PlannedStage("speed", None, 0.0, False)] * self.measure_speed
 
     def stage_ids(self) -> dict[str, str]:
         """Returns the id of each stage, which covers settings, weights, data, code and versions; computes no stage."""

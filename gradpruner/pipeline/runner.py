@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gradpruner import processes
+from gradpruner import processes, progress
 from gradpruner.files import content_hash, write_json
 from gradpruner.pipeline.cache import StageCache
 from gradpruner.runtime import default_device
@@ -86,17 +86,21 @@ class StageRunner:
             processes.broadcast(str(directory))  # which tells the others to compute, too
             for need in stage.needs:  # before the clock starts
                 self.folder(need)
+            progress.stage_begins(stage.name, stage.id)
             start = time.perf_counter()
             stage.compute(directory)
-            write_json(directory / SECONDS_FILE, time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
+            write_json(directory / SECONDS_FILE, seconds[0])
             processes.wait_for_all()
 
+        seconds: list[float] = []  # none if the stage is cached
         place = (stage.name, stage.id)
         if place in self._folders:  # once a run: looking an entry up verifies its checksums
             return self._folders[place]
         if processes.is_main():
             folder = self._cache.get(stage.name, stage.key, compute, stage.resumable)
             self._folders[place] = Path(processes.broadcast(str(folder)))
+            progress.stage_ends(stage.name, stage.id, seconds[0] if seconds else None)
         else:
             self._folders[place] = self._followed(stage)
         return self._folders[place]

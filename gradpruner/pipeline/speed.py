@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
+from gradpruner.progress import track
 from gradpruner import processes
 from gradpruner.checks import AUTO
 from gradpruner.encoding import TrainingRow
@@ -80,7 +80,7 @@ def measure(
     """
     found: dict[str, dict[str, Phase]] = {name: {} for name in models}
     turns = [(role, name) for _ in range(workload.rounds) for role in roles for name in models]
-    for role, name in tqdm(turns, desc="speed", unit="process"):
+    for role, name in track(turns, "speed", "process"):
         for phase, new in _in_fresh_process(role, *models[name], workload).items():
             old = found[name].get(phase)
             found[name][phase] = new if old is None else _pooled(old, new)

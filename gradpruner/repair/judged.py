@@ -22,9 +22,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from gradpruner.progress import Steps
 from gradpruner.answer_judge import AnswerJudge
 from gradpruner.batch_rows import split_rows
 from gradpruner.encoding import IGNORED, Batch
@@ -110,8 +110,9 @@ def judged_repair(
     judge, stream_scale = AnswerJudge(model, choosing), 1.0
     fits: list[JudgedFit] = []
     now, fresh_now = judge.nll(), answer_nll(model, fresh)
-    with tqdm(_runs(plan, refit), desc="repair, judged by the answers", unit="run") as bar:
-        for run in bar:
+    runs = _runs(plan, refit)
+    with Steps("repair, judged by the answers", "run", len(runs)) as steps:
+        for run in runs:
             position = plan.kept_layers.index(run.absorber)
             judge.advance(position)
             proposals = _Proposals(model, plan, run)
@@ -136,7 +137,7 @@ def judged_repair(
             fits.append(
                 JudgedFit(run.absorber, run.last, proposals.num_tokens, chosen, options, fresh_before, fresh_now)
             )
-            bar.set_postfix(nll=f"{now:.3f}")
+            steps.advance(note=f"nll {now:.3f}")
     return fits
 
 

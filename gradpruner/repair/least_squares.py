@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from gradpruner.progress import track
 from gradpruner.batch_rows import split_rows
 from gradpruner.encoding import Batch
 from gradpruner.plan import PruningPlan
@@ -80,7 +80,7 @@ def repair_by_least_squares(
     every = min(HELD_OUT, num_rows)
     fitted, held_out = split_rows(batches, every, every - 1)
     fits = []
-    for run in tqdm(pruned_runs(plan), desc="repair", unit="run"):
+    for run in track(pruned_runs(plan), "repair", "run"):
 
         def pairs(rows: Sequence[Batch], run: PrunedRun = run) -> Iterator[tuple[Tensor, Tensor]]:
             return ((tokens.outputs, tokens.missing) for tokens in read_states(model, dense, plan, run, rows))
