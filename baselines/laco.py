@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from baselines.calibration import checked, real_tokens
-from gradpruner.progress import Steps
 from gradpruner.checks import check_choice, check_positive
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
@@ -39,6 +38,7 @@ from gradpruner.hidden_states import last_hidden_state
 from gradpruner.method import Calibration, Compressed, DepthMethod
 from gradpruner.models.architectures import check_finite_weights, decoder_layers, linear_sublayers
 from gradpruner.plan import PruningPlan, preceding_kept_layer
+from gradpruner.progress import Steps
 from gradpruner.surgery import drop_layers, only_layers
 
 logger = logging.getLogger(__name__)

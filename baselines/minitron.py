@@ -26,7 +26,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from baselines.calibration import Calibrated, checked, real_tokens
 from baselines.width_pruning import WidthPruning, heads_of, highest, load_scores, save_scores, training_spec
-from gradpruner.progress import track
 from gradpruner.budget import nearest_size, solve_size, target_parameters
 from gradpruner.checks import check_choice
 from gradpruner.encoding import Batch
@@ -37,6 +36,7 @@ from gradpruner.method import Compressed, Recovery
 from gradpruner.models.architectures import check_finite_weights, decoder_layers, linear_sublayers
 from gradpruner.models.shape import LAYER_SIZES, LayerShape, ModelShape, config_shape, head_dim
 from gradpruner.plan import PruningPlan, WidthPlan, check_counts
+from gradpruner.progress import track
 from gradpruner.surgery import apply_plan
 
 AXES = ("width", "depth", "ffn")

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from baselines.calibration import checked
 from baselines.layer_dropping import CalibratedLayerDropping, Scores
-from gradpruner.progress import track
 from gradpruner.encoding import Batch
 from gradpruner.layer_scores import block_influence
 from gradpruner.models.architectures import decoder_layers
+from gradpruner.progress import track
 from gradpruner.surgery import only_layers
 
 

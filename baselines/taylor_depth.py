@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from baselines.calibration import checked
 from baselines.layer_dropping import CalibratedLayerDropping, Scores
-from gradpruner.progress import track
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.hidden_states import answer_loss
 from gradpruner.models.architectures import decoder_layers, linear_sublayers
+from gradpruner.progress import track
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ class RunProgress:
 
     def seconds_left(self) -> float | None:
         """Returns how long the rest of the run will take, or None while nothing is known of its speed."""
+        if not self._waiting:
+            return None
         waiting = [stage for _, stage in self._waiting if stage is not self._now and not stage.is_cached]
         rest = sum(stage.flops for stage in waiting)
         own, speed = 0.0, None

@@ -24,10 +24,11 @@ LOSS_PICTURE = "loss.png"
 IMPORTANCE_PICTURE = "importance.png"
 CHECKPOINT = "checkpoint"  # folder
 TRACKED_FILE = "tracker.json"  # there once a tracker has the run
+TENSORBOARD_FOLDER = "tensorboard"
 RUNNING_FILE = "running.lease"  # there while a process runs into the folder, see gradpruner.lease
 RESULTS = (
     *(RECORD_FILE, PLAN_FILE, PREDICTIONS_FILE, HISTORY_FILE, LOSS_PICTURE, IMPORTANCE_PICTURE),
-    *(CHECKPOINT, TRACKED_FILE),
+    *(CHECKPOINT, TRACKED_FILE, TENSORBOARD_FOLDER),
 )
 # Key of a record's content -> name in messages.
 CONTENT_NAMES = {

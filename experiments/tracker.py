@@ -27,6 +27,7 @@ MODES = ("online", "offline")
 NUM_PREDICTIONS = 50  # rows of the table of predictions
 PICTURES = ("loss.png", "importance.png")
 SECTIONS = ("importance", "recover", "finetune")  # what trains
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN")  # environment variables that no message shows
 _logged: set[tuple[str, int]] = set()  # sections and steps that wandb's run has
 
 
@@ -102,13 +103,13 @@ class WandbTracker:
 
         from experiments.live_curves import live_curves
 
-        with _never_fatal():
+        with never_fatal():
             self._start(run_dir, config)
         try:
             with live_curves(_log_live):
                 yield
         except BaseException:
-            with _never_fatal():
+            with never_fatal():
                 wandb.finish(exit_code=1)
             raise
 
@@ -116,7 +117,7 @@ class WandbTracker:
         """Returns wandb's run of this name: the one that `watch` started, or a new one."""
         import wandb
 
-        name = "/".join(run_dir.parts[-5:])
+        name = run_name(run_dir)
         if wandb.run is not None and wandb.run.name == name:
             return wandb.run
         _logged.clear()
@@ -137,7 +138,7 @@ class WandbTracker:
 
     def log(self, record: RunRecord, history: list[dict[str, Any]], run_dir: Path) -> None:
         """Logs the loss curve, tables of layers and predictions, and pictures; metrics and counts form the summary."""
-        with _never_fatal():
+        with never_fatal():
             import wandb
 
             run = self._start(run_dir, record.config)
@@ -160,11 +161,16 @@ class WandbTracker:
             write_json(run_dir / TRACKED_FILE, {"project": self.project, "mode": self.mode, "id": run.id})
 
 
+def run_name(run_dir: Path) -> str:
+    """Returns the name of a run in trackers: the last folders of its path."""
+    return "/".join(run_dir.parts[-5:])
+
+
 def _log_live(section: str, entry: Mapping[str, Any]) -> None:
     import wandb
 
     if wandb.run is not None:
-        with _never_fatal():
+        with never_fatal():
             _log_step(wandb.run, section, entry)
 
 
@@ -216,12 +222,12 @@ def _cell(value: Any) -> Any:
 
 
 @contextmanager
-def _never_fatal() -> Iterator[None]:
+def never_fatal() -> Iterator[None]:
     """Turns a tracker's failure into a warning, because the run is already recorded."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        if key := os.environ.get("WANDB_API_KEY"):
+        for key in filter(None, map(os.environ.get, SECRETS)):
             reason = reason.replace(key, "***")
         logger.warning("The tracker failed, the run and its record are complete: %s", reason)

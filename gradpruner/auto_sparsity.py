@@ -12,11 +12,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gradpruner.progress import Steps
 from gradpruner.batch_rows import distinct_rows, split_rows
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_nll
 from gradpruner.plan import PruningPlan
+from gradpruner.progress import Steps
 from gradpruner.surgery import sharing_copy
 
 Repair = Callable[[PreTrainedModel, PreTrainedModel, PruningPlan, Iterable[Batch]], Any]

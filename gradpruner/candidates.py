@@ -20,12 +20,12 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel
 
-from gradpruner.progress import Steps
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_nll
 from gradpruner.layer_scores import angular_distances, block_influence, nearest_block
 from gradpruner.models.architectures import decoder_layers
 from gradpruner.plan import PruningPlan, lowest_layers, number_runs
+from gradpruner.progress import Steps
 from gradpruner.repair.judged import JudgedFit, divide_rows, judged_repair
 from gradpruner.surgery import apply_plan, only_layers, sharing_copy
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradpruner.progress import track
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import last_hidden_state, watch_layers
 from gradpruner.models.architectures import decoder_layers
+from gradpruner.progress import track
 
 
 @torch.no_grad()

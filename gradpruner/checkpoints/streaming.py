@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from gradpruner.progress import Steps
 from gradpruner.checkpoints.model_card import model_card
 from gradpruner.checkpoints.older_readers import add_older_keys, read_tokenizer_config
 from gradpruner.checkpoints.pruned_tensors import PrunedCheckpoint, prepare
 from gradpruner.files import write_json, write_text
 from gradpruner.models.contents import ADAPTER_CONFIG_FILE, INDEX_FILE
 from gradpruner.plan import PruningPlan
+from gradpruner.progress import Steps
 
 if TYPE_CHECKING:  # it pulls in the Trainer, whose libraries take more memory than the work done here
     from gradpruner.gradients import EarlyGradients

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradpruner.progress import Steps
 from gradpruner import processes
 from gradpruner.encoding import Encoder
 from gradpruner.files import write_jsonl
+from gradpruner.progress import Steps
 from gradpruner.tasks import DataError, Example, Task
 
 logger = logging.getLogger(__name__)

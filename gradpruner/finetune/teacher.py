@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradpruner.progress import track
 from gradpruner.checks import check_choice
 from gradpruner.encoding import IGNORED, Batch, TrainingRow, collate
 from gradpruner.hidden_states import CHUNK_LOGITS, decode, head_logits
+from gradpruner.progress import track
 
 TOP = 64
 PROMPT, ANSWERS = "prompt", "answers"

@@ -15,9 +15,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from gradpruner.progress import Steps
 from gradpruner import processes
 from gradpruner.encoding import Batch, trim_to_answers
+from gradpruner.progress import Steps
 
 # Name of activation checkpointing in arguments and models; older transformers call it gradient checkpointing.
 CHECKPOINTING = (

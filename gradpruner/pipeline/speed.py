@@ -17,7 +17,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from gradpruner.progress import track
 from gradpruner import processes
 from gradpruner.checks import AUTO
 from gradpruner.encoding import TrainingRow
@@ -26,6 +25,7 @@ from gradpruner.models.shape import ModelShape
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline import speed_process
 from gradpruner.pipeline.speed_process import Workload
+from gradpruner.progress import track
 
 ROLES = ("train", "infer")
 Model = tuple[PreTrainedConfig, ModelShape]  # config of the dense model, and the shape made from it

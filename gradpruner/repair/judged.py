@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gradpruner.progress import Steps
 from gradpruner.answer_judge import AnswerJudge
 from gradpruner.batch_rows import split_rows
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.hidden_states import answer_nll
 from gradpruner.plan import PruningPlan
+from gradpruner.progress import Steps
 from gradpruner.repair.maps import RIDGES, Sums, best_ridge, fold, scale
 from gradpruner.repair.states import (
     NORMED_MODEL_TYPES,

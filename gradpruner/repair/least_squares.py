@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradpruner.progress import track
 from gradpruner.batch_rows import split_rows
 from gradpruner.encoding import Batch
 from gradpruner.plan import PruningPlan
+from gradpruner.progress import track
 from gradpruner.repair.maps import best_ridge, fold, solve
 from gradpruner.repair.states import PrunedRun, down_proj, pruned_runs, read_states
 
