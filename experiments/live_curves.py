@@ -1,4 +1,7 @@
-"""Losses of training runs, handed on at every step, to a function or to an integration of the Trainer's. A file of its own: it imports the Trainer's libraries."""
+"""Losses of training runs, handed on at every step to a function or to an integration of the Trainer's.
+
+A file of its own: it imports the Trainer's libraries.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

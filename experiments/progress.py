@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -42,7 +43,7 @@ class RunProgress:
         self._began = self._drawn = 0.0
         self._stepped_from = 0.0  # when the current loop began
         self._done_flops = self._done_seconds = 0.0
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
 
     @contextmanager
     def shown(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ Without a listener a loop has a tqdm bar where the output is a terminal, and sho
 
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -28,7 +28,7 @@ class Steps:
     def __init__(self, description: str, unit: str, total: int | None = None, done: int = 0) -> None:
         self.description, self.unit, self.total, self.done, self.note = description, unit, total, done, ""
         self.first = done
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> Self:
         if _listeners:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets.utils import logging as datasets_logging
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 from transformers import set_seed as _set_seed
 from transformers.utils import logging as transformers_logging
 
