@@ -1,5 +1,6 @@
 """Dry runs of every preset, model and dataset answer without a network, and read no more than they need."""
 
+import dataclasses
 import functools
 import io
 from types import SimpleNamespace
@@ -7,11 +8,15 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from experiments import dry_run
-from experiments.config import CONF, build_pipeline
+from experiments.config import CONF, build_pipeline, identity
 from experiments.dry_run import cell_costs, prepare_dry_run, show_dry_run
+from gradpruner.files import content_hash
 from gradpruner.models import hub
+from gradpruner.models.memory import MemoryEstimate
 from gradpruner.models.offline_configs import OfflineModelSpec, UnconvertedModelSpec, shipped_ids
 from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline import stand_in_rows
@@ -25,14 +30,25 @@ DATASETS = [path.stem for path in sorted((CONF / "dataset").glob("*.yaml")) if p
 
 
 @pytest.fixture(scope="module")
+def seen():
+    """Returns the configs that were tested."""
+    return set()
+
+
+@pytest.fixture(scope="module")
 def read():
     """Returns `Task.load`, which reads equal rows once."""
     return functools.cache(Task.load)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return OfflineModelSpec("meta-llama/Llama-3.1-8B").load_tokenizer(tmp_path_factory.mktemp("assets"))
+def tokenizer():
+    """Returns a tokenizer with a token per word: the real one takes seconds to load, and bytes are too many."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s?\S+|\s+"), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="</s>", model_max_length=4096
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -59,19 +75,32 @@ def _raise(error):
     raise error
 
 
-def prepared(tmp_path, *overrides):
+def config(tmp_path, *overrides):
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        pipeline = build_pipeline(compose("config", overrides=[f"cache_dir={tmp_path}/cache", *overrides]))
-    pipeline = prepare_dry_run(pipeline)
+        return compose("config", overrides=[f"cache_dir={tmp_path}/cache", *overrides])
+
+
+def prepared(tmp_path, *overrides, cfg=None):
+    pipeline = prepare_dry_run(build_pipeline(cfg or config(tmp_path, *overrides)))
     pipeline.check(resources=False)
     return pipeline
 
 
+@pytest.fixture
+def no_memory_estimates(monkeypatch):
+    """Leaves out what takes a second per estimate; `test_dry_run` has it."""
+    parts = dict.fromkeys(("total", *(field.name for field in dataclasses.fields(MemoryEstimate))), 1)
+    for function in ("training_memory", "importance_memory"):
+        monkeypatch.setattr(dry_run, function, lambda *args: SimpleNamespace(**parts))
+
+
 @pytest.mark.parametrize(("name", "scale"), PRESETS)
-def test_every_preset(name, scale, tmp_path, monkeypatch):
-    for function in ("training_memory", "importance_memory"):  # takes a second, and `test_dry_run` has it
-        monkeypatch.setattr(dry_run, function, lambda *args: SimpleNamespace(total=1))
-    pipeline = prepared(tmp_path, f"experiment={name}", f"scale={scale}")
+def test_every_preset(name, scale, tmp_path, no_memory_estimates, seen):
+    cfg = config(tmp_path, f"experiment={name}", f"scale={scale}")
+    if (same := content_hash(identity(cfg))) in seen:  # only the cells of their sweeps differ
+        return
+    seen.add(same)
+    pipeline = prepared(tmp_path, cfg=cfg)
     costs = cell_costs(pipeline)
     assert costs.steps == pipeline.training.num_steps(len(pipeline.rows)) > 0 and costs.num_parameters > 1e6
     assert costs.work["finetune"].seconds > 0
@@ -108,7 +137,7 @@ def test_every_dataset(name, tmp_path, caplog):
     assert any(f"The train split of {name} {reason}: this dry run takes the pub" in each for each in caplog.messages)
 
 
-def test_the_output_says_what_is_estimated(tmp_path):
+def test_the_output_says_what_is_estimated(tmp_path, no_memory_estimates):
     console = Console(record=True, width=140, file=io.StringIO())
     show_dry_run(prepared(tmp_path, "dataset=billsum", "model=llama3_2_1b"), tmp_path, console)
     output = console.export_text()
