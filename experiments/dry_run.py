@@ -66,7 +66,7 @@ def show_dry_run(pipeline: Pipeline, run_dir: Path, console: Console | None = No
     for note in _notes(pipeline, dtype, flops_per_second, offline):
         console.print(note, soft_wrap=True)
     cached = [] if estimated else [stage for stage, found in pipeline.stages().items() if found]
-    unknown = "unknown, because rows or tokens are estimates" if estimated else "none"
+    unknown = "unknown without the Hub" if offline else "unknown without the rows" if estimated else "none"
     console.print(f"Cached stages: {', '.join(cached) or unknown}\nRun folder: {run_dir}", soft_wrap=True)
 
 

@@ -144,7 +144,7 @@ def test_the_output_says_what_is_estimated(tmp_path, no_memory_estimates):
     assert "estimated tokens an epoch" in output and "18,949" in output and "3,269" in output
     assert "The rows of billsum were not read: their number is the published one, and lengths" in output
     assert "meta-llama/Llama-3.2-1B cannot be read from the Hub: layers and sizes are from the config" in output
-    assert "Cached stages: unknown, because rows or tokens are estimates" in output
+    assert "Cached stages: unknown without the Hub" in output
 
 
 def test_draws_are_counted(tmp_path):

@@ -98,7 +98,8 @@ def shipped_config(hub_id: str) -> PreTrainedConfig:
 def for_dry_run(model: ModelSpec, assets_dir: Path) -> ModelSpec:
     """Returns `model` itself if no config of it ships or its own can be read, else its offline stand-in."""
     values = {field.name: getattr(model, field.name) for field in fields(ModelSpec)}
-    model = ModelSpec(**values)  # one of `small_dense` is a copy of another stand-in
+    if isinstance(model, OfflineModelSpec):  # one of `small_dense` is a copy of the dense model's stand-in
+        model = ModelSpec(**values)
     if model.path not in shipped_ids() or user_path(model.path).is_dir():
         return model
     if model.path.startswith("packaged:"):
