@@ -35,7 +35,7 @@ def save_checkpoint(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     plan: PruningPlan,
-    folder: Path,
+    folder: str | Path,
     base_name: str,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
@@ -53,6 +53,7 @@ def save_checkpoint(
     Raises:
         ValueError: if the model answers with NaN or infinity.
     """
+    folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     has_adapter = isinstance(model, PeftModel)

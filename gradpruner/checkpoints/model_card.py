@@ -43,7 +43,7 @@ def model_card(
     if not is_stock:
         loading = (
             "Its layers differ in width, as `shape.json` says, so plain transformers cannot build it. Load it with\n"
-            "`baselines.load(FOLDER)` of the project."
+            "`gradpruner.load_checkpoint(FOLDER)` of the project."
         )
     if has_adapter:
         loading += (
@@ -71,7 +71,7 @@ def adapter_card(is_stock: bool) -> str:
     """
     base, loader = 'AutoModelForCausalLM.from_pretrained("FOLDER")', "from transformers import AutoModelForCausalLM"
     if not is_stock:
-        base, loader = 'baselines.load("FOLDER")', "import baselines"
+        base, loader = 'gradpruner.load_checkpoint("FOLDER")', "import gradpruner"
     by_name = """
 `AutoPeftModelForCausalLM.from_pretrained("FOLDER/adapter")` gives the same. It takes the base that
 `adapter_config.json` names, the absolute path that this folder had when it was saved: after moving or uploading the

@@ -30,6 +30,7 @@ CANNOT_CHANGE_RESULTS = {
     "gradpruner.models": "imports for users",
     "gradpruner.evaluate.vllm_python": "finds vLLM, whose version is in the keys themselves",
     "gradpruner.pipeline.vllm_checks": "refuses a run or lets it pass, unchanged",
+    "gradpruner.in_memory": "serves use without the runner",
     "gradpruner.lease": "holds locks",
     "gradpruner.checks": "refuses settings or lets them pass, unchanged",
     "gradpruner.messages": "makes texts for people",
