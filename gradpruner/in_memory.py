@@ -20,7 +20,7 @@ from gradpruner.models.architectures import check_model, decoder_layers
 from gradpruner.models.padding import add_special_tokens
 from gradpruner.models.shape import config_shape
 from gradpruner.repair import JUDGED
-from gradpruner.repair.judged import divide_rows
+from gradpruner.repair.judged import FEWEST_ROWS
 from gradpruner.tasks import ChatExample, Example
 from gradpruner.tasks.columns import RowError, take_text
 from gradpruner.tasks.conversations import TURN_COLUMNS, read_turns
@@ -85,10 +85,12 @@ def compress(
             training_batches(encoded, calibration.batch_size, num_rows, prepared.pad_token_id, calibration.seed)
         )
 
-    repair_batches = draw(resolved.repair_calibration())
-    if isinstance(resolved, DepthMethod) and resolved.repair_kind == JUDGED:
-        divide_rows(repair_batches)  # refuses too few rows before the importance run
-    return resolved.compress(model, draw(resolved.calibration()), repair_batches)
+    if isinstance(resolved, DepthMethod) and resolved.repair_kind == JUDGED and len(encoded) < FEWEST_ROWS:
+        raise ValueError(
+            f"Changes are chosen by rows that they were not fitted on, which takes {FEWEST_ROWS} rows at least, got "
+            f"{len(encoded)}. Give more rows, a few hundred if possible."
+        )
+    return resolved.compress(model, draw(resolved.calibration()), draw(resolved.repair_calibration()))
 
 
 def _check_types(model: object, tokenizer: object, method: object) -> None:

@@ -38,6 +38,7 @@ CANNOT_CHANGE_RESULTS = {
     "gradpruner.data_warnings": "warns",
     "gradpruner.checkpoints*": "writes files from the results of stages",
     "gradpruner.models.memory": "serves dry runs and the refusal of runs that do not fit",
+    "gradpruner.models.origin": "serves cards",
     "gradpruner.models.offline_configs": "serves dry runs alone",
     "gradpruner.pipeline": "imports nothing",
     "gradpruner.pipeline.cache": "files results under the keys that it is given",
