@@ -1,4 +1,7 @@
-"""The scripts in `examples/` run as printed, on a tiny model; `make test-trl` and `make test-gguf` run the other two."""
+"""The scripts in `examples/` run as printed, on a tiny model.
+
+`make test-trl` and `make test-gguf` run the two that need other packages.
+"""
 
 import re
 import runpy

@@ -71,9 +71,8 @@ def check_tokens(file: Path, checkpoint: Path, name: str) -> None:
         token_ids = [next(generated) for _ in range(NUM_NEW_TOKENS)]
         assert token_ids == entry["token_ids"], (name, entry["prompt"], token_ids, entry["token_ids"], entry["margin"])
     least = min(entry["margin"] for entry in entries)
-    print(
-        f"{name}: weights and {len(entries)} x {NUM_NEW_TOKENS} tokens equal (smallest margin {least:.4f})", flush=True
-    )
+    num_tokens = len(entries) * NUM_NEW_TOKENS
+    print(f"{name}: weights and {num_tokens} greedy tokens equal (smallest margin {least:.4f})", flush=True)
 
 
 if __name__ == "__main__":
