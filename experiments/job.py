@@ -192,6 +192,7 @@ def _check_push(cfg: DictConfig) -> None:
     Raises:
         ValueError: if it cannot be pushed.
     """
+    cfg.push_to_hub = cfg.push_to_hub or None
     if cfg.push_to_hub is None:
         return
     if is_sweep():
@@ -199,7 +200,7 @@ def _check_push(cfg: DictConfig) -> None:
             f"A repository holds one model, got push_to_hub={cfg.push_to_hub} in a sweep. Push the best of its "
             "checkpoints with python -m experiments.push_checkpoint."
         )
-    check_push(cfg.push_to_hub, asks_hub=not cfg.dry_run and processes.is_main())
+    check_push(str(cfg.push_to_hub), asks_hub=not cfg.dry_run and processes.is_main())
     cfg.save_checkpoint = True
 
 

@@ -65,7 +65,7 @@ class RunConfig:
     dry_run: bool = MISSING
     rerun: bool = MISSING
     save_checkpoint: bool = MISSING
-    push_to_hub: str | None = MISSING
+    push_to_hub: bool | str | None = MISSING  # true is refused with advice, false is null
     results_dir: str = MISSING
     output_dir: str | None = MISSING
     cache_dir: str = MISSING

@@ -259,6 +259,8 @@ def start(tmp_path, shared_cache, in_process):
 def test_a_run_without_a_token_is_refused_before_any_work(start, hub, no_token, tmp_path):
     with pytest.raises(ValueError, match="needs a token"):
         start()
+    with pytest.raises(ValueError, match=r"must name a repository of the Hub, OWNER/NAME, got 'True'\. Write"):
+        start("push_to_hub=true")
     assert not (tmp_path / "run").exists()
 
 
