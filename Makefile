@@ -112,6 +112,42 @@ $(DEEPSPEED_VENV)/.installed: $(STAMP)
 test-deepspeed: $(DEEPSPEED_VENV)/.installed  ## check ZeRO-3 on two processes against one, on the CPU (own venv, C++ compiler, minutes)
 	$(DEEPSPEED_BIN)/python -W ignore -m tests.zero3.check
 
+.PHONY: test-trl
+TRL_VENV := .venv-trl
+TRL_BIN := $(TRL_VENV)/bin
+
+# Has the packages of .venv through a .pth file.
+$(TRL_VENV)/.installed: $(STAMP)
+	test -x $(TRL_BIN)/python || $(BIN)/python -m venv --without-pip $(TRL_VENV)
+	echo '*' > $(TRL_VENV)/.gitignore
+	$(BIN)/python $(PRINT_PACKAGES_FOLDER) > "$$($(TRL_BIN)/python $(PRINT_PACKAGES_FOLDER))/project.pth"
+	$(BIN)/python -m pip --python $(TRL_BIN)/python install --quiet --disable-pip-version-check trl==1.16.0 \
+		-c constraints.txt
+	touch $@
+
+test-trl: $(TRL_VENV)/.installed  ## check that TRL fine-tunes a pruned model, by examples/continue_with_trl.py (own venv, a minute)
+	$(TRL_BIN)/python -W ignore -m tests.trl.check
+
+.PHONY: test-gguf
+GGUF_VENV := .venv-gguf
+GGUF_BIN := $(GGUF_VENV)/bin
+GGUF_FOLDER := .cache/gguf
+LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
+LLAMA_CPP_ARCHIVE := $(GGUF_VENV)/llama_cpp_python-0.3.36.tar.gz
+
+# Has the packages of .venv through a .pth file. llama.cpp is compiled for any processor of this kind.
+$(GGUF_VENV)/.installed: $(STAMP)
+	test -x $(GGUF_BIN)/python || $(BIN)/python -m venv --without-pip $(GGUF_VENV)
+	echo '*' > $(GGUF_VENV)/.gitignore
+	$(BIN)/python $(PRINT_PACKAGES_FOLDER) > "$$($(GGUF_BIN)/python $(PRINT_PACKAGES_FOLDER))/project.pth"
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python $(LLAMA_CPP_PYTHON) -d $(GGUF_VENV)
+	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/python -m pip --python $(GGUF_BIN)/python install --quiet \
+		--disable-pip-version-check sentencepiece==0.2.3 $(LLAMA_CPP_ARCHIVE) -c constraints.txt
+	touch $@
+
+test-gguf: $(GGUF_VENV)/.installed  ## check that pruned models become GGUF files that llama.cpp runs alike (own venv, C++ compiler, minutes)
+	$(GGUF_BIN)/python -W ignore -m tests.gguf.check $(LLAMA_CPP_ARCHIVE) $(GGUF_FOLDER)
+
 bench: setup  ## compare time and memory with a reference measured in the same run
 	$(BIN)/python -m benchmarks.gram_scores
 	$(BIN)/python -m benchmarks.importance_memory

@@ -114,7 +114,7 @@ def reference_config(cfg: DictConfig) -> DictConfig:
     reference = cfg.copy()
     OmegaConf.set_struct(reference, False)
     reference.method = load_option("method", cfg.reference)
-    reference.save_checkpoint = False
+    reference.save_checkpoint, reference.push_to_hub = False, None
     if cfg.output_dir is not None:
         reference.output_dir = str(path_setting(cfg, "output_dir") / "reference")
     return reference

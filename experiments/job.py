@@ -29,8 +29,10 @@ from experiments.recording import (
     HISTORY_FILE,
     IMPORTANCE_PICTURE,
     LOSS_PICTURE,
+    PUSHED_FILE,
     RUNNING_FILE,
     TRACKED_FILE,
+    card_results,
     changed_content,
     changed_stages,
     describe_other_environment,
@@ -52,11 +54,13 @@ from experiments.sweep import (
 from experiments.tracker import Tracker
 from gradpruner import processes
 from gradpruner.checkpoints.checkpoint import save_checkpoint
+from gradpruner.checkpoints.push import check_push, push_checkpoint
 from gradpruner.cost import process_memory_bytes
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.files import content_hash, write_json, write_text
 from gradpruner.finetune.result import PLAN_FILE
 from gradpruner.finetune.trainer import DivergedError
+from gradpruner.models.origin import find_origin
 from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.pipeline.stand_in_rows import has_stand_in_rows
@@ -148,6 +152,7 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
     quiet_libraries()
     schema.check_root(cfg)
     resolve(cfg)
+    _check_push(cfg)
     pipeline, tracker = build_pipeline(cfg), schema.build(cfg.tracker, "tracker")
     run_dir = run_directory(cfg, pipeline)
     folder = "results_dir" if cfg.output_dir is None else "output_dir"
@@ -180,7 +185,43 @@ def run_job(cfg: DictConfig) -> RunRecord | None:
         note_runs(run_directory(*arm) for arm in arms)
     processes.wait_for_all()
     show_summary(records, run_dir, f"{pipeline.model.name} on {pipeline.dataset_name}")
+    if cfg.push_to_hub is not None:
+        _push(run_dir, cfg.push_to_hub)
     return records[-1]
+
+
+def _check_push(cfg: DictConfig) -> None:
+    """Checks what the checkpoint is pushed to, if it is, and turns saving on.
+
+    Raises:
+        ValueError: if it cannot be pushed.
+    """
+    cfg.push_to_hub = cfg.push_to_hub or None
+    if cfg.push_to_hub is None:
+        return
+    if is_sweep():
+        raise schema.ConfigError(
+            f"A repository holds one model, got push_to_hub={cfg.push_to_hub} in a sweep. Push the best of its "
+            "checkpoints with python -m experiments.push_checkpoint."
+        )
+    check_push(str(cfg.push_to_hub), asks_hub=not cfg.dry_run and processes.is_main())
+    cfg.save_checkpoint = True
+
+
+def _push(run_dir: Path, repository: str) -> None:
+    """Pushes the checkpoint of a finished run, unless that was done.
+
+    Raises:
+        PushError: if the upload fails; it says how to push again.
+    """
+    file = run_dir / PUSHED_FILE
+    if file.is_file() and json.loads(file.read_text())["repository"] == repository:
+        logger.info("Already pushed to %s", repository)
+        return
+    logger.info("Pushing %s to %s", run_dir / CHECKPOINT, repository)
+    address = push_checkpoint(run_dir / CHECKPOINT, repository)
+    write_json(file, {"repository": repository, "address": address})
+    print(f"Pushed: {address}", flush=True)
 
 
 def _arms(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[DictConfig, Pipeline]]:
@@ -284,8 +325,17 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Track
         plot_importance(outcome.plan, outcome.report, run_dir / IMPORTANCE_PICTURE)
     if cfg.save_checkpoint:
         folder = run_dir / CHECKPOINT
-        model, name = pipeline.load_result(), pipeline.base_model.name
-        save_checkpoint(model, pipeline.tokenizer, outcome.plan, folder, name, resolve(cfg))
+        base = pipeline.base_model
+        save_checkpoint(
+            pipeline.load_result(),
+            pipeline.tokenizer,
+            outcome.plan,
+            folder,
+            base.name,
+            portable(resolve(cfg)),
+            find_origin(base.path, base.commit(pipeline.assets_dir)),
+            card_results(pipeline, outcome.metrics),
+        )
     record = finished_record(cfg, pipeline, outcome, own_memory)
     record.save(run_dir)  # before the tracker: it may fail
     tracker.log(record, outcome.training["history"], run_dir)

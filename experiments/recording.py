@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments.config import identity, resolve
+from gradpruner.checkpoints.card_metadata import Results
 from gradpruner.evaluate.base import PREDICTIONS_FILE
 from gradpruner.files import content_hash, read_jsonl
 from gradpruner.finetune.result import PLAN_FILE, TrainingAccount
@@ -15,7 +16,7 @@ from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Outcome, Pipeline
 from gradpruner.pipeline.runner import LIBRARIES
 from gradpruner.record import RECORD_FILE, RunRecord, portable
-from gradpruner.record_sections import ModelSection, TrainingSection, empty_section
+from gradpruner.record_sections import Metrics, ModelSection, TrainingSection, empty_section
 from gradpruner.reporting.row_scores import row_scores, write_numbers
 from gradpruner.runtime import environment
 
@@ -23,12 +24,13 @@ HISTORY_FILE = "history.json"  # loss and learning rate per optimizer step, besi
 LOSS_PICTURE = "loss.png"
 IMPORTANCE_PICTURE = "importance.png"
 CHECKPOINT = "checkpoint"  # folder
+PUSHED_FILE = "pushed.json"  # there once the checkpoint is on the Hub
 TRACKED_FILE = "tracker.json"  # there once a tracker has the run
 TENSORBOARD_FOLDER = "tensorboard"
 RUNNING_FILE = "running.lease"  # there while a process runs into the folder, see gradpruner.lease
 RESULTS = (
     *(RECORD_FILE, PLAN_FILE, PREDICTIONS_FILE, HISTORY_FILE, LOSS_PICTURE, IMPORTANCE_PICTURE),
-    *(CHECKPOINT, TRACKED_FILE, TENSORBOARD_FOLDER),
+    *(CHECKPOINT, TRACKED_FILE, PUSHED_FILE, TENSORBOARD_FOLDER),
 )
 # Key of a record's content -> name in messages.
 CONTENT_NAMES = {
@@ -90,6 +92,13 @@ def finished_record(cfg: DictConfig, pipeline: Pipeline, outcome: Outcome, own_m
         stage_ids=pipeline.stage_ids(),
         row_scores=row_scores(read_jsonl(outcome.predictions), outcome.metrics),
     )
+
+
+def card_results(pipeline: Pipeline, metrics: Metrics) -> Results:
+    """Returns the results for the card of a checkpoint."""
+    task = pipeline.tested_task
+    dataset_id = getattr(task, "hub_id", None) if task.source in ("hub", "packaged") else None
+    return Results(task.name, dataset_id, metrics)
 
 
 def changed_content(record: RunRecord, pipeline: Pipeline) -> list[str]:

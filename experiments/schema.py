@@ -42,6 +42,7 @@ class RunConfig:
         dry_run: print what would happen; load no weights.
         rerun: also run what has finished.
         save_checkpoint: write the final model.
+        push_to_hub: repository on the Hub, OWNER/NAME, to push the final model to; null: none.
         results_dir: folder for run folders.
         output_dir: folder of this run; null: a folder below results_dir.
         cache_dir: folder for finished stages and converted models.
@@ -64,6 +65,7 @@ class RunConfig:
     dry_run: bool = MISSING
     rerun: bool = MISSING
     save_checkpoint: bool = MISSING
+    push_to_hub: bool | str | None = MISSING  # true is refused with advice, false is null
     results_dir: str = MISSING
     output_dir: str | None = MISSING
     cache_dir: str = MISSING

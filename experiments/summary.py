@@ -76,7 +76,9 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
             soft_wrap=True,
         )
     if (run_dir / "checkpoint").is_dir():
-        loader = "baselines.load" if (run_dir / "checkpoint" / SHAPE_FILE).is_file() else "plain transformers"
+        loader = (
+            "gradpruner.load_checkpoint" if (run_dir / "checkpoint" / SHAPE_FILE).is_file() else "plain transformers"
+        )
         if (run_dir / "checkpoint" / ADAPTER_FOLDER).is_dir():
             loader = f"the model before fine-tuning with {loader}, {ADAPTER_FOLDER}/ on it with peft"
         console.print(f"Checkpoint ({loader}): {run_dir / 'checkpoint'}", soft_wrap=True)

@@ -3,7 +3,7 @@
 The process is isolated from the working directory and environment (`python -I`), and gradpruner and peft cannot be
 imported there, so that the model is what plain transformers makes of the files; the top level imports only the standard
 library. Two kinds of checkpoint need more. Where layers differ in width (`shape.json`), plain transformers must refuse
-the weights, and `baselines.load` loads them. An adapter is loaded last, by peft.
+the weights, and `gradpruner.load_checkpoint` loads them. An adapter is loaded last, by peft.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def main() -> None:
     """Reads a JSON request on stdin, prints a JSON list of checks."""
     request = json.load(sys.stdin)
     if (Path(request["folder"]) / SHAPE_FILE).is_file():
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python -I` does not find baselines by itself
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python -I` does not find gradpruner by itself
     else:
         for module in BLOCKED:
             sys.modules[module] = None  # type: ignore[assignment]  # makes every import of it fail
@@ -106,9 +106,9 @@ def checks_of_model(
                 folder, dtype="auto", use_safetensors=True, output_loading_info=True
             )
         else:
-            import baselines
+            import gradpruner
 
-            model, loading = baselines.load(folder), {}  # raises if a tensor is missing or unexpected
+            model, loading = gradpruner.load_checkpoint(folder), {}  # raises if a tensor is missing or unexpected
     except Exception as error:
         yield Check("load", False, one_line(error))
         return
@@ -158,7 +158,7 @@ def _refused_by_transformers(folder: str, versions: str) -> Check:
     """Checks that plain transformers refuses a model whose layers differ in width."""
     import transformers
 
-    details = f"{versions}; layers differ in width, loaded with baselines.load"
+    details = f"{versions}; layers differ in width, loaded with gradpruner.load_checkpoint"
     try:
         transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     except (RuntimeError, ValueError):

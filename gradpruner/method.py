@@ -188,12 +188,16 @@ class Method:
         num_layers = len(decoder_layers(model))
         return Compressed(model, PruningPlan(num_hidden_layers=num_layers, method=self.name), {})
 
-    def compress(self, model: PreTrainedModel, batches: Iterable[Batch] = ()) -> Compressed:
+    def compress(
+        self, model: PreTrainedModel, batches: Iterable[Batch] = (), repair_batches: Iterable[Batch] | None = None
+    ) -> Compressed:
         """Measures, prunes and repairs in one call, for use without the runner.
 
         Args:
             model: the dense model; changed in place.
             batches: dicts of `input_ids`, `attention_mask`, `labels` (-100 = no loss), each (B, T).
+            repair_batches: batches for the repair; None: those of `batches`. No row should occur twice, because repairs
+                are judged on rows that they were not fitted on.
 
         Raises:
             ValueError: if the architecture is unknown, or settings, model and batches do not match.
@@ -214,7 +218,8 @@ class Method:
         compressed.log_warnings()
         if dense is None:
             return compressed
-        fits = method.repair_pruned(compressed.model, dense, compressed.plan, taken)
+        repair_rows = taken if repair_batches is None else repair_batches
+        fits = method.repair_pruned(compressed.model, dense, compressed.plan, repair_rows)
         return dataclasses.replace(compressed, plan=compressed.plan.with_details(repair=[asdict(fit) for fit in fits]))
 
     def callbacks(self) -> list[TrainerCallback]:

@@ -32,7 +32,7 @@ CONFIG_FILE = "config.yaml"  # beside it: the whole config
 # are here because a method's own settings repeat the values that it uses.
 NOT_IDENTITY = (
     *("sparsity", "merge_count", "tracker", "reference", "dry_run", "rerun", "save_checkpoint", "measure_speed"),
-    *("results_dir", "output_dir", "cache_dir", "num_processes"),
+    *("push_to_hub", "results_dir", "output_dir", "cache_dir", "num_processes"),
 )
 # Ends of the names of settings that hold paths.
 PATH_SETTINGS = ("path", "_file", "_dir", "_python")

@@ -21,7 +21,7 @@ LAYERS = {
         "gradpruner",
         *(
             f"gradpruner.{name}"
-            for name in ("method", "dense", "grad_pruner", "gradpruner_plus", "auto_sparsity", "budget")
+            for name in ("method", "dense", "grad_pruner", "gradpruner_plus", "in_memory", "auto_sparsity", "budget")
         ),
         *(f"gradpruner.{name}" for name in ("candidates", "importance", "importance_spec", "stability")),
     ),

@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from test_architectures import make_config
 from transformers import AutoModelForCausalLM
 
-import baselines
+import gradpruner
 from gradpruner.checkpoints.checkpoint import save_checkpoint
 from gradpruner.models.architectures import lora_targets
 from gradpruner.plan import PruningPlan, WidthPlan
@@ -135,19 +135,27 @@ def test_moved(pruned, save, tmp_path):
         AutoPeftModelForCausalLM.from_pretrained(moved / "adapter")
 
 
-@pytest.mark.bad_input("What is saved", "an adapter on layers that differ in width", "baselines.load and peft load it")
+@pytest.mark.bad_input(
+    "What is saved", "an adapter on layers that differ in width", "gradpruner.load_checkpoint and peft load it"
+)
 def test_on_layers_that_differ_in_width(pruned, save):
     plan = PruningPlan(num_hidden_layers=4, method="test", width=UNEVEN)
     folder, expected = save(adapted(apply_plan(pruned("llama"), plan)), plan)
     assert (folder / "shape.json").is_file() and base_of(folder) == str(folder)
-    tuned = PeftModel.from_pretrained(baselines.load(folder), folder / "adapter")
+    tuned = PeftModel.from_pretrained(gradpruner.load_checkpoint(folder), folder / "adapter")
     assert torch.equal(logits_of(tuned), expected)
     card = (folder / "adapter" / "README.md").read_text()
-    assert 'PeftModel.from_pretrained(baselines.load("FOLDER"), "FOLDER/adapter")' in card and "Auto" not in card
+    assert (
+        'PeftModel.from_pretrained(gradpruner.load_checkpoint("FOLDER"), "FOLDER/adapter")' in card
+        and "Auto" not in card
+    )
 
 
 def test_cards_say_how_to_load(pruned, save):
     folder, _ = save(adapted(pruned("llama")))
     card = (folder / "adapter" / "README.md").read_text()
-    assert 'AutoPeftModelForCausalLM.from_pretrained("FOLDER/adapter")' in card and "baselines" not in card
+    assert (
+        'AutoPeftModelForCausalLM.from_pretrained("FOLDER/adapter")' in card
+        and "gradpruner.load_checkpoint" not in card
+    )
     assert "before fine-tuning" in (folder / "README.md").read_text()

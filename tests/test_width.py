@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import baselines
+import gradpruner
 from gradpruner.budget import solve_size, target_parameters
 from gradpruner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from gradpruner.models.architectures import count_parameters
@@ -286,17 +286,17 @@ def save(tiny_tokenizer, tmp_path):
 def test_layers_that_differ_are_loaded_by_us_alone(model_type, tied, save, make_batches):
     model, folder = save(UNEVEN, model_type, tied)
     [batch] = make_batches(1)
-    loaded = baselines.load(folder)
+    loaded = gradpruner.load_checkpoint(folder)
     assert torch.equal(logits(loaded, batch), logits(model, batch)) and not loaded.training
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     ids = torch.tensor([[5, 6, 7]])
     assert loaded.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 7)
-    assert baselines.load(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert gradpruner.load_checkpoint(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(folder)
     assert not [file for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
     card = (folder / "README.md").read_text()
-    assert "baselines.load" in card and "| intermediate_size | 17 in 1, 20 in 1, 3 in 1 |" in card
+    assert "gradpruner.load_checkpoint" in card and "| intermediate_size | 17 in 1, 20 in 1, 3 in 1 |" in card
 
 
 def test_layers_that_are_alike_are_a_stock_checkpoint(model_type, save, make_batches):

@@ -17,10 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from gradpruner.checkpoints.adapter import ADAPTER_FOLDER, save_adapter
+from gradpruner.checkpoints.card_metadata import Results
 from gradpruner.checkpoints.model_card import adapter_card, model_card
 from gradpruner.checkpoints.older_readers import add_older_keys
 from gradpruner.checkpoints.probe import PROBE_FILE, make_probe
 from gradpruner.files import write_json, write_text
+from gradpruner.models.origin import CARD, Origin, find_origin
 from gradpruner.models.padding import without_added_padding
 from gradpruner.models.shape import ModelShape, config_shape, model_shape, resize_layers
 from gradpruner.models.tensor_files import read_tensors
@@ -35,9 +37,11 @@ def save_checkpoint(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     plan: PruningPlan,
-    folder: Path,
-    base_name: str,
+    folder: str | Path,
+    base_name: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
+    results: Results | None = None,
 ) -> None:
     """Writes weights, config, tokenizer, plan, probe and a model card to `folder`, whole or not at all.
 
@@ -47,18 +51,24 @@ def save_checkpoint(
             `ModelSpec.load_tokenizer` added.
         plan: which layers were pruned and merged.
         folder: replaced if it exists.
-        base_name: name of the dense model, for the card.
+        base_name: name of the dense model, for the card; None: the last part of the path that it was loaded from.
         settings: the config of the run, for the card.
+        origin: of the dense model, for the card; None: that of the path that it was loaded from.
+        results: results of the model, for the card.
 
     Raises:
         ValueError: if the model answers with NaN or infinity.
     """
+    folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     has_adapter = isinstance(model, PeftModel)
     if has_adapter:
         save_adapter(model, tokenizer, partial / ADAPTER_FOLDER, folder)
         model = model.unload()
+    if origin is None:
+        origin = find_origin(model.name_or_path)
+    base_name = base_name or Path(model.name_or_path).name or "A model"
     probe = make_probe(model, tokenizer)
     model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
     without_added_padding(tokenizer).save_pretrained(partial)
@@ -69,9 +79,10 @@ def save_checkpoint(
     is_stock = shape == config_shape(model.config)
     if not is_stock:
         write_json(partial / SHAPE_FILE, {"version": SHAPE_VERSION, **shape.to_dict()})
-    write_text(partial / "README.md", model_card(plan, base_name, settings, True, shape, is_stock, has_adapter))
+    card = model_card(plan, base_name, settings, True, shape, is_stock, has_adapter, origin, results)
+    write_text(partial / CARD, card)
     if has_adapter:  # in place of peft's own, an empty form that names the dense model
-        write_text(partial / ADAPTER_FOLDER / "README.md", adapter_card(is_stock))
+        write_text(partial / ADAPTER_FOLDER / CARD, adapter_card(is_stock))
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

@@ -20,6 +20,7 @@ from gradpruner.checkpoints.older_readers import add_older_keys, read_tokenizer_
 from gradpruner.checkpoints.pruned_tensors import PrunedCheckpoint, prepare
 from gradpruner.files import write_json, write_text
 from gradpruner.models.contents import ADAPTER_CONFIG_FILE, INDEX_FILE
+from gradpruner.models.origin import find_origin
 from gradpruner.plan import PruningPlan
 from gradpruner.progress import Steps
 
@@ -87,7 +88,8 @@ def prune_checkpoint(
         pruned.config.save_pretrained(partial)
         add_older_keys(partial)
         plan.save(partial / "plan.json")
-        card = model_card(plan, source.resolve().name, {"max_shard_bytes": max_shard_bytes})
+        settings = {"max_shard_bytes": max_shard_bytes}
+        card = model_card(plan, source.resolve().name, settings, origin=find_origin(str(source)))
         write_text(partial / "README.md", card)
         os.rename(partial, target)
     finally:

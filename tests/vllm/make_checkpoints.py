@@ -59,14 +59,15 @@ def main(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     expected = {}
     for name, (spec, pruned, merged) in CASES.items():
-        _save_pruned(spec, pruned, merged, folder / name)
-        expected[name] = _expected(folder / name)
+        save_pruned(spec, pruned, merged, folder / name)
+        expected[name] = expected_answers(folder / name)
         least = min(entry["margin"] for entry in expected[name])
         print(f"{name}: made, smallest margin between best and second token {least:.4f}", flush=True)
     write_json(folder / "expected.json", expected)
 
 
-def _save_pruned(spec: ModelSpec, pruned: tuple[int, ...], merged: tuple[int, ...], folder: Path) -> None:
+def save_pruned(spec: ModelSpec, pruned: tuple[int, ...], merged: tuple[int, ...], folder: Path) -> None:
+    """Saves the pruned model to `folder`, with an adapter if the folder's name says so."""
     model = AutoModelForCausalLM.from_pretrained(spec.source(ASSETS), dtype=torch.float32).eval()
     plan = PruningPlan(
         num_hidden_layers=model.config.num_hidden_layers,
@@ -89,7 +90,7 @@ def _save_pruned(spec: ModelSpec, pruned: tuple[int, ...], merged: tuple[int, ..
 
 
 @torch.no_grad()
-def _expected(folder: Path) -> list[dict[str, Any]]:
+def expected_answers(folder: Path) -> list[dict[str, Any]]:
     """Returns transformers' greedy continuation of every prompt, computed from the saved files."""
     if (folder / ADAPTER_FOLDER).is_dir():
         model = AutoPeftModelForCausalLM.from_pretrained(folder / ADAPTER_FOLDER, dtype=torch.float32).eval()
