@@ -1,12 +1,16 @@
-"""Warnings that only all rows of a run together allow: test rows that are trained on, and prompts with a second BOS."""
+"""Warnings that only all rows of a run together allow: leaked test rows, a second BOS, too few steps."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 from gradpruner.encoding import Encoder, TrainingRow
 from gradpruner.tasks import ChatExample, Example
 
 logger = logging.getLogger(__name__)
+
+FEW_STEPS = 50  # optimizer steps below which a pruned model is hardly repaired
+LEAST_BATCH = 4  # rows; the search for learning rates in results/README.md had this batch
 
 
 def warn_of_leaked_rows(train: Sequence[Example], test: Sequence[Example]) -> None:
@@ -42,6 +46,32 @@ def warn_of_second_bos(examples: Sequence[Example], rows: Sequence[TrainingRow],
             "%d of %d prompts begin with a second %s: %s adds one already. Remove it from dataset.prompt or your rows.",
             *(count, len(examples), bos, "the chat template" if encoder.chat_template else "the tokenizer"),
         )
+
+
+def warn_of_few_steps(num_rows: int, batch_size: int, epochs: float) -> None:
+    """Warns if the epochs of a fine-tune make fewer than `FEW_STEPS` optimizer steps, and says what makes more.
+
+    Args:
+        num_rows: training rows.
+        batch_size: rows per optimizer step.
+        epochs: passes over the rows.
+    """
+
+    def num_steps(batch: int, passes: float) -> int:
+        return math.ceil(passes * math.ceil(num_rows / batch))
+
+    steps = num_steps(batch_size, epochs)
+    if steps >= FEW_STEPS:
+        return
+    batch = min(batch_size, LEAST_BATCH)
+    passes = epochs if num_steps(batch, epochs) >= FEW_STEPS else math.ceil(FEW_STEPS / math.ceil(num_rows / batch))
+    settings = [f"finetune.batch_size={batch} finetune.micro_batch_size={batch}"] if batch < batch_size else []
+    settings += [f"finetune.epochs={passes:g}"] if passes != epochs else []
+    logger.warning(
+        "The fine-tune has %d optimizer steps (%d rows, finetune.batch_size=%d, finetune.epochs=%g). Below %d a pruned "
+        "model hardly recovers what pruning cost. %s makes %d, more rows are better still.",
+        *(steps, num_rows, batch_size, epochs, FEW_STEPS, " ".join(settings), num_steps(batch, passes)),
+    )
 
 
 def _own_texts(example: Example) -> list[str]:
