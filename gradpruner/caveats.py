@@ -26,8 +26,8 @@ def weak_accuracy(result: Mapping[str, Any], reference: Mapping[str, Any] | None
     if not _is_weak(result):
         return None
     what = (
-        f"Accuracy {result['accuracy']:.3f} ±{result['accuracy_stderr']:.3f} is not above that of always giving the most "
-        f"frequent label, {result['majority_accuracy']:.3f}."
+        f"Accuracy {result['accuracy']:.3f} ±{result['accuracy_stderr']:.3f} is not above that of always giving the "
+        f"most frequent label, {result['majority_accuracy']:.3f}."
     )
     if reference is not None and _is_weak(reference):
         return (

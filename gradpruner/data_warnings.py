@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from gradpruner.encoding import Encoder, TrainingRow
+from gradpruner.messages import warn_once
 from gradpruner.tasks import ChatExample, Example
 
 logger = logging.getLogger(__name__)
@@ -67,10 +68,11 @@ def warn_of_few_steps(num_rows: int, batch_size: int, epochs: float) -> None:
     passes = epochs if num_steps(batch, epochs) >= FEW_STEPS else math.ceil(FEW_STEPS / math.ceil(num_rows / batch))
     settings = [f"finetune.batch_size={batch} finetune.micro_batch_size={batch}"] if batch < batch_size else []
     settings += [f"finetune.epochs={passes:g}"] if passes != epochs else []
-    logger.warning(
-        "The fine-tune has %d optimizer steps (%d rows, finetune.batch_size=%d, finetune.epochs=%g). Below %d a pruned "
-        "model hardly recovers what pruning cost. %s makes %d, more rows are better still.",
-        *(steps, num_rows, batch_size, epochs, FEW_STEPS, " ".join(settings), num_steps(batch, passes)),
+    warn_once(
+        logger,
+        f"The fine-tune has {steps} optimizer steps ({num_rows} rows, finetune.batch_size={batch_size}, "
+        f"finetune.epochs={epochs:g}). Below {FEW_STEPS} a pruned model hardly recovers what pruning cost. "
+        f"{' '.join(settings)} makes {num_steps(batch, passes)}, more rows are better still.",
     )
 
 
