@@ -10,14 +10,11 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -28,7 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.arguments import HELP, check_arguments, quote
-from experiments.config import CONF, options
+from experiments.cli import command_of, version
+from experiments.config import CONF, composing, options, use_config_dir
+from experiments.own_config import FREE_KEYS, expand
 from experiments.schema import ConfigError
 from experiments.sweep import cells, describe_broken_off, forget_sweep
 from gradpruner import processes
@@ -37,7 +36,6 @@ from gradpruner.messages import first_line
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # with 1, hydra lets exceptions pass instead of printing them
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
-FREE_KEYS = ("model.config", "dataset.test_settings", "method.recover_settings")  # mappings that take any key
 
 
 def run_command(main: Callable[[], None], config_name: str, module: str, check: bool = True) -> None:
@@ -53,13 +51,16 @@ def run_command(main: Callable[[], None], config_name: str, module: str, check: 
         SystemExit: with 1 if the arguments are refused or a worker of a sweep was killed, with 130 after Ctrl-C.
     """
     if "--version" in sys.argv[1:]:
-        print(f"gradpruner {metadata.version('gradpruner')}")
+        print(version())
         return
     several = ["torchrun", f"--nproc-per-node={processes.count_on_machine()}"]
-    start = ["python"] if processes.count() == 1 else several
-    again = f"To continue: {shlex.join([*start, '-m', module, *sys.argv[1:]])}"
+    start = command_of(module) if processes.count() == 1 else [*several, "-m", module]
+    again = f"To continue: {shlex.join([*start, *sys.argv[1:]])}"
     try:
+        sys.argv[1:] = expand(sys.argv[1:])
         _join_processes()
+        if (folder := get_args_parser().parse_known_args()[0].config_dir) is not None:
+            use_config_dir(folder)
         if check:
             sys.argv[1:] = check_arguments(sys.argv[1:], config_name)
         with _passing_exceptions():
@@ -153,9 +154,9 @@ def _explain(error: Exception, config_name: str) -> str:
             f"{argument!r} has several values, which only a sweep may have. Add -m for a sweep, or write "
             f"{quote(key, value)} for one text, {shlex.quote(f'{key}=[{value}]')} for a list."
         )
-    if parsed.config_name is None and parsed.config_dir is None:
-        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-            unknown = _find_unknown_key(overrides, GlobalHydra.instance().config_loader(), config_name)
+    if parsed.config_name is None:
+        with composing(parsed.config_dir) as loader:
+            unknown = _find_unknown_key(overrides, loader, config_name)
         if unknown is not None:
             return unknown
     cause = next(iter(str(error.__cause__ or "").strip().splitlines()), "")

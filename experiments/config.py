@@ -2,17 +2,25 @@
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import schema
+from experiments.cli import add_to_path
 from experiments.paths import path_setting
+from experiments.places import shipped
 from gradpruner.checks import guess
 from gradpruner.files import content_hash
 from gradpruner.messages import first_line
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
     from gradpruner.pipeline.run import Pipeline
     from gradpruner.tasks import Task
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = shipped("conf", "conf")
 # Keys that name a second dataset, and the keys with its settings.
 SETTINGS_OF = {"dataset.test": "dataset.test_settings", "method.recover_on": "method.recover_settings"}
 
@@ -120,12 +128,47 @@ def reference_config(cfg: DictConfig) -> DictConfig:
     return reference
 
 
+def use_config_dir(folder: str) -> None:
+    """Lets Python find classes in the folder of `--config-dir`.
+
+    Raises:
+        ConfigError: if there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise schema.ConfigError(
+            f"--config-dir must be a folder with options of config groups, got {Path(folder).absolute()}, where there "
+            "is none. Correct it."
+        )
+    add_to_path(Path(folder))
+
+
+@contextmanager
+def composing(config_dir: str | None = None) -> Iterator[ConfigLoader]:
+    """Makes `hydra.compose` work outside of `hydra.main`; yields hydra's loader.
+
+    Args:
+        config_dir: folder with more options, as `--config-dir` names it.
+
+    Raises:
+        ConfigError: if there is no such folder.
+    """
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        if config_dir is not None:
+            use_config_dir(config_dir)
+            search_path = create_config_search_path(str(CONF))
+            before_schema = SearchPathQuery(provider="schema")  # which must be last; as hydra.main has it
+            search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}", before_schema)
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("app", search_path)
+        yield GlobalHydra.instance().config_loader()
+
+
 def load_option(group: str, name: str) -> DictConfig:
     """Composes an option of a config group by itself; its interpolations are not resolved yet."""
     if GlobalHydra.instance().is_initialized():  # in a job of hydra's, and in tests that compose
         node = compose(f"{group}/{name}")[group]
     else:
-        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        with composing():
             node = compose(f"{group}/{name}")[group]
     # A copy without its root: the root's struct flag would refuse keys before `schema.build` can name them.
     copied: DictConfig = OmegaConf.create(node)

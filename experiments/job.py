@@ -20,7 +20,7 @@ from experiments.arguments import check_texts
 from experiments.config import build_pipeline, identity, reference_config, resolve, run_directory
 from experiments.devices import taken_gpu
 from experiments.dry_run import cell_costs, prepare_dry_run, show_dry_run
-from experiments.launch import run_with_torchrun, starts_torchrun
+from experiments.launch import config_dir_arguments, run_with_torchrun, starts_torchrun
 from experiments.paths import check_writable
 from experiments.preview import show_example
 from experiments.progress import run_progress
@@ -90,7 +90,8 @@ def _run_hydra_job(cfg: DictConfig) -> None:
         else:
             _check_launch(cfg)
             if starts_torchrun(cfg):
-                run_with_torchrun(arguments_of(job.overrides), cfg.num_processes)
+                options = config_dir_arguments(job.runtime.config_sources)
+                run_with_torchrun([*options, *arguments_of(job.overrides)], cfg.num_processes)
                 if is_sweep():
                     note_runs(run_directory(*arm) for arm in _arms(cfg, build_pipeline(cfg)))
             else:

@@ -15,8 +15,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
+from experiments.cli import command_of
 from experiments.schema import ConfigError
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -108,6 +109,16 @@ def torchrun_command(overrides: Sequence[str], num_processes: int) -> list[str]:
     ]
 
 
+def config_dir_arguments(sources: ListConfig) -> list[str]:
+    """Returns the `--config-dir` of a command, if it had one.
+
+    Args:
+        sources: where hydra looked for options, its `runtime.config_sources`.
+    """
+    folders = [str(source.path) for source in sources if source.provider == "command-line"]
+    return [f"--config-dir={folder}" for folder in folders]
+
+
 def _meeting() -> list[str]:
     """Returns how the nodes of a job find each other: torchrun's rendezvous on the first one."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
@@ -164,5 +175,6 @@ def describe_going_on(submitit_folder: str) -> str:
     """Returns what to do about jobs that go on without the process that started them."""
     return (
         f"\nJobs that Slurm has go on; their logs are in {shlex.quote(submitit_folder)}. `squeue --me` lists them, "
-        "`scancel` ends them, and `python -m experiments.status` with the same arguments shows what is done."
+        f"`scancel` ends them, and `{' '.join(command_of('experiments.status'))}` with the same arguments shows what "
+        "is done."
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
+from experiments.cli import command_of, version
 from gradpruner.checkpoints.streaming import prune_checkpoint
 from gradpruner.files import user_path
 from gradpruner.plan import PruningPlan
@@ -31,7 +32,13 @@ MMAP_THRESHOLD = (-3, 4 * 2**20)  # mallopt parameter M_MMAP_THRESHOLD (malloc.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
+    """Runs the command; returns the exit status.
+
+    Args:
+        arguments: None for those of this process, which then does nothing else.
+    """
+    if arguments is None:
+        return_memory_at_once()
     options = _parser().parse_args(arguments)
     try:
         is_folder = options.run.is_dir()
@@ -66,11 +73,12 @@ def return_memory_at_once() -> None:
 def _parser() -> argparse.ArgumentParser:
     description, command, details = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.prune_checkpoint",
+        prog=" ".join(command_of("experiments.prune_checkpoint")),
         description=f"{description}\n\n{details}",
         epilog=f"example:\n{command}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=version())
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run, or a plan.json")
     parser.add_argument("factors", metavar="FACTORS", type=Path, nargs="?", help="folder of the importance run")
     parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of the dense safetensors checkpoint")
@@ -141,5 +149,4 @@ def _load_gradients(folder: Path) -> "EarlyGradients":
 
 
 if __name__ == "__main__":
-    return_memory_at_once()
     sys.exit(main())

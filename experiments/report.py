@@ -25,9 +25,11 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments import schema
+from experiments.cli import command_of
 from experiments.command_line import run_command
 from experiments.config import CONF, resolve
 from experiments.paths import check_writable, path_setting
+from experiments.places import home, shipped
 from experiments.recording import HISTORY_FILE
 from experiments.sweep_tables import show
 from gradpruner.files import content_hash
@@ -49,8 +51,8 @@ from gradpruner.reporting.tables import Table, comparisons
 from gradpruner.width_surgery import planned_shape
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-PAPER = RESULTS / "paper"
-RUNS = Path("results/runs")
+PAPER = shipped("paper", "results/paper")
+RUNS = "results/runs"
 # Folder of the committed records that a table is made of where there are no runs. Figures and `all` take every record.
 COMMITTED = RESULTS / "records"
 COMMITTED_OF = {"2": "methods", "importance": "importance", "learning_rate": "learning_rate"}
@@ -161,7 +163,7 @@ def _find_records(cfg: DictConfig, table: str | None, figure: str | None) -> _Fo
     Raises:
         ValueError: if there is none.
     """
-    folder = RUNS if cfg.runs_dir is None else path_setting(cfg, "runs_dir")
+    folder = Path(home(RUNS)) if cfg.runs_dir is None else path_setting(cfg, "runs_dir")
     try:
         return _Found(folder, *read_records(folder))
     except ValueError as error:
@@ -172,7 +174,7 @@ def _find_records(cfg: DictConfig, table: str | None, figure: str | None) -> _Fo
             raise
         records, problems = read_records(committed)
         said = f"{error}\nShown instead: the {len(records)} committed records in {committed}."
-        label = f"Of the committed records in {committed.relative_to(RESULTS.parent)}, not of runs in {RUNS}"
+        label = f"Of the committed records in {committed.relative_to(RESULTS.parent)}, not of runs in {home(RUNS)}"
         return _Found(committed, records, [said, *problems], label)
 
 
@@ -223,7 +225,7 @@ def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord], folder:
     if name in OURS:
         raise ValueError(
             f"table={name} needs {OURS[name][1]}, got none among {len(records)} in {folder}. Run "
-            f"`python -m experiments.run -m experiment={name}`, or set runs_dir."
+            f"`{_run()} -m experiment={name}`, or set runs_dir."
         )
     if name == "2":
         raise ValueError(
@@ -234,9 +236,13 @@ def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord], folder:
     methods = ", ".join(dict.fromkeys(str(row.coordinates["method"]) for row in published.rows))
     raise ValueError(
         f"{published.label} ({published.title}) needs runs of {methods} by {published.axis}, got none that fit among "
-        f"{len(records)} in {folder}. Run `python -m experiments.run -m experiment={_file_name(name)}`, or set "
+        f"{len(records)} in {folder}. Run `{_run()} -m experiment={_file_name(name)}`, or set "
         "runs_dir."
     )
+
+
+def _run() -> str:
+    return " ".join(command_of("experiments.run"))
 
 
 def _paper_tables(name: str, records: list[RunRecord]) -> list[Table]:
@@ -364,7 +370,7 @@ def read_records(folder: Path) -> tuple[dict[Path, RunRecord], list[str]]:
     if not records:
         raise ValueError(
             f"There is no finished run to report, searched {folder.absolute()} for record.json and other records. Run "
-            "something first, for example `python -m experiments.run experiment=quickstart`, or set runs_dir."
+            f"something first, for example `{_run()} experiment=quickstart`, or set runs_dir."
             + "".join(f"\n{problem}" for problem in problems)
         )
     return records, problems

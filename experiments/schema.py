@@ -16,6 +16,8 @@ from hydra.utils import get_class
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.cli import command_of
+from experiments.places import home
 from gradpruner.checks import guess
 from gradpruner.messages import one_line
 
@@ -76,12 +78,13 @@ class ConfigError(ValueError):
 
 
 def register() -> None:
-    """Registers `schema` for `conf/config.yaml`, and four resolvers for all YAML.
+    """Registers `schema` for `conf/config.yaml`, and six resolvers for all YAML.
 
     `${lookup:key,{key:value,...},default}` is the value of the key. `${layer_fraction:dropped,merged,layers}` is the
     sparsity that prunes `dropped + merged` of `layers` layers. `${at_scale:small,paper}`, for
     `hydra.sweeper.params`, is the value at the chosen scale of tables and figures (`conf/scale/`). `${unique:}` is 8
     random hex digits: others in each sweep, the same in all jobs of one, to which hydra hands the values in its cache.
+    `${home:path}` is a path below GRADPRUNER_HOME, if that is set. `${command:module}` is how to start an entry point.
     """
     ConfigStore.instance().store(name="schema", node=RunConfig)
     OmegaConf.register_new_resolver("lookup", lambda key, table, default: table.get(key, default), replace=True)
@@ -89,6 +92,8 @@ def register() -> None:
         "layer_fraction", lambda dropped, merged, layers: (dropped + merged) / layers, replace=True
     )
     OmegaConf.register_new_resolver("at_scale", _at_scale, replace=True)
+    OmegaConf.register_new_resolver("home", home, replace=True)
+    OmegaConf.register_new_resolver("command", lambda module: " ".join(command_of(module)), replace=True)
     OmegaConf.register_new_resolver("unique", lambda: uuid4().hex[:8], use_cache=True, replace=True)
 
 

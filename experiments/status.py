@@ -16,10 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -27,8 +25,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 from rich.table import Table
 
+from experiments.cli import command_of
 from experiments.command_line import run_command
-from experiments.config import CONF, build_pipeline, identity, reference_config, run_directory
+from experiments.config import build_pipeline, composing, identity, reference_config, run_directory
+from experiments.launch import config_dir_arguments
 from experiments.recording import RUNNING_FILE, is_complete
 from experiments.schema import ConfigError
 from experiments.sweep import FAILURE_FILE, arguments_of, cells, is_left_out
@@ -66,10 +66,16 @@ def main() -> None:
     if len(given) == 1 and "=" not in given[0] and not given[0].startswith("-"):
         run_command(lambda: _show(_arguments_of_folder(Path(given[0]))), "config", "experiments.status", check=False)
     else:
-        run_command(lambda: _show(sys.argv[1:]), "config", "experiments.status")
+        run_command(lambda: _show(sys.argv[1:], given), "config", "experiments.status")
 
 
-def _show(arguments: list[str]) -> None:
+def _show(arguments: list[str], given: list[str] | None = None) -> None:
+    """Prints the table.
+
+    Args:
+        arguments: those of the sweep, as hydra reads them.
+        given: the same as the user wrote them; None: as hydra reads them.
+    """
     found = list(find_cells(arguments))
     table = Table()
     for column in ("#", "state", "cell", ""):
@@ -83,7 +89,7 @@ def _show(arguments: list[str]) -> None:
     counts = Counter(cell.state for cell in found)
     console.print(", ".join(f"{counts[state]} {state}" for state in STATES) + f" of {len(found)} cells")
     if counts["done"] < len(found):
-        command = shlex.join(["python", "-m", "experiments.run", *arguments])
+        command = shlex.join([*command_of("experiments.run"), *(arguments if given is None else given)])
         print(f"To continue: {command}")
         raise SystemExit(1)
 
@@ -94,10 +100,9 @@ def find_cells(arguments: list[str]) -> Iterator[Cell]:
     Raises:
         ConfigError: if the arguments cannot be composed.
     """
-    overrides = get_args_parser().parse_args(arguments).overrides
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        sweep = loader.load_configuration("config", overrides, RunMode.MULTIRUN)
+    parsed = get_args_parser().parse_args(arguments)
+    with composing(parsed.config_dir) as loader:
+        sweep = loader.load_configuration("config", parsed.overrides, RunMode.MULTIRUN)
         params = sweep.hydra.sweeper.get("params") or {}
         given = [*(f"{key}={value}" for key, value in params.items()), *arguments_of(sweep.hydra.overrides)]
         jobs = cells(OverridesParser.create(config_loader=loader).parse_overrides(given))
@@ -172,12 +177,13 @@ def _arguments_of_folder(folder: Path) -> list[str]:
     try:
         sweep = OmegaConf.load(folder / SWEEP_FILE)
         own, task = (list(map(str, sweep.hydra.overrides[key])) for key in ("hydra", "task"))
+        options = config_dir_arguments(sweep.hydra.runtime.config_sources)
     except Exception as error:
         raise ConfigError(
             f"Give the arguments of a sweep or the folder of one, got {folder} ({one_line(error)}). Folders of sweeps "
             f"are in results/sweeps and hold {SWEEP_FILE}."
         ) from error
-    return ["-m", *(each for each in own if not each.startswith("hydra.mode=")), *task]
+    return ["-m", *options, *(each for each in own if not each.startswith("hydra.mode=")), *task]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gradpruner.caveats import weak_accuracy
 from gradpruner.checkpoints.adapter import ADAPTER_FOLDER
 from gradpruner.checkpoints.checkpoint import SHAPE_FILE
 from gradpruner.finetune.result import LEAST_SURVIVAL
@@ -53,6 +54,9 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
     if metrics.get("finished", 1.0) < 1.0:
         notes.append(f"answers that came to an end: {metrics['finished']:.0%}")
     console.print("; ".join([*notes, *describe_origins(measured), *caveats(records)]), soft_wrap=True)
+    dense = next((record.metrics for record in records[:-1] if record.pruning["method"] == "dense"), None)
+    if weak := weak_accuracy(metrics, dense, pruning["method"]):
+        console.print(f"[yellow]Warning:[/] {weak}", soft_wrap=True)
     if pruning["pruned_layers"]:
         absorbed = [(layer, absorber) for layer, absorber in pruning["absorbed_by"].items() if absorber is not None]
         merged = ", ".join(f"{layer} into {absorber}" for layer, absorber in absorbed)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import verify_fresh
+from experiments.cli import command_of, version
 from experiments.verify_fresh import ADAPTER_FOLDER, Check
 
 
@@ -23,7 +24,9 @@ class CheckpointError(ValueError):
 
 def main() -> None:
     """Prints the table; exits with 1 if a check failed."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.verify", description=(__doc__ or "").split("\n")[0])
+    prog = " ".join(command_of("experiments.verify"))
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--version", action="version", version=version())
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, *.safetensors and plan.json")
     folder = parser.parse_args().checkpoint
     try:

@@ -51,14 +51,16 @@ def quiet_libraries() -> None:
 def environment() -> EnvironmentSection:
     """Returns versions, hardware and commit of this process, for the record."""
     device = default_device()
+    file = Path(__file__).name
+    is_checkout = _git("ls-files", "--error-unmatch", file) is not None  # not a wheel inside another repository
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: metadata.version(name) for name in PACKAGES if _is_installed(name)},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "num_threads": torch.get_num_threads(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
+        "git_commit": _git("rev-parse", "HEAD") if is_checkout else None,
+        "git_dirty": is_checkout and bool(_git("status", "--porcelain")),
     }
 
 

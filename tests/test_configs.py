@@ -15,6 +15,7 @@ from baselines.width_pruning import WidthPruning
 from experiments import schema
 from experiments.config import CONF, build_pipeline, identity, run_directory
 from gradpruner.files import content_hash
+from gradpruner.finetune import TrainingSpec
 from gradpruner.method import DepthMethod
 from gradpruner.models import ModelSpec
 from gradpruner.tasks import Task
@@ -27,13 +28,14 @@ BASES = {
     "method/base/depth": DepthMethod,
     "method/base/width": WidthPruning,
     "method/base/calibrated": Calibrated,
+    "finetune/base/paper": TrainingSpec,  # whose defaults are the paper's
 }
 # Fields in which an option may differ from its class: many options share the class, so one default cannot fit all.
 OPTIONS_OWN = {
     "model": {"dtype", "config"},
     "dataset": {"prompt_with_options", "show_options", "max_train_samples", "max_length", "max_new_tokens", "metrics"},
     "method": {"recover_on", "recover_training"},  # off by default in the library, the authors' in experiments
-    "finetune": {"mode"},
+    "finetune": {"mode", "learning_rate", "batch_size", "micro_batch_size"},  # the class has the paper's
     "evaluation": {"accuracy", "rouge_stemming", "max_new_tokens", "bertscore_model"},  # the paper's
 }
 OWN_DATA = [
@@ -127,7 +129,7 @@ def test_unknown_key_is_refused():
         (["method.fraction=0.01"], r"Give either steps or fraction, got steps=40 and fraction=0\.01"),
         (["finetune.mode=half"], r"finetune\.mode must be one of full, lora, got 'half'"),
         (["finetune.epochs=0"], r"epochs must be above 0, got 0.*finetune\.epochs"),
-        (["finetune.micro_batch_size=7"], r"batch_size must be a multiple of micro_batch_size, got 64 and 7"),
+        (["finetune.micro_batch_size=7"], r"batch_size must be a multiple of micro_batch_size, got 4 and 7"),
         (["finetune.max_steps=0"], r"max_steps must be 1 or more"),
         (["finetune.warmup_fraction=3"], r"warmup_fraction must be in \[0, 1\), got 3"),
         (["model.dtype=float8"], r"model\.dtype must be one of auto, float32"),
@@ -190,6 +192,28 @@ def test_every_base_is_compared():
         str(path.relative_to(CONF).with_suffix("")) for group in GROUPS[:-1] for path in CONF.glob(f"{group}/base/*")
     }
     assert files - {"model/base/hub"} == set(BASES)
+
+
+PAPERS_FINETUNE = (1e-5, 64, 8, 3)  # learning rate, batch, micro batch, epochs
+TUNED = {"lora": (1e-3, 4, 4, 3), "full": (1e-4, 4, 4, 3)}  # outside of scale=paper
+SHORT = {"quickstart", "depth", "width"}  # presets with base/short.yaml, whatever the scale
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("name", [None, *(path.stem for path in sorted((CONF / "experiment").glob("*.yaml")))])
+def test_presets_do_not_depend_on_the_defaults_of_the_finetune(name, mode):
+    small = {"lora": (1e-3, 4, 4, 1), "full": (1e-4, 4, 4, 1)}[mode]
+    if name is None:
+        small = TUNED[mode]
+    paper = PAPERS_FINETUNE
+    if name == "paper":
+        small = PAPERS_FINETUNE
+    elif name in SHORT:
+        small = paper = (1e-3, 4, 4, 1)
+    for scale, expected in (("small", small), ("paper", paper)):
+        chosen = [f"finetune={mode}", f"scale={scale}", *([f"experiment={name}"] if name else [])]
+        node = config(*chosen).finetune
+        assert (node.learning_rate, node.batch_size, node.micro_batch_size, node.epochs) == expected
 
 
 def test_conf_is_where_the_runner_looks():

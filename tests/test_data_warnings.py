@@ -1,10 +1,14 @@
-"""Warnings about test rows that are trained on, and about prompts with a second BOS."""
+"""Warnings about leaked test rows, prompts with a second BOS, too few steps, and an accuracy that shows nothing."""
+
+import re
 
 import pytest
 
+from gradpruner.caveats import weak_accuracy
 from gradpruner.conversation_rows import encode_rows
-from gradpruner.data_warnings import warn_of_leaked_rows, warn_of_second_bos
+from gradpruner.data_warnings import warn_of_few_steps, warn_of_leaked_rows, warn_of_second_bos
 from gradpruner.encoding import Encoder
+from gradpruner.messages import warn_once
 from gradpruner.tasks import ChatExample, Example
 from gradpruner.tasks.example import Turn
 
@@ -43,6 +47,47 @@ def test_a_second_bos_in_a_chat_template(tiny_tokenizer, caplog, monkeypatch):
         caplog.clear()
         warn_of_second_bos(examples, encode_rows(examples, encoder), encoder)
         assert (f"{count} prompts begin with a second <s>: the chat template adds one" in caplog.text) == bool(count)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "epochs", "said"),
+    [
+        (90, 64, 3, "6 optimizer steps (90 rows, finetune.batch_size=64, finetune.epochs=3). Below 50 a pruned model "
+         "hardly recovers what pruning cost. finetune.batch_size=4 finetune.micro_batch_size=4 makes 69, more rows"),
+        (40, 64, 1, "finetune.batch_size=4 finetune.micro_batch_size=4 finetune.epochs=5 makes 50, more"),
+        (12, 4, 3, "9 optimizer steps (12 rows, finetune.batch_size=4, finetune.epochs=3). Below 50 a pruned model "
+         "hardly recovers what pruning cost. finetune.epochs=17 makes 51"),
+        (12, 2, 3, "finetune.epochs=9 makes 54"),
+        (90, 4, 3, ""),
+        (200, 4, 1, ""),
+    ],
+)  # fmt: skip
+def test_too_few_steps(num_rows, batch_size, epochs, said, caplog):
+    warn_once.cache_clear()
+    warn_of_few_steps(num_rows, batch_size, epochs)
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "dense", "method", "match"),
+    [
+        (0.40, None, "gradpruner", r"Accuracy 0\.400 ±0\.025 is not above that of always giving the most frequent "
+         r"label, 0\.430\. Train for more steps \(finetune\.epochs\), use method=gradpruner_plus or prune less \(spar"),
+        (0.45, 0.8, "gradpruner_plus", r"Train for more steps \(finetune\.epochs\) or prune less \(sparsity\)\.$"),
+        (0.40, 0.41, "gradpruner", r"Nor is that of the dense model after the same fine-tune: look at the rows"),
+        (0.46, None, "gradpruner", None),
+    ],
+)  # fmt: skip
+def test_an_accuracy_that_is_not_above_the_majority(accuracy, dense, method, match):
+    def metrics(value):
+        return {"accuracy": value, "accuracy_stderr": 0.025, "majority_accuracy": 0.43}
+
+    said = weak_accuracy(metrics(accuracy), None if dense is None else metrics(dense), method)
+    assert re.search(match, said) if match else said is None
+
+
+def test_an_open_answer_has_no_majority():
+    assert weak_accuracy({"rouge_l": 0.1, "answer_nll": 9.0}, None, "gradpruner") is None
 
 
 def _adding_bos(tokenizer):

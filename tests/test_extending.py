@@ -14,7 +14,7 @@ from gradpruner.record import RunRecord
 
 PAGE = (CONF.parent / "docs/extending.md").read_text()
 FILES = dict(re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
-COMMANDS = re.findall(r"^```bash\npython -m experiments\.run (.*?)\n```", PAGE, re.MULTILINE)
+COMMANDS = re.findall(r"^```bash\ngradpruner run (.*?)\n```", PAGE, re.MULTILINE)
 SHORT = ("debug=smoke", "reference=null", "evaluate_before=false", "results_dir=runs", "cache_dir=cache")
 
 
@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_recipes_in_one_run_and_its_reports(folder, tiny_spec, assets_dir):
-    assert [shlex.split(each)[:2] for each in COMMANDS] == [["--config-dir", "conf"]] * 3 and len(FILES) == 5
+    assert [shlex.split(each)[:2] for each in COMMANDS] == [["--config-dir", "conf"]] * 3 and len(FILES) == 6
     model = folder / "conf/model/my_model.yaml"
     model.write_text(model.read_text().replace("path: org/model", f"path: {tiny_spec.source(assets_dir)}"))
     choices = [argument for each in COMMANDS for argument in shlex.split(each)[2:]]

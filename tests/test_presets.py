@@ -204,11 +204,13 @@ def test_an_importance_step_sees_the_rows_of_a_training_step(name):
 
 
 @pytest.mark.parametrize("overrides", [[], ["method=apt"], ["experiment=depth", "method=minitron"]])
-def test_scale_does_nothing_elsewhere(overrides):
+def test_scale_changes_the_finetune_alone_elsewhere(overrides):
+    """Rate and batch, which a preset that sets them (depth) keeps; see test_configs.py for the values."""
     small, paper = (config(f"scale={scale}", *overrides) for scale in SCALES)
+    assert (small.finetune == paper.finetune) == ("experiment=depth" in overrides)
     for cfg in (small, paper):
         with open_dict(cfg):
-            del cfg["hydra"]
+            del cfg["hydra"], cfg["finetune"]
     assert small == paper and "scale" not in small
 
 
