@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.cli import command_of
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,7 +24,7 @@ FOLDER = Path("results/demo")
 # Four importance steps, no dense model beside it, and a seed whose plan has a layer that merges.
 SETTINGS = ("method.steps=4", "reference=null", "seed=7")
 MARK = ".gradpruner-demo"  # in a folder that this made, and may delete
-COMMAND = "python -m experiments.run experiment=quickstart"
+ARGUMENTS = "experiment=quickstart"  # of the run that the note names
 NOTE = (
     "The model is tiny and random, so its numbers mean nothing: it cannot read, and 8 test rows tell nothing apart. "
     "Warnings that the plan has not settled are right: there is nothing to settle on. A real model of 135M parameters "
@@ -32,7 +34,9 @@ NOTE = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; returns 0 if the checkpoint is good."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=" ".join(command_of("experiments.demo")), description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to write; made anew each time (%(default)s)")
     folder: Path = parser.parse_args(arguments).folder
     if folder.exists() and not (folder / MARK).is_file():
@@ -77,7 +81,7 @@ def _show_all(folder: Path) -> int:
     console.print(f"Checkpoint: {run_dir / 'checkpoint'}", soft_wrap=True, highlight=False)
     console.rule()
     console.print(NOTE, highlight=False)
-    console.print(f"  {COMMAND}", highlight=False)
+    console.print(f"  {' '.join(command_of('experiments.run'))} {ARGUMENTS}", highlight=False)
     return 1 if failed else 0
 
 

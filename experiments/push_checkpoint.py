@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.cli import command_of
 from gradpruner.checkpoints.push import push_checkpoint
 
 
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     description, command, details = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.push_checkpoint",
+        prog=" ".join(command_of("experiments.push_checkpoint")),
         description=f"{description}\n\n{details}",
         epilog=f"example:\n{command}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
