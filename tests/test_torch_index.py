@@ -12,7 +12,7 @@ import pytest
 
 from experiments.config import CONF
 
-SCRIPT = CONF.parent / "tools" / "torch_index.py"
+SCRIPT = CONF.parent / "experiments" / "torch_index.py"
 PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
 OPTION = "--extra-index-url https://download.pytorch.org/whl/cpu"
 

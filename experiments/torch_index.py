@@ -1,6 +1,6 @@
 """Print the option with which pip gets a CPU build of torch, or nothing where the usual build is right.
 
-    pip install torch $(python tools/torch_index.py)
+    pip install torch $(python -I experiments/torch_index.py)
 
 PyPI's torch for Linux comes with CUDA: gigabytes that a machine without an NVIDIA GPU cannot use. TORCH_INDEX names
 another index, and TORCH_INDEX= none. Needs nothing but Python's own library: it runs before anything is installed.
