@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from links import anchors, relative_links, slugify
 
+from experiments.cli import COMMANDS as WORDS
 from experiments.config import CONF, build_pipeline
 
 ROOT = CONF.parent
@@ -78,11 +79,26 @@ def commands(text):
                 yield words
 
 
+def entry_points(text):
+    """Yields module and arguments of each of our commands on a page: `gradpruner run ...`, `python -m experiments.run ...`.
+
+    Commands with a folder or file of one's own are left out: test_extending.py and test_own_config.py run those.
+    """
+    for words in commands(text):
+        if words[0].endswith("gradpruner"):
+            module, arguments = WORDS[words[1]].module, words[2:]
+        elif "-m" in words and words[0].endswith("python"):
+            module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        else:
+            continue
+        if not {"pip", "--config", "--config-dir"} & {module, *arguments}:
+            yield module, arguments
+
+
 COMMANDS = [
-    pytest.param(words[words.index("-m") + 1], words[words.index("-m") + 2 :], id=f"{page}-{number}")
+    pytest.param(module, arguments, id=f"{page}-{number}")
     for page, text in WRITTEN.items()
-    for number, words in enumerate(commands(text))
-    if "-m" in words and not {"pip", "torchrun", "accelerate"} & set(words)
+    for number, (module, arguments) in enumerate(entry_points(text))
 ]
 FIRST_PAGES = ("README.md", "docs/own-data.md")
 PARSER = OverridesParser.create()
@@ -91,7 +107,7 @@ PARSER = OverridesParser.create()
 @pytest.mark.parametrize(("module", "arguments"), COMMANDS)
 def test_commands_name_modules_and_keys_that_exist(module, arguments):
     assert importlib.util.find_spec(module)
-    if module in CONFIGS and "--config-dir" not in arguments:  # test_extending.py runs those with a folder of their own
+    if module in CONFIGS:
         overrides = [each for each in arguments if each not in ("-m", "--help")]
         for override in PARSER.parse_overrides(overrides):
             key, value = override.input_line.split("=", 1)
@@ -103,7 +119,8 @@ def test_commands_name_modules_and_keys_that_exist(module, arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [pytest.param(*each.values[1:], id=each.id) for each in COMMANDS if each.id.startswith(FIRST_PAGES)],
+    [pytest.param(*each.values[1:], id=each.id) for each in COMMANDS
+     if each.id.startswith(FIRST_PAGES) and each.values[0] == "experiments.run"],
 )
 def test_commands_of_the_first_pages_build(arguments):
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
