@@ -37,6 +37,19 @@ test: lint  ## run lint, type checks, unit tests and one short run on the real m
 test-slow: setup  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+.PHONY: docs
+DOCS_VENV := .venv-docs
+DOCS_BIN := $(DOCS_VENV)/bin
+
+$(DOCS_VENV)/.installed: docs/requirements.txt
+	test -x $(DOCS_BIN)/python || $(PYTHON) -m venv $(DOCS_VENV)
+	echo '*' > $(DOCS_VENV)/.gitignore
+	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
+docs: $(DOCS_VENV)/.installed  ## build the documentation into .cache/site/index.html (own venv, a minute)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict
+
 .PHONY: test-vllm
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
@@ -102,19 +115,6 @@ $(DEEPSPEED_VENV)/.installed: $(STAMP)
 
 test-deepspeed: $(DEEPSPEED_VENV)/.installed  ## check ZeRO-3 on two processes against one, on the CPU (own venv, C++ compiler, minutes)
 	$(DEEPSPEED_BIN)/python -W ignore -m tests.zero3.check
-
-.PHONY: docs
-DOCS_VENV := .venv-docs
-DOCS_BIN := $(DOCS_VENV)/bin
-
-$(DOCS_VENV)/.installed: docs/requirements.txt
-	test -x $(DOCS_BIN)/python || $(PYTHON) -m venv $(DOCS_VENV)
-	echo '*' > $(DOCS_VENV)/.gitignore
-	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
-	touch $@
-
-docs: $(DOCS_VENV)/.installed  ## build the documentation into .cache/site/index.html (own venv, a minute)
-	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict
 
 bench: setup  ## compare time and memory with a reference measured in the same run
 	$(BIN)/python -m benchmarks.gram_scores
