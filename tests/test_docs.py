@@ -80,7 +80,7 @@ def commands(text):
 
 
 def entry_points(text):
-    """Yields module and arguments of each of our commands on a page: `gradpruner run ...`, `python -m experiments.run ...`.
+    """Yields module and arguments of each of our commands on a page, `gradpruner run ...` or `python -m MODULE ...`.
 
     Commands with a folder or file of one's own are left out: test_extending.py and test_own_config.py run those.
     """
