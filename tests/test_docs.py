@@ -62,6 +62,14 @@ def test_readme_is_short_and_names_every_page():
     assert not top - linked
 
 
+def test_lines_of_my_yaml_are_in_the_file_that_init_writes():
+    starter = (ROOT / "experiments/starter/my.yaml").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```", TEXTS["README.md"], re.MULTILINE | re.DOTALL)
+    keys = {key for block in blocks for key in yaml.safe_load(block)}
+    assert len(keys) >= 5
+    assert all(re.search(rf"^(# )?{re.escape(key)}:", starter, re.MULTILINE) for key in keys)
+
+
 def test_anchors_are_those_of_github():
     text = "# `a.b` and C++\n\n```\n# no heading\n```\n\n## Time & memory\n## [A link](x.md)\n## A link\n"
     assert anchors(text) == {"ab-and-c", "time--memory", "a-link", "a-link-1"}
