@@ -40,11 +40,24 @@ lint: setup  ## run ruff and mypy --strict
 	$(BIN)/mypy
 
 # One process per core, four at most, each with one thread: every process holds one or two models in memory.
-test: lint  ## run lint, type checks, unit tests and one short run on the real model (about 10 minutes on 2 cores)
+test: lint  ## run lint, type checks, unit tests and one short run on the real model (about 11 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: setup  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+.PHONY: docs
+DOCS_VENV := .venv-docs
+DOCS_BIN := $(DOCS_VENV)/bin
+
+$(DOCS_VENV)/.installed: docs/requirements.txt
+	test -x $(DOCS_BIN)/python || $(PYTHON) -m venv $(DOCS_VENV)
+	echo '*' > $(DOCS_VENV)/.gitignore
+	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
+docs: $(DOCS_VENV)/.installed  ## build the documentation into .cache/site/index.html (own venv, a minute)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict
 
 .PHONY: test-vllm
 VLLM_VENV := .venv-vllm

@@ -18,12 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/bad-inputs.md"
 AREAS = ("Checkpoints", "What is saved", "Own data", "Paths and overrides", "Sweeps and records", "Waiting")
-INTRODUCTION = """# What inputs get that are unusual, damaged or wrong
+INTRODUCTION = """# Unusual, damaged or wrong inputs
 
 Each line is a test: somebody's input of that kind ended in a wrong number, a traceback or silence, here or in a similar
 tool. What begins with "error" ends the command with exit code 1 and a message of three parts (what is wrong, what was
-given, what to do) before any weight is loaded. This page is written by `python tests/bad_inputs.py`, and a test keeps
-it equal to the tests.
+given, what to do) before any weight is loaded. `python tests/bad_inputs.py` writes this page, and a test keeps it equal
+to the tests.
 """
 
 
