@@ -220,5 +220,14 @@ def _legend(chart: Headline) -> tuple[list[Line2D], list[str]]:
 
 def legend_line(point: Point) -> str:
     """Returns the legend of a point: letter, method and value with its interval."""
+    return "  ".join(_parts(point))
+
+
+def legend_parts(chart: Headline) -> list[tuple[str, str, str, str]]:
+    """Returns letter, method, value and kind of each point, for a legend in a page."""
+    return [(*_parts(point), KIND_NAMES[point.kind]) for point in chart.points]
+
+
+def _parts(point: Point) -> tuple[str, str, str]:
     quality = point.quality
-    return f"{point.letter}  {point.label}  {quality.value:.2f} ({quality.low:.2f} to {quality.high:.2f})"
+    return point.letter, point.label, f"{quality.value:.2f} ({quality.low:.2f} to {quality.high:.2f})"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from gradpruner.messages import parameters
@@ -10,11 +10,11 @@ from gradpruner.plan import number_runs
 from gradpruner.record import RECORD_FILE, RunRecord
 from gradpruner.reporting.changed_answers import ChangedAnswers, changed_answers
 from gradpruner.reporting.comparing import QUANTILE
-from gradpruner.reporting.labels import METRIC_LABELS
+from gradpruner.reporting.labels import METRIC_LABELS, method_place
 from gradpruner.reporting.means import DENSE
 from gradpruner.reporting.plain_names import MODES, dataset_title
 from gradpruner.reporting.row_scores import read_numbers
-from gradpruner.reporting.run_groups import in_order, run_labels
+from gradpruner.reporting.run_groups import run_labels
 from gradpruner.reporting.tables import dataset_name, setting
 
 KEPT, MERGED, PRUNED = "kept", "merged", "pruned"
@@ -72,6 +72,8 @@ class Details:
         warnings: warnings and notes of the method.
         command: the command that makes the run again; empty if it is not known.
         path: folder of the run, or file of its record.
+        record: the run.
+        has_importance: whether the strip has bars of importance.
     """
 
     anchor: str
@@ -85,7 +87,8 @@ class Details:
     warnings: list[str]
     command: str
     path: Path
-    has_importance: bool = field(default=False)
+    record: RunRecord
+    has_importance: bool
 
 
 def run_groups(
@@ -101,7 +104,7 @@ def run_groups(
         losses: history of the fine-tune by identity, see `comparison_plots.plot_losses`.
     """
     groups: dict[str, list[RunRecord]] = {}
-    for record in in_order(records):
+    for record in sorted(records, key=lambda each: (method_place(each.pruning["method"]), each.seed)):
         mode = record.config["finetune"]["mode"]
         title = f"{record.model['name']} on {dataset_title(dataset_name(record))}, {MODES.get(mode, mode)}"
         groups.setdefault(title, []).append(record)
@@ -143,7 +146,8 @@ def _details(
         [*report.get("warnings", []), *report.get("notes", [])],
         command,
         path.parent if path.name == RECORD_FILE else path,
-        has_importance=any(layer.height for layer in layers),
+        record,
+        any(layer.height for layer in layers),
     )
 
 
