@@ -104,7 +104,11 @@ class Section:
 
 
 def page(
-    title: str, tables: Sequence[Table], pictures: Sequence[Picture] = (), folder: Path = Path(), runs: Runs | None = None
+    title: str,
+    tables: Sequence[Table],
+    pictures: Sequence[Picture] = (),
+    folder: Path = Path(),
+    runs: Runs | None = None,
 ) -> str:
     """Returns the page.
 
@@ -130,7 +134,8 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"rich": _rich, "plain": plain_label, "svg": _svg, "href": partial(_href, folder), "ident": id}
+    environment.filters |= {"rich": _rich, "plain": plain_label, "svg": _svg, "ident": id}
+    environment.filters["href"] = partial(_href, folder)
     shown = {section.label for section in sections}
     return environment.get_template("report.html.jinja").render(
         title=title,
@@ -204,8 +209,8 @@ def _place(name: str) -> tuple[int, int, int]:
 
 def _rich(text: str) -> Markup:
     """Returns the text of a cell with its `**bold**` parts."""
-    parts = BOLD.split(text)
-    return Markup("").join(Markup("<strong>{}</strong>").format(part) if i % 2 else part for i, part in enumerate(parts))
+    bold = Markup("<strong>{}</strong>")
+    return Markup("").join(bold.format(part) if at % 2 else part for at, part in enumerate(BOLD.split(text)))
 
 
 def _svg(picture: Picture, name: str) -> Markup:
