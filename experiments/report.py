@@ -322,7 +322,7 @@ def _figures_folder(cfg: DictConfig) -> Path:
     if cfg.figures_dir is not None:
         return path_setting(cfg, "figures_dir")
     if cfg.output is None:
-        return home() / FIGURES_DIR
+        return Path(home(FIGURES_DIR))
     output = path_setting(cfg, "output")
     return output.with_name(f"{output.stem}-figures")
 

@@ -76,9 +76,11 @@ def caption_of(chart: Headline) -> str:
     for note in chart.axis_notes.values():
         name, _, how = note.partition(": ")
         by_note.setdefault(how, []).append(name)
-    notes = "".join(f" {' and '.join(names)}: {how}." for how, names in by_note.items())
+    named = {how: " and ".join(names) for how, names in by_note.items()}
+    notes = "".join(f" {names[0].upper()}{names[1:]}: {how}." for how, names in named.items())
     colors = [kind for kind in COLORS if any(point.kind == kind for point in chart.points)]
     meaning = ", ".join(f"{COLOR_NAMES[kind]}: {KIND_NAMES[kind]}" for kind in colors)
+    crowded = len(chart.points) > 1
     left_out = f" Left out, for lack of a dataset: {', '.join(chart.left_out)}." if chart.left_out else ""
     without = [axis for axis in (TIME, MEMORY) if any(axis not in point.places for point in chart.points)]
     missing = sorted({point.letter for point in chart.points for axis in without if axis not in point.places})
@@ -88,8 +90,8 @@ def caption_of(chart: Headline) -> str:
     paper = " Grey: the paper's values, of its own models." if any(point.paper for point in chart.points) else ""
     return (
         f"{scale_of(chart.records)}. Bars: 95 % interval over test rows and seeds. "
-        f"{meaning[0].upper() + meaning[1:]}. Marks that would hide each other stand side by side, best first; a "
-        "bracket says their place."
+        f"{meaning[0].upper() + meaning[1:]}."
+        f"{' Marks that would hide each other stand side by side, best first; a bracket says their place.' * crowded}"
         f"{notes}{lacks}{left_out}{paper}"
     )
 
@@ -174,14 +176,16 @@ def _bracket_equal(axes: Axes, given: Sequence[float], places: Sequence[float], 
         else:
             groups.append([index])
     for group in groups:
-        if len(group) < 2:
-            continue
+        if max(abs(places[index] - given[index]) for index in group) < gap:
+            continue  # hardly moved
         low, high = (f"{end(given[index] for index in group):.0f}" for end in (min, max))
         ends = [places[group[0]] - 0.4 * gap, places[group[-1]] + 0.4 * gap]
         bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "color": "#666666"}
         axes.plot(ends, [0.06, 0.06], linewidth=0.8, **bottom)
         text = f"all {low} %" if low == high else f"{low} to {high} %"
-        axes.text(sum(ends) / 2, 0.05, text, ha="center", va="top", fontsize=6.5, **bottom)
+        is_right = places[group[-1]] == max(places) and len(group) < len(places)
+        at, side = (ends[1], "right") if is_right else (ends[0], "left")
+        axes.text(at, 0.05, text, ha=side, va="top", fontsize=6.5, **bottom)
 
 
 def _say(axes: Axes, value: float, text: str) -> None:
@@ -224,8 +228,8 @@ def legend_line(point: Point) -> str:
 
 
 def legend_parts(chart: Headline) -> list[tuple[str, str, str, str]]:
-    """Returns letter, method, value and kind of each point, for a legend in a page."""
-    return [(*_parts(point), KIND_NAMES[point.kind]) for point in chart.points]
+    """Returns letter, method, value and the name of the color of each point, for a legend in a page."""
+    return [(*_parts(point), COLOR_NAMES[point.kind]) for point in chart.points]
 
 
 def _parts(point: Point) -> tuple[str, str, str]:

@@ -26,10 +26,17 @@ PLUS = ("gradpruner_plus",)  # repairs by definition
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: its text, and the number that it is sorted by; None for text, and for a missing number."""
+    """A cell.
+
+    Attributes:
+        text: what it says first.
+        number: number that it is sorted by; None for text, and for a missing number.
+        detail: what it says below in small letters, such as an interval.
+    """
 
     text: str
     number: float | None = None
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,11 +76,11 @@ COLUMNS = {
     "Fine-tuning": Column("Fine-tuning", "", False),
     "Setting": Column("Setting", "rows, rates and other settings in which groups of runs differ", False),
     "Layers": Column("Layers", "decoder layers that are kept"),
-    "Parameters": Column("Parameters", "after pruning, and as a fraction of the dense model's"),
-    "Quality": Column("Quality", "mean over seeds; in brackets the 95 % interval over test rows and seeds"),
+    "Parameters": Column("Parameters", "after pruning; below it the percentage of the dense model's"),
+    "Quality": Column("Quality", "mean over seeds; below it the 95 % interval over test rows and seeds"),
     "Against dense": Column(
         "Against dense",
-        "quality minus the dense model's in the same setting, with the 95 % interval; ≠: can be told from 0 at 5 %",
+        "quality minus the dense model's in the same setting; below it the 95 % interval; ≠: can be told from 0 at 5 %",
     ),
     "Answer NLL": Column("Answer NLL ↓", "negative log-likelihood of the right answer per token, in nats"),
     "Training time": Column(
@@ -113,7 +120,7 @@ def main_table(records: Sequence[RunRecord]) -> MainTable:
             "Fine-tuning": Cell(MODES.get(mode, mode) + engine_in_title(first)),
             "Setting": Cell(condition),
             "Layers": Cell(f"{kept} of {first.model['num_hidden_layers']}", kept),
-            "Parameters": Cell(f"{parameters(parameter)} ({share:.0f} %)", parameter),
+            "Parameters": Cell(parameters(parameter), parameter, f"{share:.0f} %"),
             "Quality": _quality(group, named=len(metrics) > 1),
             "Against dense": _against(group, base),
             "Answer NLL": _nll(group),
@@ -187,7 +194,7 @@ def _quality(group: Sequence[RunRecord], named: bool) -> Cell:
     mean = statistics.mean(run.metric(metric) or 0.0 for run in group)
     reach = QUANTILE * complete_error(group, metric)
     label = f" {METRIC_LABELS[metric]}" if named else ""
-    return Cell(f"{mean:.3f} ({mean - reach:.3f} to {mean + reach:.3f}){label}", mean)
+    return Cell(f"{mean:.3f}{label}", mean, f"{mean - reach:.3f} to {mean + reach:.3f}")
 
 
 def _against(group: Sequence[RunRecord], dense: Sequence[RunRecord]) -> Cell:
@@ -197,7 +204,7 @@ def _against(group: Sequence[RunRecord], dense: Sequence[RunRecord]) -> Cell:
         return Cell(DASH)
     found = difference(group, dense, metric)
     mark = " ≠" if found.is_clear else ""
-    return Cell(f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}){mark}", found.value)
+    return Cell(f"{found.value:+.3f}{mark}", found.value, f"{found.low:+.3f} to {found.high:+.3f}")
 
 
 def _nll(group: Sequence[RunRecord]) -> Cell:
@@ -205,7 +212,7 @@ def _nll(group: Sequence[RunRecord]) -> Cell:
     if len(values) < len(group):
         return Cell(DASH)
     mean, reach = statistics.mean(values), QUANTILE * complete_error(group, NLL)
-    return Cell(f"{mean:.2f} ({mean - reach:.2f} to {mean + reach:.2f})", mean)
+    return Cell(f"{mean:.2f}", mean, f"{mean - reach:.2f} to {mean + reach:.2f}")
 
 
 def _costs(

@@ -24,10 +24,10 @@ def facts(records: Sequence[RunRecord]) -> dict[str, str]:
         for record in records
     }
     seeds = sorted({record.seed for record in records})
-    machines = {f"{run.environment['device']}, {run.environment['num_threads']} threads" for run in records}
+    machines = {machine_of(record) for record in records}
     modes = {MODES.get(mode, mode) for run in records for mode in [run.config["finetune"]["mode"]]}
     return {
-        "Runs": f"{len(records)} of {len(names)} method{'s' * (len(names) > 1)}: {', '.join(names)}",
+        "Runs": f"{len(records)}, of {len(names)} method{'s' * (len(names) > 1)}: {', '.join(names)}",
         "Model": "; ".join(sorted(models)),
         "Data": "; ".join(_data(records)),
         "Fine-tuning": f"{' and '.join(sorted(modes))}, {_span(run.finetune['steps'] for run in records)} steps",
@@ -36,15 +36,22 @@ def facts(records: Sequence[RunRecord]) -> dict[str, str]:
     }
 
 
+def machine_of(record: RunRecord) -> str:
+    """Returns the device and the number of threads of a run."""
+    count = record.environment["num_threads"]
+    return f"{record.environment['device']}, {count} thread{'s' * (count != 1)}"
+
+
 def _data(records: Sequence[RunRecord]) -> list[str]:
-    parts = []
+    """Returns the datasets by their numbers of rows."""
+    by_rows: dict[str, list[str]] = {}
     for name in sorted({dataset_name(record) for record in records}):
         own = [record for record in records if dataset_name(record) == name]
         train = {record.config["dataset"].get("max_train_samples") for record in own}
         trained = "all" if train == {None} else _span(each for each in train if each is not None)
         tested = _span(record.metrics["num_examples"] for record in own)
-        parts.append(f"{dataset_title(name)} ({trained} training rows, {tested} test rows)")
-    return parts
+        by_rows.setdefault(f"{trained} training rows, {tested} test rows", []).append(dataset_title(name))
+    return [f"{', '.join(names)} ({'each ' * (len(names) > 1)}{rows})" for rows, names in by_rows.items()]
 
 
 def _span(values: Iterable[Any]) -> str:

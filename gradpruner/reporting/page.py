@@ -19,6 +19,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from gradpruner.caveats import CAVEATS
 from gradpruner.record import RunRecord
 from gradpruner.reporting import overview
 from gradpruner.reporting.figures import Picture
@@ -41,7 +42,9 @@ OWN_SECTIONS = {
     "Pruned layers": "Pruned layers",
     "": "Measured values by setting",
 }
-LEAST_SHARED = 3  # sections that share a note before it moves to the top of the tables
+# Notes that explain how to read a table rather than what is in it: they move to the top if several sections have them.
+EXPLAINS = ("±", "accuracy: ", "similarity: ", "BERTScore", "stemmed", "bold: ", "in brackets: ", "≠", "[]", "[-]")
+SAYS_SCALE = "test rows"  # notes with these words are always shown, the others are in a fold
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def page(
         lstrip_blocks=True,
     )
     environment.filters |= {"rich": _rich, "plain": plain_label, "svg": _svg, "ident": id}
+    environment.tests["scale"] = lambda note: SAYS_SCALE in note and not note.startswith("the paper")
     environment.filters["href"] = partial(_href, folder)
     shown = {section.label for section in sections}
     return environment.get_template("report.html.jinja").render(
@@ -165,7 +169,8 @@ def _sections(
     for table in tables:
         for note in table.notes:
             owners.setdefault(note, set()).add(table.section)
-    common = [note for note, sections in owners.items() if len(sections) >= LEAST_SHARED]
+    explain = (*EXPLAINS, *CAVEATS.values())
+    common = [note for note, sections in owners.items() if len(sections) > 1 and note.startswith(explain)]
     found = []
     for name in sorted(names, key=_place):
         own = [table for table in tables if table.section == name]

@@ -12,6 +12,7 @@ from gradpruner.reporting.changed_answers import ChangedAnswers, changed_answers
 from gradpruner.reporting.comparing import QUANTILE
 from gradpruner.reporting.labels import METRIC_LABELS, method_place
 from gradpruner.reporting.means import DENSE
+from gradpruner.reporting.overview import machine_of
 from gradpruner.reporting.plain_names import MODES, dataset_title
 from gradpruner.reporting.row_scores import read_numbers
 from gradpruner.reporting.run_groups import run_labels
@@ -177,7 +178,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
             f"{own['time']:.0%} of the time, {own['memory']:.0%} of the memory"
         )
     machine = record.environment
-    facts["Machine"] = f"{machine['device']}, {machine['num_threads']} threads"
+    facts["Machine"] = machine_of(record)
     if commit := machine.get("git_commit"):
         facts["Commit"] = commit[:10] + (" with changes" if machine.get("git_dirty") else "")
     return facts
