@@ -20,6 +20,8 @@ from gradpruner.plan import PruningPlan
 from gradpruner.record_sections import MethodReport
 
 KEPT, MERGED, PRUNED = "#0072B2", "#E69F00", "#CCCCCC"  # Okabe and Ito's palette
+# Marks on a coloured ground: a page exchanges black and white for its own text and ground, and must not exchange these.
+ON_LIGHT, ON_DARK = "#010101", "#fefefe"
 COLORS = (KEPT, MERGED, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 # Colour, marker and dashes repeat after 7, 9 and 4 lines, so no two of the 36 lines look alike, even without colour.
 LINE_STYLES: tuple[dict[str, Any], ...] = tuple(

@@ -12,13 +12,12 @@ from matplotlib.lines import Line2D
 
 from gradpruner.messages import parameters
 from gradpruner.record import RunRecord
-from gradpruner.reporting.figures import KEPT, MERGED, SMALL, Picture, canvas, save_figure
+from gradpruner.reporting.figures import KEPT, MERGED, ON_DARK, ON_LIGHT, SMALL, Picture, canvas, save_figure
 from gradpruner.reporting.headline import DROPS, ENDS_DENSE, MEMORY, NARROWS, OURS, PARAMETERS, TIME, Headline, Point
 from gradpruner.reporting.plain_names import MODES, dataset_title
 from gradpruner.reporting.tables import dataset_name
 
 COLORS = {OURS: KEPT, DROPS: MERGED, NARROWS: "#009E73", ENDS_DENSE: "#CC79A7"}
-ON_LIGHT, ON_DARK = "#010101", "#fefefe"  # letters on marks: a page must not exchange these for its own text colour
 COLOR_NAMES = {OURS: "blue", DROPS: "orange", NARROWS: "green", ENDS_DENSE: "pink"}
 KIND_NAMES = {
     OURS: "GradPruner and its variants",
@@ -60,7 +59,7 @@ def write_headline(chart: Headline, path: Path) -> Picture:
     heights = [2.6, 0.05 + 0.17 * -(-len(chart.points) // LEGEND_COLUMNS), 0.05 + 0.15 * (1 + text.count("\n"))]
     style = SMALL | {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(8.4, sum(heights)), layout="constrained", facecolor="#fefefe")
+        figure = Figure(figsize=(8.4, sum(heights)), layout="constrained", facecolor=ON_DARK)
         charts, legend, below = figure.subfigures(3, 1, height_ratios=heights)
         for axes, axis in zip(charts.subplots(1, len(axes_names), squeeze=False)[0], axes_names, strict=True):
             _draw(axes, chart, axis)

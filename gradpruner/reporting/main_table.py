@@ -14,13 +14,14 @@ from gradpruner.reporting.differing import plain_differences
 from gradpruner.reporting.efficiency import seed_and_machine, training_costs
 from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS, engine_in_title
 from gradpruner.reporting.means import DENSE, main_metric
-from gradpruner.reporting.plain_names import MODES, dataset_title, plain_label
+from gradpruner.reporting.plain_names import dataset_title, plain_label
 from gradpruner.reporting.tables import dataset_name, row_labels, row_order, rows_of_seeds, setting
 
 DASH = "-"
 NLL = "answer_nll"
 # Older records lack these settings, so rows would differ in them by age alone.
 NOT_NAMED = ("repair_rows=", "repair=none")
+SHORT_MODES = {"lora": "LoRA"}
 PLUS = ("gradpruner_plus",)  # repairs by definition
 
 
@@ -41,11 +42,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its header, a sentence about it, and whether it holds numbers."""
+    """A column.
+
+    Attributes:
+        name: its header.
+        about: a sentence about it.
+        is_number: whether it holds numbers.
+        is_less_better: whether a reader looks for the least of them.
+    """
 
     name: str
     about: str = ""
     is_number: bool = True
+    is_less_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,26 +78,31 @@ class MainTable:
 
 FILTERED = ("Method", "Model", "Data", "Fine-tuning")
 COLUMNS = {
-    "Method": Column("Method", "", False),
-    "Variant": Column("Variant", "settings in which rows of a method differ", False),
+    "Method": Column("Method", "below it the settings in which rows of a method differ", False),
     "Model": Column("Model", "", False),
-    "Data": Column("Data", "", False),
+    "Data": Column("Data", "below it the settings in which the row differs from most on these data", False),
     "Fine-tuning": Column("Fine-tuning", "", False),
-    "Setting": Column("Setting", "rows, rates and other settings in which groups of runs differ", False),
     "Layers": Column("Layers", "decoder layers that are kept"),
     "Parameters": Column("Parameters", "after pruning; below it the percentage of the dense model's"),
-    "Quality": Column("Quality", "mean over seeds; below it the 95 % interval over test rows and seeds"),
+    "Quality": Column(
+        "Quality", "mean over seeds, higher is better; below it the 95 % interval over test rows and seeds"
+    ),
     "Against dense": Column(
         "Against dense",
         "quality minus the dense model's in the same setting; below it the 95 % interval; ≠: can be told from 0 at 5 %",
     ),
-    "Answer NLL": Column("Answer NLL ↓", "negative log-likelihood of the right answer per token, in nats"),
-    "Training time": Column(
-        "Training time ↓",
-        "percent of the dense model's with the same seed and machine: measuring, pruning and fine-tune, wall clock",
+    "Answer NLL": Column(
+        "Answer NLL", "negative log-likelihood of the right answer per token, in nats; lower is better", True, True
     ),
-    "Training memory": Column("Training memory ↓", "percent of the dense model's: highest memory of the same"),
-    "Seeds": Column("Seeds", ""),
+    "Training time": Column(
+        "Training time",
+        "percent of the dense model's with the same seed and machine: measuring, pruning and fine-tune, wall clock",
+        is_less_better=True,
+    ),
+    "Training memory": Column(
+        "Training memory", "percent of the dense model's: highest memory of the same", True, True
+    ),
+    "Seeds": Column("Seeds", "seeds of the row; each links to what is known of its run"),
 }
 
 
@@ -113,12 +127,10 @@ def main_table(records: Sequence[RunRecord]) -> MainTable:
         share = 100 * parameter / first.model["num_parameters"]
         time, memory = _costs(group, dense)
         cells = {
-            "Method": Cell(METHOD_LABELS.get(name, name)),
-            "Variant": Cell(variant),
+            "Method": Cell(METHOD_LABELS.get(name, name), detail=variant),
             "Model": Cell(first.model["name"]),
-            "Data": Cell(dataset_title(dataset_name(first))),
-            "Fine-tuning": Cell(MODES.get(mode, mode) + engine_in_title(first)),
-            "Setting": Cell(condition),
+            "Data": Cell(dataset_title(dataset_name(first)), detail=condition),
+            "Fine-tuning": Cell(SHORT_MODES.get(mode, mode) + engine_in_title(first)),
             "Layers": Cell(f"{kept} of {first.model['num_hidden_layers']}", kept),
             "Parameters": Cell(parameters(parameter), parameter, f"{share:.0f} %"),
             "Quality": _quality(group, named=len(metrics) > 1),
@@ -126,13 +138,15 @@ def main_table(records: Sequence[RunRecord]) -> MainTable:
             "Answer NLL": _nll(group),
             "Training time": _percent(time),
             "Training memory": _percent(memory),
-            "Seeds": Cell(str(len(group)), len(group)),
+            "Seeds": Cell(", ".join(str(run.seed) for run in group), len(group)),
         }
         rows.append(cells)
     shared = {
         name: next(iter(texts))
-        for name in ("Method", "Model", "Data", "Fine-tuning", "Layers", "Parameters", "Seeds")
-        if len(texts := {row[name].text for row in rows}) == 1 and len(rows) > 1
+        for name in ("Model", "Data", "Fine-tuning", "Layers", "Parameters")
+        if len(rows) > 1
+        and len(texts := {row[name].text for row in rows}) == 1
+        and (name == "Parameters" or not any(row[name].detail for row in rows))
     }
     empty = {name for name in COLUMNS if all(row[name].text in ("", DASH) for row in rows)}
     shown = [name for name in COLUMNS if name not in empty and name not in shared]
@@ -151,7 +165,7 @@ def main_table(records: Sequence[RunRecord]) -> MainTable:
 
 def _renamed(column: Column, label: str) -> Column:
     renamed = label[0].upper() + label[1:]
-    return Column(f"{renamed} ↑", column.about, True) if column.name == "Quality" else column
+    return Column(renamed, column.about) if column.name == "Quality" else column
 
 
 def _where(record: RunRecord) -> tuple[str, str, str]:

@@ -27,7 +27,7 @@ from gradpruner.reporting.headline import Headline
 from gradpruner.reporting.headline_plot import caption_of, legend_parts
 from gradpruner.reporting.inline_svg import inline_svg
 from gradpruner.reporting.main_table import main_table
-from gradpruner.reporting.plain_names import plain_label
+from gradpruner.reporting.plain_names import plain_header, plain_label
 from gradpruner.reporting.published import Published
 from gradpruner.reporting.run_details import run_groups
 from gradpruner.reporting.tables import Table
@@ -137,7 +137,7 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"rich": _rich, "plain": plain_label, "svg": _svg, "ident": id}
+    environment.filters |= {"rich": _rich, "plain": plain_label, "svg": _svg, "ident": id, "header": plain_header}
     environment.tests["scale"] = lambda note: SAYS_SCALE in note and not note.startswith("the paper")
     environment.filters["href"] = partial(_href, folder)
     shown = {section.label for section in sections}

@@ -105,10 +105,13 @@ def plain_label(text: str) -> str:
     return SETTING.sub(lambda found: plain_setting(found[1], _value(found[2])), text)
 
 
-def plain_difference(text: str) -> tuple[str, Any]:
-    """Splits a `key=value` of `tables.differences` into the key and its value."""
-    key, _, value = text.partition("=")
-    return key, _value(value)
+def plain_header(text: str) -> str:
+    """Returns the header of a column in words; columns of a sweep are named by setting and value, `density 0.2`."""
+    key, _, rest = text.partition(" ")
+    if key not in WORDS and key not in VALUES:
+        return plain_label(text)
+    value, *behind = rest.split(" ")
+    return " ".join([plain_setting(key, _value(value.rstrip(","))) + "," * value.endswith(","), *behind])
 
 
 def _value(text: str) -> Any:

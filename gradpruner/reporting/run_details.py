@@ -10,13 +10,13 @@ from gradpruner.plan import number_runs
 from gradpruner.record import RECORD_FILE, RunRecord
 from gradpruner.reporting.changed_answers import ChangedAnswers, changed_answers
 from gradpruner.reporting.comparing import QUANTILE
-from gradpruner.reporting.labels import METRIC_LABELS, method_place
+from gradpruner.reporting.labels import METRIC_LABELS
 from gradpruner.reporting.means import DENSE
 from gradpruner.reporting.overview import machine_of
 from gradpruner.reporting.plain_names import MODES, dataset_title
 from gradpruner.reporting.row_scores import read_numbers
 from gradpruner.reporting.run_groups import run_labels
-from gradpruner.reporting.tables import dataset_name, setting
+from gradpruner.reporting.tables import dataset_name, row_order, setting
 
 KEPT, MERGED, PRUNED = "kept", "merged", "pruned"
 MOST_POINTS = 160  # of a loss curve
@@ -105,7 +105,7 @@ def run_groups(
         losses: history of the fine-tune by identity, see `comparison_plots.plot_losses`.
     """
     groups: dict[str, list[RunRecord]] = {}
-    for record in sorted(records, key=lambda each: (method_place(each.pruning["method"]), each.seed)):
+    for record in sorted(records, key=lambda each: (*row_order(each), each.seed)):
         mode = record.config["finetune"]["mode"]
         title = f"{record.model['name']} on {dataset_title(dataset_name(record))}, {MODES.get(mode, mode)}"
         groups.setdefault(title, []).append(record)

@@ -45,7 +45,7 @@ if (table) {
       const text = row.textContent.toLowerCase();
       row.hidden = !words.every((word) => text.includes(word))
         || selects.some((select) => select.value
-          && row.cells[Number(select.dataset.column)].textContent.trim() !== select.value);
+          && row.cells[Number(select.dataset.column)].dataset.v !== select.value);
     }
     say();
   };
