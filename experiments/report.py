@@ -164,6 +164,7 @@ def build_report(cfg: DictConfig, scratch: Path | None = None) -> Report:
     if is_page:
         drawn_in = scratch or _figures_folder(cfg)
         runs = runs_of_page(list(records.values()), histories, PAPER, drawn_in, found.label, problems)
+        runs = replace(runs, is_whole=is_whole)
     elif found.label:
         tables = [replace(table, notes=[*table.notes, found.label]) for table in tables]
         pictures = [replace(picture, caption=f"{picture.caption} {found.label}.") for picture in pictures]

@@ -18,9 +18,10 @@ from experiments.config import CONF, load_option, options, resolve
 from gradpruner.record import NOT_IDENTITY, RunRecord, portable
 from gradpruner.reporting.coordinates import dataset_module
 
-# Settings that a command does not repeat: they change no result. Those of `AT_ROOT` do where a group takes them.
-NOT_REPEATED = (*NOT_IDENTITY, "save_steps")
+NOT_REPEATED = ("_target_", "save_steps")  # of a group: said by its option, and without effect on results
+OWN_MODEL = "smollm2_135m"  # the option on top of which a user's model.path goes
 PLAIN = re.compile(r"[\w./-]+")  # text that hydra's grammar reads without quotes
+# Settings at the root that groups take, so that they have an effect.
 AT_ROOT = ("sparsity", "merge_count", "seed", "show_options")
 
 
@@ -42,8 +43,7 @@ def rerun_command(record: RunRecord) -> str:
     arguments = [f"{group}={name}" for group, name in choices.items()]
     arguments += [f"{key}={_written(own[key])}" for key in AT_ROOT if key in own and own[key] != _default()[key]]
     for key, value in own.items():
-        last = key.rsplit(".", 1)[-1]
-        if key.split(".")[0] in NOT_REPEATED or last in ("_target_", *NOT_REPEATED):
+        if key.split(".")[0] in NOT_IDENTITY or key.rsplit(".", 1)[-1] in NOT_REPEATED:
             continue
         if key not in base and value is not None:
             arguments.append(f"+{key}={_written(value)}")
@@ -75,7 +75,7 @@ def _choices(record: RunRecord) -> dict[str, str]:
     dataset = dataset_module(record) or ""
     known = options("dataset")
     found = {
-        "model": _option("model", "path", config["model"]["path"]),
+        "model": _option("model", "path", config["model"]["path"], default=OWN_MODEL),
         "dataset": dataset if dataset in known else "jsonl",
         "method": record.pruning["method"],
         "finetune": config["finetune"]["mode"],
@@ -87,15 +87,17 @@ def _choices(record: RunRecord) -> dict[str, str]:
 
 
 @cache
-def _option(group: str, key: str, value: str) -> str:
-    """Returns the first option of a group that has this value.
+def _option(group: str, key: str, value: str, default: str | None = None) -> str:
+    """Returns the first option of a group that has this value, or `default`.
 
     Raises:
-        LookupError: if none has.
+        LookupError: if none has, and there is no default.
     """
     for name in options(group):
         if _part(group, name).get(key) == value:
             return name
+    if default is not None:
+        return default
     raise LookupError(f"{group}.{key}={value}")
 
 

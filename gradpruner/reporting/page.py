@@ -60,6 +60,7 @@ class Runs:
         chart: the headline chart.
         panels: its pictures, one per axis.
         published: the paper's tables and figures.
+        is_whole: whether the page has every table and figure that has runs, so that the others have none.
     """
 
     records: Sequence[RunRecord] = ()
@@ -70,6 +71,7 @@ class Runs:
     chart: Headline | None = None
     panels: Sequence[Picture] = ()
     published: Sequence[Published] = ()
+    is_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def page(
         paper=[section for section in sections if section.label],
         own=[section for section in sections if not section.label],
         notes=notes,
-        absent=[f"{each.label} ({each.title})" for each in runs.published if each.label not in shown],
+        absent=[f"{each.label} ({each.title})" for each in runs.published if runs.is_whole and each.label not in shown],
         groups=groups,
     )
 

@@ -140,12 +140,12 @@ def test_the_page_can_be_read_aloud(parsed):
 
 
 def test_it_opens_with_what_was_run_and_what_came_out(text, parsed):
-    facts = dict(zip(parsed.text_of("dt"), parsed.text_of("dd"), strict=True))
+    facts = dict(list(zip(parsed.text_of("dt"), parsed.text_of("dd"), strict=True))[:6])
     assert facts["Runs"] == "8, of 3 methods: Dense, ShortGPT, GradPruner"
     assert facts["Data"].startswith("ARC-Easy, PIQA (each all training rows") and facts["Seeds"].startswith("0, 1")
     assert parsed.text_of("h2")[:2] == ["Summary", "All results"]
     assert "Dense model: accuracy 0.700 (0.672 to 0.728). Best pruned model: ShortGPT" in " ".join(text.split())
-    assert parsed.text_of("li")[-10:] and "A ShortGPT 0.65 (0.62 to 0.68)" in parsed.text_of("li")
+    assert "A ShortGPT 0.65 (0.62 to 0.68)" in parsed.text_of("li")
     assert text.index('id="summary"') < text.index("headline-1-title") < text.index('id="results"')
 
 
