@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict
 
+from experiments.cli import command_of
 from experiments.config import CONF, load_option, options, resolve
 from gradpruner.record import NOT_IDENTITY, RunRecord, portable
 from gradpruner.reporting.coordinates import dataset_module
@@ -26,7 +27,7 @@ AT_ROOT = ("sparsity", "merge_count", "seed", "show_options")
 
 
 def rerun_command(record: RunRecord) -> str:
-    """Returns `python -m experiments.run ...`, or "" if the record was made with options that are not here."""
+    """Returns the command, or "" if the record was made with options that are not here."""
     try:
         choices = _choices(record)
     except LookupError:
@@ -49,15 +50,17 @@ def rerun_command(record: RunRecord) -> str:
             arguments.append(f"+{key}={_written(value)}")
         elif key in base and base[key] != value:
             arguments.append(f"{key}={_written(value)}")
-    return shlex.join(["python", "-m", "experiments.run", *arguments])
+    return shlex.join([*command_of("experiments.run"), *arguments])
 
 
 @cache
 def _default() -> DictConfig:
     if GlobalHydra.instance().is_initialized():
-        return compose("config")
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return compose("config")
+        cfg: DictConfig = compose("config")
+    else:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            cfg = compose("config")
+    return cfg
 
 
 @cache

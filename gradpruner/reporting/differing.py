@@ -25,7 +25,7 @@ def plain_differences(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]
 
     Settings that are not shown, such as prompts and paths, are numbered among the `others`.
     """
-    found = {}
+    found: dict[str, None] = {}
     flat = [dict(_leaves(each)) for each in others]
     for key, value in _leaves(own):
         values = list(dict.fromkeys(json.dumps(other.get(key)) for other in flat))

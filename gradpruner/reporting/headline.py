@@ -16,7 +16,7 @@ from gradpruner.reporting.comparing import QUANTILE, complete_error
 from gradpruner.reporting.coordinates import coordinates, dataset_module
 from gradpruner.reporting.efficiency import seed_and_machine, timed, training_costs
 from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS, method_place
-from gradpruner.reporting.means import DENSE, main_metric
+from gradpruner.reporting.means import DENSE, main_metric, mean_of_known
 from gradpruner.reporting.measures import why_not_comparable
 from gradpruner.reporting.plain_names import dataset_title, plain_label
 from gradpruner.reporting.published import Published
@@ -256,7 +256,9 @@ def _places(
     for label, row in cells.items():
         found = [timed(speeds[_shapes(run)]) for run in _runs({"": row}) if _shapes(run) in speeds]
         if found:
-            measured[label] = [_mean([each[index] for each in found]) for index in (2, 4)]  # prefill, peak memory
+            measured[label] = [
+                mean_of_known([each[index] for each in found]) for index in (2, 4)
+            ]  # prefill, peak memory
     if 2 * len(measured) >= len(cells):
         machines = {run.environment["device"] for run in speeds.values()}
         notes = f"inference, timed in turns with the dense model on {', '.join(sorted(machines))}"
@@ -268,7 +270,7 @@ def _places(
             own = [(run, dense.get((dataset_name(run), seed_and_machine(run)))) for run in _runs({"": row})]
             costs = [training_costs(run, base, None) for run, base in own if base is not None]
             if costs:
-                measured[label] = [_mean([each[index] for each in costs]) for index in (0, 1)]
+                measured[label] = [mean_of_known([each[index] for each in costs]) for index in (0, 1)]
         how = {
             TIME: "training time: measuring, pruning and fine-tune, wall clock; other work on the machine lengthens it",
             MEMORY: "training memory: highest memory of pruning and fine-tune",
@@ -276,11 +278,6 @@ def _places(
     for index, axis in enumerate((TIME, MEMORY)):
         places[axis] = {label: value for label, own in measured.items() if (value := own[index]) is not None}
     return places, {axis: note for axis, note in how.items() if places[axis]}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known else None
 
 
 def _shapes(run: RunRecord) -> str:

@@ -27,7 +27,7 @@ KIND_NAMES = {
 }
 LETTERS = {OURS: ON_DARK, DROPS: ON_LIGHT, NARROWS: ON_DARK, ENDS_DENSE: ON_LIGHT}
 PAPER = "#888888"
-NUM_MARKS_WIDE = 20  # marks side by side that fill a panel
+NUM_MARKS_WIDE = 18  # marks side by side that fill a panel
 PANEL_HEIGHT = 2.5  # inches
 LEGEND_COLUMNS = 3
 
@@ -60,7 +60,7 @@ def write_headline(chart: Headline, path: Path) -> Picture:
     style = SMALL | {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(8.4, sum(heights)), layout="constrained", facecolor=ON_DARK)
-        charts, legend, below = figure.subfigures(3, 1, height_ratios=heights)
+        charts, legend, below = figure.subfigures(3, 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, axis in zip(charts.subplots(1, len(axes_names), squeeze=False)[0], axes_names, strict=True):
             _draw(axes, chart, axis)
         legend.legend(*_legend(chart), loc="center left", ncols=LEGEND_COLUMNS, fontsize=7.5, columnspacing=2.0)
@@ -150,7 +150,7 @@ def _draw(axes: Axes, chart: Headline, axis: str) -> None:
     for point, x in zip(known, places, strict=True):
         color = COLORS[point.kind]
         axes.plot([x, x], [point.quality.low, point.quality.high], color=color, linewidth=1.1, zorder=2)
-        axes.plot([x], [point.quality.value], "o", color=color, markersize=8.5, markeredgewidth=0, zorder=3)
+        axes.plot([x], [point.quality.value], "o", color=color, markersize=8, markeredgewidth=0, zorder=3)
         style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6.5, "zorder": 4}
         axes.text(x, point.quality.value, point.letter, color=LETTERS[point.kind], fontweight="bold", **style)
     for letter, x, value in paper:

@@ -13,7 +13,7 @@ from gradpruner.reporting.comparing import QUANTILE, complete_error, difference
 from gradpruner.reporting.differing import plain_differences
 from gradpruner.reporting.efficiency import seed_and_machine, training_costs
 from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS, engine_in_title
-from gradpruner.reporting.means import DENSE, main_metric
+from gradpruner.reporting.means import DENSE, main_metric, mean_of_known
 from gradpruner.reporting.plain_names import dataset_title, plain_label
 from gradpruner.reporting.tables import dataset_name, row_labels, row_order, rows_of_seeds, setting
 
@@ -237,8 +237,8 @@ def _costs(
         return None, None
     pairs = [(run, dense.get((json.dumps(setting(run), sort_keys=True), seed_and_machine(run)))) for run in group]
     costs = [training_costs(run, base, None) for run, base in pairs if base is not None]
-    means = [statistics.mean(known) if (known := [c[i] for c in costs if c[i] is not None]) else None for i in (0, 1)]
-    return means[0], means[1]
+    times, memories = ([cost[at] for cost in costs] for at in (0, 1))
+    return mean_of_known(times), mean_of_known(memories)
 
 
 def _percent(value: float | None) -> Cell:

@@ -1,6 +1,6 @@
 """Opens a report in headless Chromium and uses it: keyboard, filters, both colour schemes, narrow windows, print.
 
-python -m tests.browser.check REPORT.html [SCREENSHOTS]
+python tests/browser/check.py REPORT.html [SCREENSHOTS]     # `make test-page` makes two reports first
 
 Needs Playwright's Python package and a Chromium: Debian's, or the one that CHROMIUM names.
 """
@@ -124,7 +124,7 @@ def check_runs(page: Page) -> None:
     page.keyboard.press("Enter")
     fold = page.locator(f"{link.get_attribute('href')}")
     fold.locator("svg").first.wait_for(state="visible")
-    assert fold.evaluate("fold => fold.open") and "python -m experiments.run" in fold.inner_text()
+    assert fold.evaluate("fold => fold.open") and " method=" in fold.inner_text()
     page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
     page.goto(page.url.split("#")[0])
     page.keyboard.press("Tab")

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -126,7 +127,7 @@ def test_the_page_loads_nothing_and_runs_one_known_script(text, parsed):
 def test_the_page_can_be_read_aloud(parsed):
     levels = [int(tag[1]) for tag, _ in parsed.tags if tag in HEADINGS]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     ids = [attrs["id"] for _, attrs in parsed.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     named = [name for _, attrs in parsed.tags for name in attrs.get("aria-labelledby", "").split()]
