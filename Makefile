@@ -86,6 +86,22 @@ test-vllm: setup $(VLLM_VENV)/.installed  ## check that vLLM serves pruned check
 test-lm-eval: setup  ## check that lm-evaluation-harness scores exported tasks as we do (own venv, minutes)
 	$(BIN)/python -m tests.lm_eval.check
 
+.PHONY: test-page
+PAGE_VENV := .venv-page
+PAGE_BIN := $(PAGE_VENV)/bin
+PAGE_FOLDER := .cache/page
+
+# The committed records and one small run of its own, whose predictions lie beside its record.
+test-page: setup  ## check the HTML report in headless Chromium (own venv; needs Debian's chromium or CHROMIUM=PATH; minutes)
+	test -x $(PAGE_BIN)/python || $(PYTHON) -m venv $(PAGE_VENV)
+	echo '*' > $(PAGE_VENV)/.gitignore
+	$(PAGE_BIN)/python -m pip install --quiet --disable-pip-version-check playwright==1.65.2
+	$(BIN)/python -m experiments.run debug=smoke results_dir=$(PAGE_FOLDER)/runs
+	$(BIN)/python -m experiments.report runs_dir=$(PAGE_FOLDER)/runs model=tiny_random output=$(PAGE_FOLDER)/smoke.html
+	$(BIN)/python -m experiments.report runs_dir=results/records/small output=$(PAGE_FOLDER)/small.html
+	$(PAGE_BIN)/python tests/browser/check.py $(PAGE_FOLDER)/smoke.html $(PAGE_FOLDER)/pictures
+	$(PAGE_BIN)/python tests/browser/check.py $(PAGE_FOLDER)/small.html $(PAGE_FOLDER)/pictures
+
 .PHONY: test-gpu
 GPU_PYTHON ?= python3
 

@@ -57,7 +57,7 @@ from gradpruner.checkpoints.checkpoint import save_checkpoint
 from gradpruner.checkpoints.push import check_push, push_checkpoint
 from gradpruner.cost import process_memory_bytes
 from gradpruner.evaluate.base import PREDICTIONS_FILE
-from gradpruner.files import content_hash, write_json, write_text
+from gradpruner.files import content_hash, write_json, write_jsonl, write_text
 from gradpruner.finetune.result import PLAN_FILE
 from gradpruner.finetune.trainer import DivergedError
 from gradpruner.models.origin import find_origin
@@ -65,6 +65,7 @@ from gradpruner.models.shape import config_shape
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.pipeline.stand_in_rows import has_stand_in_rows
 from gradpruner.record import CONFIG_FILE, RunRecord, portable
+from gradpruner.reporting.changed_answers import QUESTIONS_FILE, question_rows
 from gradpruner.reporting.figures import plot_importance, plot_loss
 from gradpruner.runtime import quiet_libraries
 from gradpruner.waiting import leased
@@ -320,6 +321,7 @@ def _run_into(run_dir: Path, cfg: DictConfig, pipeline: Pipeline, tracker: Track
         raise KeyboardInterrupt(pipeline.describe_next_step()) from None
     outcome.plan.save(run_dir / PLAN_FILE)
     shutil.copyfile(outcome.predictions, run_dir / PREDICTIONS_FILE)
+    write_jsonl(run_dir / QUESTIONS_FILE, question_rows(pipeline.test_examples))
     write_json(run_dir / HISTORY_FILE, outcome.training["history"])
     plot_loss(outcome.training["history"], run_dir / LOSS_PICTURE)
     if outcome.plan.layer_importance:

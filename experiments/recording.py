@@ -17,6 +17,7 @@ from gradpruner.pipeline.run import Outcome, Pipeline
 from gradpruner.pipeline.runner import LIBRARIES
 from gradpruner.record import RECORD_FILE, RunRecord, portable
 from gradpruner.record_sections import Metrics, ModelSection, TrainingSection, empty_section
+from gradpruner.reporting.changed_answers import QUESTIONS_FILE
 from gradpruner.reporting.row_scores import row_scores, write_numbers
 from gradpruner.runtime import environment
 
@@ -29,7 +30,7 @@ TRACKED_FILE = "tracker.json"  # there once a tracker has the run
 TENSORBOARD_FOLDER = "tensorboard"
 RUNNING_FILE = "running.lease"  # there while a process runs into the folder, see gradpruner.lease
 RESULTS = (
-    *(RECORD_FILE, PLAN_FILE, PREDICTIONS_FILE, HISTORY_FILE, LOSS_PICTURE, IMPORTANCE_PICTURE),
+    *(RECORD_FILE, PLAN_FILE, PREDICTIONS_FILE, QUESTIONS_FILE, HISTORY_FILE, LOSS_PICTURE, IMPORTANCE_PICTURE),
     *(CHECKPOINT, TRACKED_FILE, PUSHED_FILE, TENSORBOARD_FOLDER),
 )
 # Key of a record's content -> name in messages.

@@ -11,14 +11,16 @@ python -m experiments.report table=11                               # counted, n
 python -m experiments.report table=11 model=smollm2_135m plan=results/runs/.../plan.json
 python -m experiments.report figure=plans                           # or importance, 1, 2, 5, 6, 7, 8, 9
 python -m experiments.report figure=5 'methods=[igia_only,last]'    # with other methods than the paper's
-python -m experiments.report table=all figure=all output=report.html
+python -m experiments.report output=report.html                     # one page with everything there is to show
+python -m experiments.report headline=docs/images/headline.svg runs_dir=results/records      # its chart alone, or .png
 """
 
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hydra
@@ -31,6 +33,7 @@ from experiments.config import CONF, resolve
 from experiments.paths import check_writable, path_setting
 from experiments.places import home, shipped
 from experiments.recording import HISTORY_FILE
+from experiments.report_page import runs_of_page
 from experiments.sweep_tables import show
 from gradpruner.files import content_hash
 from gradpruner.models import offline_configs
@@ -42,8 +45,11 @@ from gradpruner.reporting.comparison_figures import FIGURES, MODELS, draw
 from gradpruner.reporting.efficiency import counts_table, efficiency_tables
 from gradpruner.reporting.figures import Picture
 from gradpruner.reporting.formats import FORMATS, TITLES_FILE, write_report
+from gradpruner.reporting.headline import headline
+from gradpruner.reporting.headline_plot import write_headline
 from gradpruner.reporting.importance_table import importance_tables
 from gradpruner.reporting.learning_rate_table import learning_rate_tables
+from gradpruner.reporting.page import Runs
 from gradpruner.reporting.paper_tables import paper_table
 from gradpruner.reporting.published import Published, load_published
 from gradpruner.reporting.row_scores import read_numbers
@@ -53,6 +59,8 @@ from gradpruner.width_surgery import planned_shape
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PAPER = shipped("paper", "results/paper")
 RUNS = "results/runs"
+FIGURES_DIR = "results/figures"
+CHART_TYPES = (".svg", ".png")
 # Folder of the committed records that a table is made of where there are no runs. Figures and `all` take every record.
 COMMITTED = RESULTS / "records"
 COMMITTED_OF = {"2": "methods", "importance": "importance", "learning_rate": "learning_rate"}
@@ -73,13 +81,17 @@ class Report:
 
     Attributes:
         tables: tables, in order of display.
-        pictures: files that were drawn.
+        pictures: figures that were drawn.
         problems: one line per record that could not be read.
+        page_tables: tables of the HTML page, which has all of them if none was asked for.
+        runs: what the HTML page shows besides; None for a page of counts alone, and for other formats.
     """
 
     tables: list[Table]
     pictures: list[Picture]
     problems: list[str]
+    page_tables: list[Table] = field(default_factory=list)
+    runs: Runs | None = None
 
 
 def main() -> None:
@@ -92,17 +104,19 @@ def hydra_job(cfg: DictConfig) -> None:
     """Prints and writes the report."""
     try:
         resolve(cfg)
-        report = build_report(cfg)
-        for table in report.tables:
-            show(table)
-        written = [picture.path for picture in report.pictures]
-        if cfg.output is not None:
-            path = path_setting(cfg, "output")
-            check_writable(output=path.parent)
-            form = path.suffix.removeprefix(".")
-            written += write_report(path, form, report.tables, report.pictures, cfg.title)
-            if form == "csv" and len(report.tables) > 1:
-                print(f"{len(report.tables)} tables: one CSV file for each, and {TITLES_FILE} with their titles")
+        with tempfile.TemporaryDirectory() as scratch:
+            report = build_report(cfg, Path(scratch))
+            for table in report.tables:
+                show(table)
+            written = [picture.path for picture in report.pictures if not picture.path.is_relative_to(scratch)]
+            if cfg.output is not None:
+                path = path_setting(cfg, "output")
+                check_writable(output=path.parent)
+                form = path.suffix.removeprefix(".")
+                tables = report.page_tables if form == "html" else report.tables
+                written += write_report(path, form, tables, report.pictures, cfg.title, report.runs)
+                if form == "csv" and len(report.tables) > 1:
+                    print(f"{len(report.tables)} tables: one CSV file for each, and {TITLES_FILE} with their titles")
     except (ValueError, OSError) as error:
         print(f"\nError: {error}", file=sys.stderr)
         raise SystemExit(1) from error
@@ -112,8 +126,12 @@ def hydra_job(cfg: DictConfig) -> None:
         print(f"Written: {file}")
 
 
-def build_report(cfg: DictConfig) -> Report:
+def build_report(cfg: DictConfig, scratch: Path | None = None) -> Report:
     """Makes the tables and draws the figures.
+
+    Args:
+        cfg: the config.
+        scratch: temporary folder for the figures of an HTML page, which holds them itself.
 
     Raises:
         ValueError: if the table, figure or format is unknown, or if no run fits into it.
@@ -125,19 +143,49 @@ def build_report(cfg: DictConfig) -> Report:
     form = Path(cfg.output or "report.md").suffix.removeprefix(".")
     if form not in FORMATS:
         raise ValueError(f"output must end with one of {', '.join(FORMATS)}, got {cfg.output}. Name it so.")
+    if cfg.headline is not None:
+        return _headline_alone(cfg)
     if table_name == "11" and figure is None:
-        return Report([_counts(cfg)], [], [])
+        counts = [_counts(cfg)]
+        return Report(counts, [], [], counts)
+    is_page = form == "html"
     found = _find_records(cfg, table_name, figure)
     records, problems = _of_methods(found.records, cfg.methods), found.problems
-    tables, pictures = [], []
+    histories = _histories(records, problems) if figure is not None or is_page else {}
+    is_whole = is_page and table_name is None and figure is None  # a page has everything if nothing was asked for
+    tables, page_tables, pictures = [], [], []
     if table_name is not None or figure is None:
-        tables = _tables(cfg, table_name, list(records.values()), found.folder)
-    if figure is not None:
-        pictures = _pictures(cfg, figure, records, problems)
-    if found.label:
+        tables = page_tables = _tables(cfg, table_name, list(records.values()), found.folder)
+    if is_whole:
+        page_tables = _tables(cfg, ALL, list(records.values()), found.folder)
+    if figure is not None or is_whole:
+        pictures = _pictures(cfg, figure, records, histories, scratch if is_page else None)
+    runs = None
+    if is_page:
+        drawn_in = scratch or _figures_folder(cfg)
+        runs = runs_of_page(list(records.values()), histories, PAPER, drawn_in, found.label, problems)
+        runs = replace(runs, is_whole=is_whole)
+    elif found.label:
         tables = [replace(table, notes=[*table.notes, found.label]) for table in tables]
         pictures = [replace(picture, caption=f"{picture.caption} {found.label}.") for picture in pictures]
-    return Report(tables, pictures, problems)
+    return Report(tables, pictures, problems, page_tables, runs)
+
+
+def _headline_alone(cfg: DictConfig) -> Report:
+    """Draws the chart that opens the HTML page into a file of its own."""
+    path = path_setting(cfg, "headline")
+    if path.suffix not in CHART_TYPES:
+        raise ValueError(f"headline must end with one of {', '.join(CHART_TYPES)}, got {cfg.headline}. Name it so.")
+    check_writable(headline=path.parent)
+    found = _find_records(cfg, None, ALL)
+    records = _of_methods(found.records, cfg.methods)
+    chart = headline(list(records.values()), [_published(name) for name in ("1", "2", "11")])
+    if chart is None:
+        raise ValueError(
+            f"The headline chart shows runs of methods that prune, got none among {len(records)} in "
+            f"{found.folder.absolute()}. Run one, or set runs_dir."
+        )
+    return Report([], [write_headline(chart, path)], found.problems)
 
 
 @dataclass(frozen=True)
@@ -258,28 +306,59 @@ def _file_name(name: str) -> str:
     return name if name.startswith("figure") else f"table{name}"
 
 
-def _pictures(cfg: DictConfig, figure: str, records: dict[Path, RunRecord], problems: list[str]) -> list[Picture]:
-    """Draws one figure, or for `all` every figure that has runs; adds histories that cannot be read to the problems."""
-    folder, runs = path_setting(cfg, "figures_dir"), runs_of(records.values())
-    check_writable(figures_dir=folder)
+def _histories(records: dict[Path, RunRecord], problems: list[str]) -> dict[str, list[dict[str, float]]]:
+    """Returns the losses of runs by identity; adds histories that cannot be read to the problems."""
     histories = {}
     for path, run in records.items():
         try:
-            if history := _history(run, path):
+            if run.finetune and (history := _history(run, path)):
                 histories[run.identity] = history
         except (OSError, ValueError) as error:
             problems.append(f"Not drawn: {path.parent / HISTORY_FILE}: {error}. Run it again.")
+    return histories
+
+
+def _figures_folder(cfg: DictConfig) -> Path:
+    """Returns `figures_dir`, or a folder beside the report that is written, or that of our own figures."""
+    if cfg.figures_dir is not None:
+        return path_setting(cfg, "figures_dir")
+    if cfg.output is None:
+        return Path(home(FIGURES_DIR))
+    output = path_setting(cfg, "output")
+    return output.with_name(f"{output.stem}-figures")
+
+
+def _pictures(
+    cfg: DictConfig,
+    figure: str | None,
+    records: dict[Path, RunRecord],
+    histories: dict[str, list[dict[str, float]]],
+    scratch: Path | None,
+) -> list[Picture]:
+    """Draws one figure, or for `all` every figure that has runs.
+
+    Args:
+        cfg: the config.
+        figure: name of the figure; None for all without a word on those that have no runs.
+        records: finished runs by file.
+        histories: losses by identity.
+        scratch: temporary folder for the figures of an HTML page; None to keep them as PNG files.
+    """
+    folder, runs = _figures_folder(cfg) if cfg.figures_dir or scratch is None else scratch, runs_of(records.values())
+    check_writable(figures_dir=folder)
+    suffix = ".png" if scratch is None else ".svg"
     methods = None if cfg.methods is None else list(cfg.methods)
-    if figure != ALL:
-        return draw(figure, runs, folder, histories, methods)
+    if figure not in (ALL, None):
+        return draw(figure, runs, folder, histories, methods, suffix)
     pictures = []
     for name in FIGURES:
         if name == "8" and not any(run.config["model"]["path"] == MODELS["8"] for run in runs):
             continue  # the same figure as 5
         try:
-            pictures += draw(name, runs, folder, histories, methods)
+            pictures += draw(name, runs, folder, histories, methods, suffix)
         except ValueError as error:
-            print(f"Not drawn: {error}", file=sys.stderr)
+            if figure == ALL:
+                print(f"Not drawn: {error}", file=sys.stderr)
     return pictures
 
 

@@ -31,3 +31,17 @@ def test_a_table_is_what_its_command_writes(name, tmp_path, monkeypatch):
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         report = build_report(compose("report", overrides=[*COMMANDS[name], f"cache_dir={tmp_path}"]))
     assert markdown(report.tables) == (TABLES / name).read_text()
+
+
+def test_the_chart_of_the_readme_is_what_its_command_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    [command] = [line.removeprefix(PREFIX) for line in LINES if "headline=" in line]
+    overrides = [word for word in shlex.split(command) if not word.startswith("headline=")]
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        build_report(compose("report", overrides=[*overrides, f"headline={tmp_path}/headline.svg"]))
+
+    def texts(path):
+        return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+
+    shown = texts(ROOT / "docs" / "images" / "headline.svg")
+    assert shown == texts(tmp_path / "headline.svg") and any("320 training rows" in text for text in shown)

@@ -47,7 +47,7 @@ def test_finished_runs_are_compared_and_others_named(run, tmp_path):
     assert text.startswith("## random-llama on arc_easy, lora") and "| Random | 4 |" in text
 
     # A number can be traced: to the run's folder, by a link in HTML and by columns in CSV.
-    done = report(f"runs_dir={tmp_path}/runs", f"output={tmp_path}/pages/table.html", "table=all")
+    done = report(f"runs_dir={tmp_path}/runs", f"output={tmp_path}/pages/table.html", "figure=plans")
     [link] = set(re.findall(r'<a href="([^"#]*/last/[^"]*)">', (tmp_path / "pages/table.html").read_text()))
     assert (tmp_path / "pages" / link / "record.json").is_file() and link.startswith("../runs/random-llama/")
     done = report(f"runs_dir={tmp_path}/runs", f"output={tmp_path}/table.csv")
@@ -81,13 +81,16 @@ def test_nothing_to_report(tmp_path):
 ])  # fmt: skip
 def test_a_fresh_clone_shows_the_committed_records(tmp_path, monkeypatch, arguments, folder, shown):
     monkeypatch.chdir(tmp_path)
-    done = report(*arguments, "output=page.html")
+    done = report(*arguments, "output=page.md")
     assert done.returncode == 0 and shown in done.stdout, done.stderr
     searched = rf"searched {tmp_path}/results/runs for record\.json and other records\. Run something first"
     assert re.search(searched, done.stderr)
     folder = f"results/records/{folder}".rstrip("/")
     assert re.search(rf"Shown instead: the \d+ committed records in {CONF.parent}/{folder}\.\n", done.stderr)
-    assert f"Of the committed records in {folder}, not of runs in results/runs" in (tmp_path / "page.html").read_text()
+    said = f"Of the committed records in {folder}, not of runs in results/runs"
+    assert (said in (tmp_path / "page.md").read_text()) == (not arguments or "figure" not in arguments[0])
+    assert not (tmp_path / "results").exists()  # figures are beside the report
+    assert (tmp_path / "page-figures/figure9.png").is_file() == ("figure=9" in arguments)
 
 
 def test_help_is_its_own():
@@ -160,25 +163,43 @@ def test_figures_as_tables(run, tmp_path):
     assert done.returncode == 0 and "Figure 6: density of merged weights" in done.stdout, done.stderr
 
 
-def test_one_page_with_everything(run, tmp_path):
+def test_one_page_with_everything(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for method in ("dense", "gradpruner"):
         run(f"method={method}")
-    folder, page = tmp_path / "figures", tmp_path / "report.html"
-    done = report("table=all", "figure=all", f"runs_dir={tmp_path}/runs", f"figures_dir={folder}", f"output={page}",
-                  "model=tiny_random", f"cache_dir={tmp_path}/cache")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    text = page.read_text()
-    assert "random-llama on arc_easy, lora" in text and "Table 3: with and" in text and "(Table 11)" in text
-    assert "Importance runs: random-llama on arc_easy" in text
-    drawn = {path.stem for path in folder.glob("*.png")}
-    assert {"figure1-arc-easy", "figure2", "importance", "plans"} <= drawn
-    assert text.count("data:image/png;base64,") == len(list(folder.glob("*.png")))
-    # The paper's figures keep their numbers; ours have names.
-    captions = re.findall(r"<figcaption>(.*?):", text)
-    assert captions == sorted(captions, key=captions.index) and set(captions) == {
-        *("Figure 1", "Figure 2", "Layer importance", "Pruned layers"),
-    }
-    assert "Not drawn: Figure 9 shows" in done.stderr
+    done = report("runs_dir=runs", "output=report.html", "model=tiny_random", "cache_dir=cache")
+    assert done.returncode == 0 and "Written: report.html" in done.stdout, done.stderr
+    assert "Not drawn" not in done.stderr and "Table 3" not in done.stdout  # the terminal has the comparison alone
+    assert not (tmp_path / "results").exists() and not list(tmp_path.rglob("*.svg"))
+    text = (tmp_path / "report.html").read_text()
+    for section in ("Table 3: with and", "Table 11: work and size", "Figure 1: training loss", "Figure 2: layer",
+                    "Layer importance", "Pruned layers", "Importance runs"):  # fmt: skip
+        assert re.search(rf"<h3[^>]*>{section}", text), section
+    assert "No run here belongs in: Table 1 (main results at 40 % sparsity)" in text
+    assert "random-llama on ARC-Easy, LoRA" in text and "Answers that changed" in text
+    assert "python -m experiments.run model=tiny_random dataset=arc_easy method=gradpruner finetune=lora" in text
+
+
+def test_figures_of_a_page_can_be_kept(run, tmp_path):
+    run("method=gradpruner")
+    folder = tmp_path / "figures"
+    done = report("figure=all", f"runs_dir={tmp_path}/runs", f"figures_dir={folder}", f"output={tmp_path}/page.html")
+    assert done.returncode == 0 and "Not drawn: Figure 9 shows" in done.stderr
+    drawn = {path.stem for path in folder.glob("*.svg")}
+    assert {"figure1-arc-easy", "figure2", "importance", "plans"} <= drawn and f"Written: {folder}" in done.stdout
+    assert "Table 3" not in (tmp_path / "page.html").read_text()
+
+
+def test_the_headline_chart_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = CONF.parent / "results/records/depth"
+    done = report(f"runs_dir={records}", "headline=images/headline.svg")
+    assert done.returncode == 0 and "Written: images/headline.svg" in done.stdout
+    assert "640 training rows" in (tmp_path / "images/headline.svg").read_text()
+    done = report(f"runs_dir={records}", "headline=images/headline.pdf")
+    assert done.returncode == 1 and "headline must end with one of .svg, .png, got images/headline.pdf" in done.stderr
+    done = report(f"runs_dir={records}", "methods=[]", "headline=a.png")
+    assert done.returncode == 1 and "shows runs of methods that prune, got none among 1 in" in done.stderr
 
 
 def test_records_alone_have_the_losses_and_the_scores_of_rows(run, tmp_path):

@@ -6,17 +6,20 @@ in the paper's tables.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from gradpruner.record import RunRecord
 from gradpruner.reporting.cells import value_of
 from gradpruner.reporting.comparing import SPREAD_NOTE
 from gradpruner.reporting.coordinates import coordinates
+from gradpruner.reporting.differing import differences
 from gradpruner.reporting.labels import METRIC_LABELS, describe_origins, engine_in_title, engine_of
 from gradpruner.reporting.measures import paper_metrics
-from gradpruner.reporting.paper_rows import DATASETS, full_setting
+from gradpruner.reporting.paper_rows import full_setting
 from gradpruner.reporting.paper_tables import other_runs
+from gradpruner.reporting.plain_names import DATASETS, MODES
 from gradpruner.reporting.published import Published
-from gradpruner.reporting.tables import Table, depth_settings, differences, row_labels, row_order, tell_apart
+from gradpruner.reporting.tables import Table, depth_settings, row_labels, row_order, tell_apart
 
 
 def appendix_tables(published: Sequence[Published], records: Sequence[RunRecord]) -> list[Table]:
@@ -83,8 +86,11 @@ def _tables(runs: list[RunRecord], known: list[RunRecord]) -> list[Table]:
             notes += [f"{header}: {METRIC_LABELS[metric]}" for header, metric in zip(headers, metrics, strict=True)]
             notes += describe_origins([record.metrics for record in ordered])
         engine = engine_in_title(first)
-        title = f"Other settings: {first.model['name']}, {first.config['finetune']['mode']}{engine}{measured}"
-        tables.append(Table(title, ["method", *headers], cells, notes, list(rows.values())))
+        mode = first.config["finetune"]["mode"]
+        title = f"Other settings: {first.model['name']}, {mode}{engine}{measured}"
+        heading = f"{first.model['name']}, {MODES.get(mode, mode)}{engine}"
+        table = Table(title, ["method", *headers], cells, notes, list(rows.values()), "Other settings", heading)
+        tables.append(replace(table, aspect=measured.removeprefix(", ")))
     return tables
 
 

@@ -65,6 +65,14 @@ def mean_error(runs: Sequence[RunRecord], metric: str) -> float:
     return seeds_error(runs, metric) if len(runs) > 1 else runs[0].stderr(metric)
 
 
+def complete_error(runs: Sequence[RunRecord], metric: str) -> float:
+    """Returns the standard error of a mean over seeds for other test rows and other seeds.
+
+    Seeds share their test rows, so more seeds make the error over rows no smaller.
+    """
+    return math.hypot(seeds_error(runs, metric), statistics.mean(run.stderr(metric) for run in runs))
+
+
 def difference(first: Sequence[RunRecord], second: Sequence[RunRecord], metric: str) -> Difference:
     """Returns the difference between the means of two methods.
 

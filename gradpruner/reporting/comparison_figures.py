@@ -19,8 +19,9 @@ from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS
 from gradpruner.reporting.layer_figures import plot_importance_map, plot_plans, plot_sensitivity, sensitivity_curve
 from gradpruner.reporting.means import DENSE, MAIN, Measured, main_metric, measure
 from gradpruner.reporting.paper_rows import main_runs
+from gradpruner.reporting.plain_names import dataset_title, plain_label
 from gradpruner.reporting.published import PublishedRow
-from gradpruner.reporting.run_groups import comparable_groups, distinct_runs, in_order, numbered, pages, run_labels
+from gradpruner.reporting.run_groups import comparable_groups, distinct_runs, in_order, pages, run_labels
 from gradpruner.reporting.tables import dataset_name, row_labels, rows_of_seeds
 
 PAPER_FIGURES = ("1", "2", "5", "6", "7", "8", "9")
@@ -35,6 +36,7 @@ def draw(
     folder: Path,
     histories: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
     methods: Sequence[str] | None = None,
+    suffix: str = ".png",
 ) -> list[Picture]:
     """Draws a figure of the paper, or one of layers, into `folder`.
 
@@ -48,6 +50,7 @@ def draw(
             the seeds of one setting are averaged to one line.
         methods: methods of the lines of 1, 5 and 8, besides dense; by default those of the paper: GradPruner without
             merging in 5 and 8, and in 1 all if a picture can hold them, else dense alone.
+        suffix: kind of file, `.png` or `.svg`.
 
     Raises:
         ValueError: if there is no such figure, or no run that belongs in it.
@@ -55,7 +58,7 @@ def draw(
     if figure not in FIGURES:
         raise ValueError(f"There is no figure {figure!r}. Set figure to one of {', '.join(FIGURES)}.")
     ordered = in_order(records)
-    path = folder / (f"figure{figure}.png" if figure in PAPER_FIGURES else f"{figure}.png")
+    path = folder / f"{'figure' if figure in PAPER_FIGURES else ''}{figure}{suffix}"
     if figure == "1":
         known = histories or {}
         pictures = _losses([record for record in ordered if record.identity in known], known, path, methods)
@@ -172,7 +175,7 @@ def _panels(
     missing = f" Left out, for lack of a dataset: {'; '.join(dict.fromkeys(left_out))}." if left_out else ""
     mean = f"Mean over {len(datasets)} datasets: " if len(datasets) > 1 else "Dataset: "
     errors = "Error bars: standard error of the mean, over seeds where there are several, else over test rows."
-    return panels, f"{mean}{', '.join(datasets)}. {errors}{missing}"
+    return panels, f"{mean}{', '.join(map(dataset_title, datasets))}. {errors}{missing}"
 
 
 def _losses(
@@ -192,7 +195,7 @@ def _losses(
         for label, runs in zip(run_labels([runs[0] for runs in rows]), rows, strict=True):
             losses[_with_num_seeds(label, runs)] = _mean_history([histories[run.identity] for run in runs])
         picture = plot_losses(losses, path.with_stem(f"{path.stem}-{slug(name)}"))
-        pictures.append(dataclasses.replace(picture, caption=f"{name}: {picture.caption}"))
+        pictures.append(dataclasses.replace(picture, caption=f"{dataset_title(name)}: {picture.caption}"))
     return pictures
 
 
@@ -224,7 +227,6 @@ def _lines(records: Sequence[RunRecord], axis: _Axis, path: Path) -> list[Pictur
         dense = [(METHOD_LABELS[DENSE], 0.0, record) for record in group if record.pruning["method"] == DENSE]
         if len({x for _, x, _ in points}) >= axis.least:
             panels, caption = _panels(points + dense)
-            title = numbered(title, sum(picture.caption.startswith(title) for picture in pictures))
             own = path.with_stem(f"{path.stem}-{slug(title)}")
             what = f"{' and '.join(panels)} against {axis.label}"
             pictures.append(plot_lines(panels, axis.label, own, f"{title}: {what}. {caption}", axis.spread))
@@ -242,14 +244,13 @@ def _bars(records: Sequence[RunRecord], bars: _Bars, path: Path) -> list[Picture
     captions: list[str] = []
     for title, runs in comparable_groups(records):
         group = [run for method in (DENSE, *bars.methods) for run in _of_paper(runs, method, bars.free)]
-        labels = row_labels(group)
+        labels = [plain_label(label) for label in row_labels(group)]
         # Bars are lines with the one place 0.
         panels, caption = _panels([(label, 0.0, record) for label, record in zip(labels, group, strict=True)])
         methods = dict(zip(labels, (record.pruning["method"] for record in group), strict=True))
         shown = Counter(methods[label] for lines in panels.values() for label in lines)
         if not panels or any(shown[method] < number * len(panels) for method, number in bars.methods.items()):
             continue  # nothing to compare
-        title = numbered(title, sum(other.startswith(title) for other in groups))
         groups[title] = {
             metric: {label: line[0.0] for label, line in lines.items()} for metric, lines in panels.items()
         }

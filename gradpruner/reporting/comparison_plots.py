@@ -1,5 +1,6 @@
 """Pictures that compare runs: loss over steps, lines along an axis, bars."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from gradpruner.reporting.figures import COLORS, LINE_STYLES, PRUNED, Picture, c
 from gradpruner.reporting.labels import METHOD_LABELS
 from gradpruner.reporting.means import DENSE, Line, Measured
 
+TITLE_WIDTH = 44  # letters of a line above a panel
 NUM_SMOOTHED = 8  # steps in the moving mean of a loss curve
 HATCHES = ("", "////", "....", "xxxx", "----", "||||")
 
@@ -94,11 +96,13 @@ def plot_bars(groups: Mapping[str, Mapping[str, Mapping[str, Measured]]], path: 
     metrics = list(dict.fromkeys(metric for panels in groups.values() for metric in panels))
     labels = [list(dict.fromkeys(label for bars in panels.values() for label in bars)) for panels in groups.values()]
     wrapped, heights = zip(*(wrap_rows(own, 0.2) for own in labels), strict=True)
-    with canvas(path, 0.35 + sum(heights) + 0.35 * len(groups)) as figure:
+    titles = [textwrap.fill(title, TITLE_WIDTH) for title in groups]
+    num_lines = sum(1 + title.count("\n") for title in titles)
+    with canvas(path, 0.35 + sum(heights) + 0.23 * len(groups) + 0.12 * num_lines) as figure:
         grid = figure.subplots(
             len(groups), len(metrics), squeeze=False, sharey="row", sharex="col", height_ratios=heights
         )
-        for row, own, texts, (title, panels) in zip(grid, labels, wrapped, groups.items(), strict=True):
+        for row, own, texts, title, panels in zip(grid, labels, wrapped, titles, groups.values(), strict=True):
             row[0].set_title(title, loc="left")
             row[0].set(yticks=range(len(own)), yticklabels=texts, ylim=(len(own) - 0.5, -0.5))
             for axes, metric in zip(row, metrics, strict=True):

@@ -15,7 +15,15 @@ from gradpruner.record_sections import PhaseSection
 from gradpruner.reporting.labels import caveats, method_place
 from gradpruner.reporting.paper_rows import main_runs
 from gradpruner.reporting.published import Published
-from gradpruner.reporting.tables import Table, dataset_name, depth_settings, row_labels, setting, tell_apart
+from gradpruner.reporting.tables import (
+    Table,
+    depth_settings,
+    plain_setting_name,
+    row_labels,
+    setting,
+    setting_name,
+    tell_apart,
+)
 
 DASH = "-"
 _Pair = tuple[RunRecord, RunRecord]  # a run and the dense run of its seed
@@ -67,7 +75,7 @@ def counts_table(
         f"the rest is complete: attention scores and output head on all {length} positions; a MAC is 2 FLOPs",
         f"1 row of {length} tokens; bytes in {str(dtype).removeprefix('torch.')}",
     ]
-    return Table(title, headers, rows, notes)
+    return Table(title, headers, rows, notes, section="Table 11", heading=title.removesuffix(" (Table 11)"))
 
 
 def _table_11(counts: ModelCounts, length: int) -> list[str]:
@@ -111,8 +119,8 @@ def efficiency_tables(records: Sequence[RunRecord], published: Published | None)
         alike = [_coverage(other, published) for other in groups if _block(other[0]) == _block(group[0])]
         if _coverage(group, published) < max(alike):
             continue
-        dense = {_seed_and_machine(record): record for record in group if _is_dense(record)}
-        pairs = [(own, dense[key]) for own in group if (key := _seed_and_machine(own)) in dense]
+        dense = {seed_and_machine(record): record for record in group if _is_dense(record)}
+        pairs = [(own, dense[key]) for own in group if (key := seed_and_machine(own)) in dense]
         usual = _usual(group, published)
         own = [pair for pair in pairs if id(pair[0]) in usual]
         others = [pair for pair in pairs if id(pair[0]) not in usual]
@@ -133,12 +141,13 @@ def _block(record: RunRecord) -> tuple[str, str]:
     return record.model["name"], record.config["finetune"]["mode"]
 
 
-def _seed_and_machine(record: RunRecord) -> tuple[int, str, int]:
+def seed_and_machine(record: RunRecord) -> tuple[int, str, int]:
+    """Returns what a run and the dense run that it is compared with must share."""
     return record.seed, record.environment["device"], record.environment["num_threads"]
 
 
 def _run_key(record: RunRecord) -> str:
-    key = [setting(record), record.pruning["method"], depth_settings(record), *_seed_and_machine(record)]
+    key = [setting(record), record.pruning["method"], depth_settings(record), *seed_and_machine(record)]
     return json.dumps(key, sort_keys=True)
 
 
@@ -172,8 +181,8 @@ def _efficiency_table(
     rows = []
     for (record, dense), label in zip(ordered, labels, strict=True):
         method = record.pruning["method"]
-        step, fresh, *inference = _timed(record)
-        time, memory = _training(record, dense, fresh)
+        step, fresh, *inference = timed(record)
+        time, memory = training_costs(record, dense, fresh)
         own: list[float | Decimal | None] = [time, step, memory, *inference]
         # The paper has one inference time, of whole answers; it stands beside our prefill. Step and decode have none.
         values = [*paper[method]] if method in paper else [None] * 4
@@ -204,12 +213,13 @@ def _efficiency_table(
         )
     if num_left_out:
         notes.append(f"left out: {num_left_out} runs without a dense run of their seed on the same machine")
-    where = f"{first.model['name']} on {dataset_name(first)}, {mode}"
     sources = [[record] for record, _ in ordered]
-    return Table(f"{where}: time and memory (Table 2){title}", headers, rows, notes, sources)
+    heading = plain_setting_name(first) + title
+    title = f"{setting_name(first)}: time and memory (Table 2){title}"
+    return Table(title, headers, rows, notes, sources, "Table 2", heading)
 
 
-def _training(record: RunRecord, dense: RunRecord, fresh: float | None) -> tuple[float | None, float | None]:
+def training_costs(record: RunRecord, dense: RunRecord, fresh: float | None) -> tuple[float | None, float | None]:
     """Returns time and memory of training as percent of dense; without fine-tunes, None and `fresh`.
 
     Args:
@@ -238,7 +248,7 @@ def _above_start(record: RunRecord, peak_bytes: int) -> float:
     return max(0.0, float(peak_bytes - record.efficiency.get("process_memory_bytes", 0)))
 
 
-def _timed(record: RunRecord) -> list[float | None]:
+def timed(record: RunRecord) -> list[float | None]:
     """Returns time and memory of a training step, time of prefill and decoding, memory of both, in percent of dense.
 
     Each is None if it was not timed: many records have no timings, and methods that prune while they train have no

@@ -20,6 +20,8 @@ from gradpruner.plan import PruningPlan
 from gradpruner.record_sections import MethodReport
 
 KEPT, MERGED, PRUNED = "#0072B2", "#E69F00", "#CCCCCC"  # Okabe and Ito's palette
+# Marks on a coloured ground: a page exchanges black and white for its own text and ground, and must not exchange these.
+ON_LIGHT, ON_DARK = "#010101", "#fefefe"
 COLORS = (KEPT, MERGED, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 # Colour, marker and dashes repeat after 7, 9 and 4 lines, so no two of the 36 lines look alike, even without colour.
 LINE_STYLES: tuple[dict[str, Any], ...] = tuple(
@@ -72,7 +74,7 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
     rate.plot(steps, [entry["learning_rate"] for entry in history], color="#888888", linestyle="--", linewidth=1)
     rate.set_ylabel("learning rate (dashed)")
     rate.set_ylim(0, None)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_importance(plan: PruningPlan, report: MethodReport, path: Path) -> None:
@@ -104,7 +106,7 @@ def plot_importance(plan: PruningPlan, report: MethodReport, path: Path) -> None
             ylim=(0, 1.05),
             xlim=(0.5, len(overlap) + 0.5),
         )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def wrap_rows(labels: Iterable[str], least: float) -> tuple[list[str], float]:
@@ -137,12 +139,13 @@ def canvas(path: Path, height: float) -> Iterator[Figure]:
     with matplotlib.rc_context(SMALL):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure
-        _save(figure, path, dpi=300)
+        save_figure(figure, path, dpi=300)
 
 
-def _save(figure: Figure, path: Path, dpi: int = 150) -> None:
-    # Without a date, so that the same data gives the same file.
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Writes a figure; the same data gives the same file."""
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "gradpruner"}):
+    # Text stays text in SVG: a page can search it, and its colour follows the page's.
+    with matplotlib.rc_context({"svg.hashsalt": "gradpruner", "svg.fonttype": "none"}):
         figure.savefig(path, dpi=dpi, metadata=undated)

@@ -1,29 +1,23 @@
-"""Report files: tables as Markdown, LaTeX or CSV, and tables with figures as one HTML page.
+"""Report files: tables as Markdown, LaTeX or CSV, or everything as one HTML page (`page.py`).
 
 A cell may have `**bold**` parts; CSV files are written without the marks.
 """
 
-import base64
 import csv
 import io
-import os
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from urllib.parse import quote
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradpruner.files import slug, write_text
 from gradpruner.record import RECORD_FILE, RunRecord
 from gradpruner.reporting.figures import Picture
+from gradpruner.reporting.page import Runs, page
 from gradpruner.reporting.tables import Table
 
 FORMATS = ("md", "tex", "csv", "html")
 LONGEST_NAME = 40  # characters of a title in a file name
 TITLES_FILE = "tables.csv"  # titles by file, in the folder of several tables
-IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 BOLD = re.compile(r"\*\*(.+?)\*\*")
 # LaTeX would read `[` or `*` at the start of a row as an argument of the line break before it.
 LATEX = str.maketrans(
@@ -38,7 +32,12 @@ LATEX = str.maketrans(
 
 
 def write_report(
-    path: Path, form: str, tables: Sequence[Table], pictures: Sequence[Picture] = (), title: str = "Report"
+    path: Path,
+    form: str,
+    tables: Sequence[Table],
+    pictures: Sequence[Picture] = (),
+    title: str = "Report",
+    runs: Runs | None = None,
 ) -> list[Path]:
     """Writes a report.
 
@@ -48,19 +47,20 @@ def write_report(
         tables: tables in order.
         pictures: pictures to show in HTML; other formats ignore them.
         title: title of the HTML page.
+        runs: runs of the HTML page, for its summary, its main table and a fold for each.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: if there is no such format, or a picture is neither PNG nor SVG.
+        ValueError: if there is no such format, or a picture of an HTML page is no SVG.
     """
     if form not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}. Choose one of these.")
     if form == "csv":
         texts = {path: csv_text(tables[0])} if len(tables) == 1 else csv_files(tables, path.with_suffix(""))
     elif form == "html":
-        texts = {path: html(title, tables, pictures, path.parent)}
+        texts = {path: page(title, tables, pictures, path.parent, runs)}
     else:
         texts = {path: markdown(tables) if form == "md" else latex(tables)}
     for file, text in texts.items():
@@ -140,47 +140,6 @@ def commit(record: RunRecord) -> str:
     """Returns the commit that a run was made from; with `+` if files were changed."""
     found = record.environment.get("git_commit") or "unknown"
     return found + "+" * record.environment.get("git_dirty", False)
-
-
-def html(title: str, tables: Sequence[Table], pictures: Sequence[Picture] = (), folder: Path = Path()) -> str:
-    """Returns one self-contained page, without scripts and without anything loaded from elsewhere.
-
-    Args:
-        title: of the page.
-        tables: in order; each row links to its runs.
-        pictures: in order.
-        folder: folder of the page, at which relative links start.
-
-    Raises:
-        ValueError: if a picture is neither PNG nor SVG.
-    """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "parts": _parts,
-        "data_uri": _data_uri,
-        "heading": lambda picture: f"{picture.name}: " if picture.name else "",
-        "href": partial(_href, folder),
-        "commit": lambda record: f"{place(record).stem} @ {commit(record)[:7]}",
-    }
-    return environment.get_template("report.html.jinja").render(title=title, tables=tables, pictures=pictures)
-
-
-def _href(folder: Path, record: RunRecord) -> str:
-    return quote(os.path.relpath(place(record), folder).replace(os.sep, "/"))
-
-
-def _data_uri(path: Path) -> str:
-    if path.suffix not in IMAGE_TYPES:
-        raise ValueError(
-            f"A picture of an HTML report must be one of {', '.join(IMAGE_TYPES)}, got {path}. Draw it as one of these."
-        )
-    return f"data:{IMAGE_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _parts(cell: str) -> list[tuple[str, bool]]:

@@ -10,11 +10,12 @@ from gradpruner.reporting.labels import metric_columns
 from gradpruner.reporting.tables import (
     Table,
     cells_of_seeds,
-    dataset_name,
     mean_or_dash,
+    plain_setting_name,
     row_labels,
     rows_of_seeds,
     setting,
+    setting_name,
     tell_apart,
 )
 
@@ -44,9 +45,8 @@ def _table(records: list[RunRecord]) -> Table:
     labels = row_labels([runs[0] for runs in rows])
     first = records[0]
     layers = f"{first.pruning['num_hidden_layers']} of {first.model['num_hidden_layers']} layers kept"
-    where = f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}"
     return Table(
-        f"Importance runs: {where}, {layers}",
+        f"Importance runs: {setting_name(first)}, {layers}",
         [*HEADERS, *(column.label for column in columns), "NLL before"],
         [
             [
@@ -64,6 +64,8 @@ def _table(records: list[RunRecord]) -> Table:
             SPREAD_NOTE,
         ],
         rows,
+        section="Importance runs",
+        heading=f"{plain_setting_name(first)}, {layers}",
     )
 
 

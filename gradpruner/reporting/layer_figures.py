@@ -11,7 +11,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from gradpruner.plan import lowest_layers
 from gradpruner.record import RunRecord
-from gradpruner.reporting.figures import KEPT, LINE_STYLES, MERGED, Picture, canvas, legend_below, wrap_rows
+from gradpruner.reporting.figures import (
+    KEPT,
+    LINE_STYLES,
+    MERGED,
+    ON_DARK,
+    ON_LIGHT,
+    Picture,
+    canvas,
+    legend_below,
+    wrap_rows,
+)
 
 
 def sensitivity_curve(step_importance: ArrayLike, num_top_layers: int) -> NDArray[np.float64]:
@@ -103,7 +113,7 @@ def plot_importance_map(runs: Mapping[str, RunRecord], path: Path) -> Picture:
         for index, run in enumerate(runs.values()):
             for layer in run.pruning["pruned_layers"]:
                 dark = not norm(shares[index, layer]) > 0.5 and np.isfinite(shares[index, layer])
-                axes.plot(layer, index, "x", color="white" if dark else "black", markersize=3, markeredgewidth=0.8)
+                axes.plot(layer, index, "x", color=ON_DARK if dark else ON_LIGHT, markersize=3, markeredgewidth=0.8)
         _layer_axis(axes, labels, num_layers)
         bar = figure.colorbar(image, orientation="horizontal", aspect=40, pad=0.02)
         bar.set_label("importance (% of the row's sum)")

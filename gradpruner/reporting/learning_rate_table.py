@@ -12,11 +12,12 @@ from gradpruner.reporting.labels import METRIC_LABELS, MetricColumn, caveats
 from gradpruner.reporting.tables import (
     Table,
     cells_of_seeds,
-    dataset_name,
+    plain_setting_name,
     row_labels,
     row_order,
     rows_of_seeds,
     setting,
+    setting_name,
     tell_apart,
 )
 
@@ -74,8 +75,7 @@ def _table(records: list[RunRecord]) -> Table:
         sources.append([])
     first = records[0]
     return Table(
-        f"Learning rates: {first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}, "
-        f"{COLUMN.label} ↓",
+        f"Learning rates: {setting_name(first)}, {COLUMN.label} ↓",
         ["method", *(f"{rate:g}" for rate in rates)],
         cells,
         [
@@ -85,6 +85,8 @@ def _table(records: list[RunRecord]) -> Table:
             *caveats(records),
         ],
         sources,
+        section="Learning rates",
+        heading=f"{plain_setting_name(first)}, {COLUMN.label} ↓",
     )
 
 

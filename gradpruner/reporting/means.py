@@ -45,6 +45,12 @@ def main_metric(record: RunRecord) -> str:
     return "similarity" if by_similarity and "similarity" in record.metrics else "accuracy"
 
 
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """Returns the mean of the values that are not None; None if all are."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
 def measure(
     points: Sequence[tuple[str, float, RunRecord]], metric: str
 ) -> tuple[dict[str, dict[float, Measured]], list[str], list[str]]:

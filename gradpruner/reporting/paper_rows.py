@@ -13,19 +13,10 @@ from typing import Any
 from gradpruner.record import RunRecord
 from gradpruner.reporting.coordinates import coordinates, fits, is_usual, same, scaled
 from gradpruner.reporting.labels import METHOD_LABELS, VARIANT_OF, engine_of
+from gradpruner.reporting.plain_names import DATASETS
 from gradpruner.reporting.published import Coordinate, Published, PublishedRow
 from gradpruner.reporting.tables import depth_settings, setting
 
-DATASETS = {
-    "pubmedqa": "PubMedQA",
-    "medmcqa": "MedMCQA",
-    "billsum": "BillSum",
-    "fingpt": "FinGPT",
-    "hellaswag": "HellaSwag",
-    "winogrande": "WinoGrande",
-    "arc_easy": "ARC-Easy",
-    "piqa": "PIQA",
-}
 # Settings that the paper has (Appendix C.2, Eq. 5) where it names none: of settings with equally many runs these win.
 PREFERRED = {"merge_rule": "sign_sum", "fraction": 0.01, "merge_count": 3}
 # Settings that decide a run's value on an axis besides the one of its name: they differ from column to column.

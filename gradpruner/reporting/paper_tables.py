@@ -13,6 +13,7 @@ from gradpruner.reporting.coordinates import coordinates
 from gradpruner.reporting.labels import METRIC_LABELS, NOT_COMPETING, caveats, describe_origins, engine_in_title
 from gradpruner.reporting.measures import paper_metrics, why_not_comparable
 from gradpruner.reporting.paper_rows import PlacedColumn, PlacedRow, Placement, placements
+from gradpruner.reporting.plain_names import MODES, dataset_title
 from gradpruner.reporting.published import Published, PublishedRow
 from gradpruner.reporting.tables import Table, tell_apart
 
@@ -131,17 +132,29 @@ def _table(published: Published, placement: Placement, metrics: list[str]) -> Ta
     notes += _about_others(placement)
     if is_score:
         notes += _about_paper(published, placement, [reason for reason in reasons if reason])
-    title = _title(published, placement, "" if is_score else ", answer NLL")
-    return Table(title, ["method", *headers], texts, notes, [list(itertools.chain(*row.cells)) for row in rows])
+    sources = [list(itertools.chain(*row.cells)) for row in rows]
+    return _named(published, placement, "" if is_score else "answer NLL", ["method", *headers], texts, notes, sources)
 
 
-def _title(published: Published, placement: Placement, measured: str) -> str:
+def _named(
+    published: Published,
+    placement: Placement,
+    aspect: str,
+    headers: list[str],
+    rows: list[list[str]],
+    notes: list[str],
+    sources: list[list[RunRecord]],
+) -> Table:
+    """Returns a table with title, section and heading; `aspect` says what is measured besides the score."""
     first = placement.runs[0]
     own = coordinates(first)
-    place = "" if published.axis == "dataset" else f" on {own['dataset']}"
     size = parameters(first.model["num_parameters"])
-    name = f"{first.model['name']} with {size} parameters{place}, {own['finetune']}{engine_in_title(first)}"
-    return f"{published.label}: {published.title}; {name}{measured}"
+    engine, by_dataset = engine_in_title(first), published.axis == "dataset"
+    place, plain = ("", "") if by_dataset else (f" on {own['dataset']}", f" on {dataset_title(str(own['dataset']))}")
+    name = f"{first.model['name']} with {size} parameters{place}, {own['finetune']}{engine}"
+    title = f"{published.label}: {published.title}; {name}" + (f", {aspect}" if aspect else "")
+    heading = f"{first.model['name']}{plain}, {MODES.get(own['finetune'], own['finetune'])}{engine}"
+    return Table(title, headers, rows, notes, sources, published.label, heading, aspect)
 
 
 def _published(row: PlacedRow, column: PlacedColumn) -> Any:
@@ -233,8 +246,7 @@ def _differences(published: Published, placement: Placement, metrics: list[str])
     else:
         how = "unpaired where records have no scores of their rows" + ("" if any(is_paired) else ", as all of these")
     notes = [f"in brackets: the 95 % interval, {how}", "≠: can be told from dense at 5 %"]
-    title = _title(published, placement, ", difference from dense")
-    return Table(title, ["method", *headers], rows, notes, sources)
+    return _named(published, placement, "difference from dense", ["method", *headers], rows, notes, sources)
 
 
 def _has(row: PlacedRow, at: int, metric: str) -> bool:

@@ -4,11 +4,18 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from gradpruner.files import slug
+from gradpruner.messages import first_few
 from gradpruner.record import RunRecord
+from gradpruner.reporting.differing import plain_differences
 from gradpruner.reporting.labels import engine_in_title, method_place
+from gradpruner.reporting.plain_names import MODES, dataset_title, plain_label
 from gradpruner.reporting.tables import data_settings, dataset_name, row_labels, setting
+
+# Settings of the data that tell groups apart.
+OF_DATA = ("max_train_samples", "train_fraction", "max_test_samples", "validation_fraction")
 
 
 def in_order(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -23,10 +30,10 @@ def in_order(records: Sequence[RunRecord]) -> list[RunRecord]:
 def run_labels(records: Sequence[RunRecord]) -> list[str]:
     """Returns distinct labels: the method, and of dataset, model, fine-tuning and seed those in which runs differ."""
     columns = [
-        row_labels(list(records)),
-        [dataset_name(record) for record in records],
+        [plain_label(label) for label in row_labels(list(records))],
+        [dataset_title(dataset_name(record)) for record in records],
         [record.model["name"] for record in records],
-        [record.config["finetune"]["mode"] for record in records],
+        [MODES.get(mode := record.config["finetune"]["mode"], mode) for record in records],
         [f"seed {record.seed}" for record in records],
     ]
     shown = [column for index, column in enumerate(columns) if index == 0 or len(set(column)) > 1]
@@ -67,7 +74,7 @@ def labelled(groups: list[list[RunRecord]]) -> dict[str, list[RunRecord]]:
 
 
 def comparable_groups(records: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
-    """Returns runs that may share a picture, each group with a title that others may have, too.
+    """Returns runs that may share a picture, each group with a title of its own.
 
     A group is a model, a kind of fine-tuning and an evaluation, on any datasets: figures show means over datasets. A
     dataset that was run with several choices of rows (such as two numbers of training rows) has one choice per group,
@@ -84,15 +91,37 @@ def comparable_groups(records: Sequence[RunRecord]) -> list[tuple[str, list[RunR
         shared["validation_fraction"] = record.config["dataset"].get("validation_fraction")
         choice = ranked[dataset_name(record)].index(_data_key(record))
         groups.setdefault((json.dumps(shared, sort_keys=True), choice), []).append(record)
-    return [
-        (f"{group[0].model['name']}, {group[0].config['finetune']['mode']}{engine_in_title(group[0])}", group)
-        for _, group in sorted(groups.items(), key=lambda item: item[0][1])
-    ]
+    ordered = [group for _, group in sorted(groups.items(), key=lambda item: item[0][1])]
+    titles = [_group_title(group[0]) for group in ordered]
+    titles = _told_apart(titles, [_shared(group) for group in ordered])
+    titles = _told_apart(titles, [{"datasets": _dataset_titles(group)} for group in ordered])
+    return list(zip(titles, ordered, strict=True))
 
 
-def numbered(title: str, num_same: int) -> str:
-    """Returns a title that is distinct from `num_same` others."""
-    return f"{title} ({num_same + 1})" if num_same else title
+def _told_apart(titles: list[str], shared: Sequence[dict[str, Any]]) -> list[str]:
+    """Appends to each title in what its group differs from groups of the same title."""
+    told = []
+    for title, own in zip(titles, shared, strict=True):
+        alike = [other for name, other in zip(titles, shared, strict=True) if name == title]
+        told.append(", ".join([title, *plain_differences(own, alike)]))
+    return told
+
+
+def _dataset_titles(group: list[RunRecord]) -> str:
+    return first_few(sorted({dataset_title(dataset_name(record)) for record in group}))
+
+
+def _group_title(record: RunRecord) -> str:
+    mode = record.config["finetune"]["mode"]
+    return f"{record.model['name']}, {MODES.get(mode, mode)}{engine_in_title(record)}"
+
+
+def _shared(group: list[RunRecord]) -> dict[str, Any]:
+    """Returns what all runs of a group share: settings, and those of the data that do not depend on the dataset."""
+    settings = [{key: value for key, value in setting(record).items() if key != "dataset"} for record in group]
+    data = [data_settings(record) for record in group]
+    same = {key: value for key, value in data[0].items() if all(other.get(key) == value for other in data)}
+    return settings[0] | {"dataset": {key: same.get(key) for key in OF_DATA}}
 
 
 def _data_key(record: RunRecord) -> str:

@@ -2,16 +2,16 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gradpruner.files import content_hash
 from gradpruner.messages import parameters
 from gradpruner.models.counting import ROW_LENGTH
 from gradpruner.record import NOT_IDENTITY, RunRecord, evaluation_settings
 from gradpruner.reporting.comparing import SPREAD_NOTE, mean_error
 from gradpruner.reporting.coordinates import dataset_module
+from gradpruner.reporting.differing import differences, plain_differences
 from gradpruner.reporting.labels import (
     METHOD_LABELS,
     MetricColumn,
@@ -21,6 +21,7 @@ from gradpruner.reporting.labels import (
     method_place,
     metric_columns,
 )
+from gradpruner.reporting.plain_names import MODES, dataset_title
 
 # Settings of the fine-tune that older records lack, with the value that those runs had.
 LATER_SETTINGS = {
@@ -34,7 +35,6 @@ LATER_METHOD_SETTINGS = {"repair_refit": False}  # the same for methods
 # Columns that older records lack: parameters without the input embedding, and the work of one row.
 COUNTS = ("w/o embedding", "GMACs")
 DEPTH = ("sparsity", "num_pruned_layers")
-LONGEST_TEXT = 40  # characters of a setting in a title
 # Settings of the fine-tune that change its speed and memory, not its result but for rounding: methods differ in them.
 OF_SPEED = ("micro_batch_size", "gradient_checkpointing", "save_steps", "parallel")
 # Config keys that may differ between the rows of one table; a difference in any other key makes another table.
@@ -51,6 +51,9 @@ class Table:
         rows: cells.
         notes: sentences below the table.
         sources: the runs behind each row; empty if nothing was run for the table.
+        section: part of an HTML report that the table belongs to: `Table 1`, `Importance runs`; empty for a setting.
+        heading: the title within its section, in plain words; empty where the title serves.
+        aspect: what is measured if a table beside it has the section's main measure: `answer NLL`.
     """
 
     title: str
@@ -58,6 +61,9 @@ class Table:
     rows: list[list[str]]
     notes: list[str]
     sources: Sequence[Sequence[RunRecord]] = ()
+    section: str = ""
+    heading: str = ""
+    aspect: str = ""
 
     def markdown(self) -> str:
         """Returns the table in Markdown."""
@@ -125,34 +131,13 @@ def tell_apart(tables: Sequence[tuple[Table, Mapping[str, Any]]]) -> list[Table]
     settings_by_title: dict[str, list[Mapping[str, Any]]] = {}
     for table, shared in tables:
         settings_by_title.setdefault(table.title, []).append(shared)
-    return [
-        replace(table, title=", ".join([table.title, *differences(shared, settings_by_title[table.title])]))
-        for table, shared in tables
-    ]
-
-
-def differences(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns, as `key=value`, the settings of `own` that any of `others` does not share."""
-    flat, *rest = (dict(_leaves(each)) for each in [own, *others])
-    return [
-        f"{key.rsplit('.', 1)[-1]}={_short(value)}"
-        for key, value in flat.items()
-        if any(other.get(key) != value for other in rest)
-    ]
-
-
-def _short(value: Any) -> Any:
-    """Returns a hash in place of texts such as prompts, which are long or have line breaks."""
-    is_text = isinstance(value, str) and (len(value) > LONGEST_TEXT or "\n" in value)
-    return f"#{content_hash(value)[:6]}" if is_text else value
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    told = []
+    for table, shared in tables:
+        others = settings_by_title[table.title]
+        title = ", ".join([table.title, *differences(shared, others)])
+        heading = ", ".join([table.heading or table.title, *plain_differences(shared, others)])
+        told.append(replace(table, title=title, heading=heading))
+    return told
 
 
 def _comparison(records: list[RunRecord]) -> Table:
@@ -167,12 +152,24 @@ def _comparison(records: list[RunRecord]) -> Table:
     headers += ["compress s", "compress GiB", "train s", "train GiB"]
     first = records[0]
     return Table(
-        f"{first.model['name']} on {dataset_name(first)}, {first.config['finetune']['mode']}{engine_in_title(first)}",
+        f"{setting_name(first)}{engine_in_title(first)}",
         headers,
         [[label, *_cells(group, columns, has_counts, has_before)] for label, group in zip(labels, rows, strict=True)],
         _notes(records),
         rows,
+        heading=plain_setting_name(first),
     )
+
+
+def setting_name(record: RunRecord) -> str:
+    """Returns model, dataset and kind of fine-tuning of a run, by the names of the config."""
+    return f"{record.model['name']} on {dataset_name(record)}, {record.config['finetune']['mode']}"
+
+
+def plain_setting_name(record: RunRecord) -> str:
+    """Returns the same in plain words, with the engine if it is not transformers."""
+    mode, data = record.config["finetune"]["mode"], dataset_title(dataset_name(record))
+    return f"{record.model['name']} on {data}, {MODES.get(mode, mode)}{engine_in_title(record)}"
 
 
 def _notes(records: list[RunRecord]) -> list[str]:

@@ -197,7 +197,8 @@ def test_other_settings_are_in_the_appendix_once(everything):
         ("8", {"Dense", "GradPruner w/o merging"}),
         ("6", {"Dense", "GradPruner"}),
         ("7", {"Dense", "GradPruner w/o merging"}
-            | {f"GradPruner, merge_rule={rule}" for rule in ("sign_sum", "sign_average", "weighted_average")}),
+            | {"GradPruner, same signs summed (Eq. 5)", "GradPruner, same signs averaged (Eq. 6)",
+               "GradPruner, averaged regardless of sign"}),
         ("9", {"Dense", "GradPruner", "Kernel pruning by IGIA"}),
     ],
 )  # fmt: skip

@@ -152,10 +152,10 @@ def test_a_line_that_lacks_datasets_of_the_others_is_left_out():
 
 def test_labels_say_what_differs_and_no_two_are_alike():
     assert run_labels([run("laco"), run("dense")]) == ["LaCo", "Dense"]
-    assert run_labels([run("laco"), run("laco", dataset="piqa")]) == ["LaCo / arc_easy", "LaCo / piqa"]
+    assert run_labels([run("laco"), run("laco", dataset="piqa")]) == ["LaCo / ARC-Easy", "LaCo / PIQA"]
     assert run_labels([run("laco", rule=1), run("laco", rule=2, seed=1)]) == [
-        "LaCo, rule=1 / seed 0",
-        "LaCo, rule=2 / seed 1",
+        "LaCo, rule 1 / seed 0",
+        "LaCo, rule 2 / seed 1",
     ]
     same = [dataclasses.replace(run("laco"), identity=key) for key in ("0123456789", "9876543210")]
     assert run_labels(same) == ["LaCo / 01234567", "LaCo / 98765432"]
@@ -242,8 +242,8 @@ def test_bars_by_merge_rule(drawn, tmp_path):
     assert dict(zip(labels, widths, strict=True)) == {
         "Dense": 0.9,
         "GradPruner w/o merging": 0.5,
-        "GradPruner, merge_rule=fisher": 0.6,
-        "GradPruner, merge_rule=sign_sum": 0.7,
+        "GradPruner, Fisher merging": 0.6,
+        "GradPruner, same signs summed (Eq. 5)": 0.7,
     }
     assert len({patch.get_hatch() for patch in axes.patches}) == 4
 

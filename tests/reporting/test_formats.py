@@ -4,93 +4,19 @@ import csv
 import dataclasses
 import io
 import re
-from html.parser import HTMLParser
 
 import pytest
 from reporting.test_tables import record
 
-from gradpruner.reporting.figures import Picture
-from gradpruner.reporting.formats import csv_text, html, latex, markdown, write_report
+from gradpruner.reporting.formats import csv_text, latex, markdown, write_report
 from gradpruner.reporting.tables import Table
 
-EVIL = "<script>alert('a & b')</script>"
 TABLE = Table(
     "model on arc_easy, 40 %",
     ["method", "accuracy", "train % ↓"],
     [["Dense", "0.637 ±0.024", "100.0"], ["LaCo, rule=code", "**0.463** ±0.025", "71_5"], ['[a], "b"', "-", "-"]],
     ["400 test rows & one seed"],
 )
-
-
-class Page(HTMLParser):
-    """Collects tags with attributes, the text of cells, and whether every tag is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.cells, self.open, self.styles = [], [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag in ("td", "th"):
-            self.cells.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if {"td", "th"} & set(self.open):
-            self.cells[-1] += data
-        if "style" in self.open:
-            self.styles.append(data)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    made = []
-    for suffix, data in ((".png", b"\x89PNG"), (".svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>")):
-        path = tmp_path / f"a{suffix}"
-        path.write_bytes(data)
-        made.append(Picture(path, f"Accuracy. {EVIL}", f'shows "{EVIL}"'))
-    return made
-
-
-def test_html_has_every_cell_and_loads_nothing(pictures):
-    page = Page(html("Report", [TABLE, TABLE], pictures))
-    assert page.open == []
-    cells = [*TABLE.headers, *(cell.replace("**", "") for row in TABLE.rows for cell in row)]
-    assert page.cells == cells * 2
-    links = [
-        value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "action", "data")
-    ]
-    assert links and all(
-        link.startswith(("#", "data:image/png;base64,", "data:image/svg+xml;base64,")) for link in links
-    )
-    assert "url(" not in "".join(page.styles) and "@import" not in "".join(page.styles)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed"}
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids)) == 4 and {link[1:] for link in links if link[0] == "#"} == set(ids)
-
-
-def test_html_escapes_titles_cells_notes_captions_and_alt_texts(pictures):
-    table = Table(EVIL, [EVIL], [[EVIL]], [EVIL])
-    text = html(EVIL, [table], pictures)
-    page = Page(text)
-    assert "script" not in {tag for tag, _ in page.tags} and "<script" not in text
-    assert page.cells == [EVIL, EVIL]
-    assert [attrs["alt"] for tag, attrs in page.tags if tag == "img"] == [f'shows "{EVIL}"'] * 2
-
-
-def test_html_marks_the_best_value():
-    assert "<td><strong>0.463</strong> ±0.025</td>" in html("Report", [TABLE])
-
-
-def test_html_refuses_other_pictures(tmp_path):
-    with pytest.raises(ValueError, match=r"must be one of \.png, \.svg, got .*a\.pdf"):
-        html("Report", [], [Picture(tmp_path / "a.pdf", "", "")])
 
 
 def test_latex_escapes_and_sets_bold():
@@ -126,10 +52,6 @@ def test_the_runs_of_each_row_are_named(tmp_path):
     assert [row["runs"] for row in rows] == [str(run.path.parent), f"{run.path.parent} {copy.path}", ""]
     assert rows[1]["commits"] == "unknown 0123456789+"
 
-    page = Page(html("Report", [table], folder=tmp_path / "pages"))
-    links = [attrs["href"] for tag, attrs in page.tags if tag == "a" and not attrs["href"].startswith("#")]
-    assert links == ["../runs/a%20b", "../runs/a%20b", "../records/laco.json"] and page.open == []
-    assert page.cells[3] == "runs" and "laco @ 0123456" in " ".join(page.cells) and "2 runs" in " ".join(page.cells)
     assert markdown([table]) == markdown([TABLE])
 
 
