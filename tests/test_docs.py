@@ -127,8 +127,11 @@ def test_commands_name_modules_and_keys_that_exist(module, arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [pytest.param(*each.values[1:], id=each.id) for each in COMMANDS
-     if each.id.startswith(FIRST_PAGES) and each.values[0] == "experiments.run"],
+    [
+        pytest.param(*each.values[1:], id=each.id)
+        for each in COMMANDS
+        if each.id.startswith(FIRST_PAGES) and each.values[0] == "experiments.run"
+    ],
 )
 def test_commands_of_the_first_pages_build(arguments):
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
