@@ -88,6 +88,8 @@ def plain_setting(key: str, value: Any) -> str:
         return key.replace("_", " ") if value else f"no {key.replace('_', ' ')}"
     if shown := VALUES.get(key, {}).get(str(value)):
         return shown
+    if isinstance(value, str):
+        value = value.replace("_", " ")
     is_number = isinstance(value, int | float)
     pattern = WORDS.get(key, "{0} {1}")
     if "%" in pattern and not is_number:  # sparsity=auto

@@ -1,5 +1,6 @@
 """What a page says of one run: its layers, importance, loss, numbers, changed answers and command."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from gradpruner.plan import number_runs
 from gradpruner.record import RECORD_FILE, RunRecord
 from gradpruner.reporting.changed_answers import ChangedAnswers, changed_answers
 from gradpruner.reporting.comparing import QUANTILE
+from gradpruner.reporting.differing import plain_differences
 from gradpruner.reporting.labels import METRIC_LABELS
 from gradpruner.reporting.means import DENSE
 from gradpruner.reporting.overview import machine_of
-from gradpruner.reporting.plain_names import MODES, dataset_title
 from gradpruner.reporting.row_scores import read_numbers
 from gradpruner.reporting.run_groups import run_labels
-from gradpruner.reporting.tables import dataset_name, row_order, setting
+from gradpruner.reporting.tables import plain_setting_name, row_order, setting
 
 KEPT, MERGED, PRUNED = "kept", "merged", "pruned"
 MOST_POINTS = 160  # of a loss curve
@@ -97,29 +98,30 @@ def run_groups(
     commands: Mapping[int, str],
     losses: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> dict[str, list[Details]]:
-    """Returns details of all runs by model, dataset and kind of fine-tuning.
+    """Returns details of all runs by setting: model, dataset, kind of fine-tuning, and in what settings differ.
 
     Args:
         records: finished runs.
         commands: the command of each run by `id` of its record.
         losses: history of the fine-tune by identity, see `comparison_plots.plot_losses`.
     """
-    groups: dict[str, list[RunRecord]] = {}
+    settings: dict[str, list[RunRecord]] = {}
     for record in sorted(records, key=lambda each: (*row_order(each), each.seed)):
-        mode = record.config["finetune"]["mode"]
-        title = f"{record.model['name']} on {dataset_title(dataset_name(record))}, {MODES.get(mode, mode)}"
-        groups.setdefault(title, []).append(record)
-    found = {}
+        settings.setdefault(json.dumps(setting(record), sort_keys=True), []).append(record)
+    names = {key: plain_setting_name(runs[0]) for key, runs in settings.items()}
+    found: dict[str, list[Details]] = {}
     number = 0
-    for title in sorted(groups):
-        runs = groups[title]
+    for key in sorted(settings, key=lambda key: (names[key], key)):
+        runs = settings[key]
+        alike = [json.loads(other) for other in settings if names[other] == names[key]]
         details = []
         for label, record in zip(run_labels(runs), runs, strict=True):
             number += 1
             dense = [run for run in runs if run.pruning["method"] == DENSE and run.seed == record.seed]
-            dense = [run for run in dense if setting(run) == setting(record) and run is not record]
-            details.append(_details(f"run-{number}", label, record, dense, commands.get(id(record), ""), losses))
-        found[title] = details
+            command = commands.get(id(record), "")
+            details.append(_details(f"run-{number}", label, record, dense, command, losses))
+        title = ", ".join([names[key], *plain_differences(json.loads(key), alike)])
+        found.setdefault(title, []).extend(details)
     return found
 
 
