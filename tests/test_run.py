@@ -58,7 +58,7 @@ def test_a_run_writes_its_folder(folders, tmp_path, capsys):
     assert run_dir.name.startswith("sparsity0.4-merge2-") and run_dir.name.endswith("-seed0")
     written = {path.name for path in run_dir.iterdir()}
     assert written == {
-        *("config.yaml", "run.log", "plan.json", "predictions.jsonl", "record.json"),
+        *("config.yaml", "run.log", "plan.json", "predictions.jsonl", "questions.jsonl", "record.json"),
         *("history.json", "loss.png", "importance.png", "checkpoint"),
     }
     data = json.loads((run_dir / "record.json").read_text())

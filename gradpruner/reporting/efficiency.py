@@ -222,6 +222,8 @@ def _efficiency_table(
 def training_costs(record: RunRecord, dense: RunRecord, fresh: float | None) -> tuple[float | None, float | None]:
     """Returns time and memory of training as percent of dense; without fine-tunes, None and `fresh`.
 
+    The memory is None as well where the dense fine-tune took none above what its process already had.
+
     Args:
         record: the run.
         dense: the dense run of the same setting.
@@ -229,13 +231,15 @@ def training_costs(record: RunRecord, dense: RunRecord, fresh: float | None) -> 
     """
     if not (record.finetune and dense.finetune):
         return None, fresh
+    time = 100 * _total_seconds(record) / _total_seconds(dense)
     base = _above_start(dense, dense.finetune["peak_memory_bytes"])
+    if not base:
+        return time, fresh
     compression = 0 if record.pruning["method"] == "dense" else record.efficiency["compression_peak_memory_bytes"]
     recovery = record.pruning["recovery"].get("peak_memory_bytes", 0)
     if fresh is None:
         fresh = 100 * _above_start(record, record.finetune["peak_memory_bytes"]) / base
-    before = 100 * _above_start(record, max(compression, recovery)) / base
-    return 100 * _total_seconds(record) / _total_seconds(dense), max(fresh, before)
+    return time, max(fresh, 100 * _above_start(record, max(compression, recovery)) / base)
 
 
 def _total_seconds(record: RunRecord) -> float:

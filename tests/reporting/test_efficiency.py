@@ -63,6 +63,12 @@ def test_records_without_timings_have_dashes():
     assert table.rows[1][1:] == ["100.0", "-", "100.0", "-", "-", "-"]
 
 
+def test_a_dense_fine_tune_in_a_process_that_had_more_memory_is_no_measure():
+    [table] = efficiency_tables([run("dense", 10, 400), run("laco", 5, 600)], None)
+    laco = dict(zip(table.headers, table.rows[1], strict=True))
+    assert laco["train time % ↓"] == "50.0" and laco["train memory % ↓"] == "-"
+
+
 def test_without_a_dense_run_there_is_no_table():
     assert efficiency_tables([run("gradpruner", 50.0, 1100)], published("table2")) == []
 

@@ -216,7 +216,7 @@ def test_answers_that_changed(tmp_path):
     questions = [{"id": "q1", "prompt": "Which <b>?", "options": ["red", "blue"]}]
     write_jsonl(tmp_path / "dense" / "questions.jsonl", questions)
     parsed = Page(page("Report", [], runs=Runs(list(folders.values()))))
-    assert any("Of 3 test rows, 2 were right in the dense model alone, 0 in this one alone" in each
+    assert any("Of 3 test rows: right in the dense model alone: 2, in this one alone: 0" in each
                for each in parsed.text_of("p"))  # fmt: skip
     cells = parsed.text_of("td")
     assert "blue ✓" in cells and "red ✗" in cells and "option 1 ✗" in cells and "Which <b>?" in parsed.text_of("th")
