@@ -227,7 +227,9 @@ def _lines(records: Sequence[RunRecord], axis: _Axis, path: Path) -> list[Pictur
         dense = [(METHOD_LABELS[DENSE], 0.0, record) for record in group if record.pruning["method"] == DENSE]
         if len({x for _, x, _ in points}) >= axis.least:
             panels, caption = _panels(points + dense)
-            own = path.with_stem(f"{path.stem}-{slug(title)}")
+            name = f"{path.stem}-{slug(group[0].model['name'])}-{group[0].config['finetune']['mode']}"
+            num_same = sum(picture.path.stem.startswith(name) for picture in pictures)
+            own = path.with_stem(f"{name}-{num_same + 1}" if num_same else name)
             what = f"{' and '.join(panels)} against {axis.label}"
             pictures.append(plot_lines(panels, axis.label, own, f"{title}: {what}. {caption}", axis.spread))
     return pictures
