@@ -104,6 +104,8 @@ def hydra_job(cfg: DictConfig) -> None:
     """Prints and writes the report."""
     try:
         resolve(cfg)
+        if cfg.output is not None:
+            check_writable(output=path_setting(cfg, "output").parent)
         with tempfile.TemporaryDirectory() as scratch:
             report = build_report(cfg, Path(scratch))
             for table in report.tables:
@@ -111,7 +113,6 @@ def hydra_job(cfg: DictConfig) -> None:
             written = [picture.path for picture in report.pictures if not picture.path.is_relative_to(scratch)]
             if cfg.output is not None:
                 path = path_setting(cfg, "output")
-                check_writable(output=path.parent)
                 form = path.suffix.removeprefix(".")
                 tables = report.page_tables if form == "html" else report.tables
                 written += write_report(path, form, tables, report.pictures, cfg.title, report.runs)

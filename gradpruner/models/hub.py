@@ -22,17 +22,18 @@ logger = logging.getLogger(__name__)
 REACH_SECONDS = 10.0
 
 
-def unreachable_reason(seconds: float = REACH_SECONDS) -> str | None:
+def unreachable_reason(seconds: float | None = None) -> str | None:
     """Returns why the Hub cannot be asked, or None if it answers.
 
     The Hub's own client makes the request, so a proxy or mirror (HF_ENDPOINT) is used as for downloads, and any answer
     counts, even a refusal. A server that accepts the connection but answers late counts as reachable.
 
     Args:
-        seconds: how long to wait for the connection.
+        seconds: how long to wait for the connection; None: `REACH_SECONDS`.
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
+    seconds = REACH_SECONDS if seconds is None else seconds
     try:
         with say_if_waiting(f"an answer of {constants.ENDPOINT}", seconds):
             get_session().head(constants.ENDPOINT, timeout=seconds, follow_redirects=False)

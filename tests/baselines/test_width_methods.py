@@ -114,8 +114,8 @@ class Stop(TrainerCallback):
 @pytest.mark.parametrize(
     "name",
     [
-        "minitron-distilled",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("minitron-depth", "llm_pruner-recovered")),
+        "llm_pruner-recovered",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("minitron-depth", "minitron-distilled")),
     ],
 )
 def test_a_recovery_that_was_killed_goes_on(name, make, monkeypatch):
