@@ -79,7 +79,9 @@ def test_from_end_to_end(name, mode, make, tmp_path):
     assert again.run() == outcome and all(again.stages().values())
 
 
-@pytest.mark.parametrize("name", ["llm_pruner", "llm_pruner-uniform", "minitron"])
+@pytest.mark.parametrize(
+    "name", ["llm_pruner", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llm_pruner-uniform", "minitron"))]
+)
 def test_checkpoints_are_verified(name, make, tmp_path):
     pipeline = make(METHODS[name])
     plan = pipeline.run().plan
