@@ -6,6 +6,7 @@
 Nothing is imported before the word is known, so that a typo costs no second.
 """
 
+import argparse
 import importlib
 import os
 import sys
@@ -100,6 +101,25 @@ def command_of(module: str) -> list[str]:
     if Path(sys.argv[0]).stem == NAME and words:
         return [NAME, *words]
     return ["python", "-m", module]
+
+
+def argument_parser(module: str, docstring: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with `--help` out of the docstring of an entry point, and `--version`.
+
+    Args:
+        module: the entry point, such as `experiments.verify`.
+        docstring: its docstring: paragraphs, of which indented ones are example commands.
+    """
+    paragraphs = (docstring or "").strip("\n").split("\n\n")
+    examples = [paragraph for paragraph in paragraphs if paragraph.startswith("    ")]
+    parser = argparse.ArgumentParser(
+        prog=" ".join(command_of(module)),
+        description="\n\n".join(paragraph.strip() for paragraph in paragraphs if paragraph not in examples),
+        epilog="\n".join(["examples:", *examples]) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version())
+    return parser
 
 
 def add_to_path(folder: Path) -> None:

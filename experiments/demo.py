@@ -6,13 +6,12 @@
 The model has random weights and learns nothing: this shows what happens, not how well it works.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.cli import command_of
+from experiments.cli import argument_parser, command_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,9 +33,7 @@ NOTE = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; returns 0 if the checkpoint is good."""
-    parser = argparse.ArgumentParser(
-        prog=" ".join(command_of("experiments.demo")), description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argument_parser("experiments.demo", __doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to write; made anew each time (%(default)s)")
     folder: Path = parser.parse_args(arguments).folder
     if folder.exists() and not (folder / MARK).is_file():

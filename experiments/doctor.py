@@ -5,7 +5,6 @@
 Changes nothing. The exit status is 1 if a required package is missing.
 """
 
-import argparse
 import importlib.util
 import os
 import platform
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.cli import command_of, version
+from experiments.cli import argument_parser, version
 from experiments.places import HOME, home
 
 OK, MISSING, BAD = "[green]yes[/]", "[yellow]no[/]", "[bold red]NO[/]"
@@ -89,9 +88,7 @@ PIECES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    prog = " ".join(command_of("experiments.doctor"))
-    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--version", action="version", version=version())
+    parser = argument_parser("experiments.doctor", __doc__)
     parser.parse_args(arguments)
     lines = list(examine())
     table = Table(title=f"{version()}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")

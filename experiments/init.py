@@ -8,13 +8,12 @@ The data are made up: messages to a shop, each with one of four topics. No patte
 test message.
 """
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.cli import command_of, version
+from experiments.cli import argument_parser, command_of
 from gradpruner.files import user_path, write_text
 
 STARTER = Path(__file__).resolve().parent / "starter"
@@ -23,9 +22,7 @@ CONFIG = "my.yaml"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
-    prog = " ".join(command_of("experiments.init"))
-    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--version", action="version", version=version())
+    parser = argument_parser("experiments.init", __doc__)
     parser.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="folder to write to (default: here)")
     given = parser.parse_args(arguments).folder
     try:

@@ -9,7 +9,6 @@ measured and nothing is loaded: configs of the models ship with the project.
 import dataclasses
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -20,7 +19,7 @@ from gradpruner.models.counting import count_model
 from gradpruner.models.memory import estimate_training_memory
 from gradpruner.models.offline_configs import shipped_config
 from gradpruner.models.shape import ModelShape, config_shape
-from gradpruner.tasks.published_sizes import SIZES
+from gradpruner.tasks.published_sizes import SIZES, PublishedSize
 
 FLOPS_PER_SECOND = 989e12  # bfloat16 products of an H100 SXM, dense, by its data sheet
 UTILISATION = 0.4
@@ -35,28 +34,9 @@ HUB_IDS = {
 }
 
 
-@dataclass(frozen=True)
-class Data:
-    """A dataset as scale=paper trains on it.
-
-    Attributes:
-        num_rows: training rows.
-        tokens: mean tokens per row, measured with SmolLM2's tokenizer on up to 300 rows.
-        answer_tokens: mean tokens per answer.
-        longest: tokens of the longest of these rows.
-        longest_answer: tokens of the longest of their answers.
-    """
-
-    num_rows: int
-    tokens: float
-    answer_tokens: float
-    longest: int
-    longest_answer: int
-
-
 PAPER_ROWS = {"medmcqa": 40_000, "fingpt": 40_000, "winogrande": 10_234}  # where the paper draws some of all
 DATA = {
-    name: Data(PAPER_ROWS.get(name, size.num_train), size.tokens, size.answer_tokens, size.longest, size.longest_answer)
+    name: dataclasses.replace(size, num_train=PAPER_ROWS.get(name, size.num_train))
     for name, size in SIZES.items()
     if size.num_train and size.num_test
 }
@@ -68,7 +48,7 @@ def pruned_shape(hub_id: str) -> ModelShape:
     return dataclasses.replace(dense, layers=dense.layers[round(0.4 * len(dense.layers)) :])
 
 
-def memory_gib(hub_id: str, data: Data, precision: str | None, is_pruned: bool) -> float:
+def memory_gib(hub_id: str, data: PublishedSize, precision: str | None, is_pruned: bool) -> float:
     """Returns the estimated peak memory of a fine-tune with the settings of scale=paper; None as precision is LoRA."""
     estimate = estimate_training_memory(
         shipped_config(hub_id),
@@ -85,12 +65,12 @@ def memory_gib(hub_id: str, data: Data, precision: str | None, is_pruned: bool) 
     return estimate.total / 2**30
 
 
-def training_hours(hub_id: str, data: Data, mode: str, is_pruned: bool) -> float:
+def training_hours(hub_id: str, data: PublishedSize, mode: str, is_pruned: bool) -> float:
     """Returns the hours of one fine-tune on one H100 at the stated utilisation."""
     counts = count_model(shipped_config(hub_id), pruned_shape(hub_id) if is_pruned else None)
     rank = LORA_RANK if mode == "lora" else None
     length, positions = math.ceil(data.tokens), math.ceil(data.answer_tokens) + 1
-    flops = counts.training_flops(EPOCHS * data.num_rows, length, positions, rank, recompute=True)
+    flops = counts.training_flops(EPOCHS * data.num_train, length, positions, rank, recompute=True)
     return flops / (FLOPS_PER_SECOND * UTILISATION) / 3600
 
 
@@ -140,7 +120,7 @@ def hours_table() -> str:
         for cell in own:
             data = DATA[cell["dataset"]]
             fraction = float(cell.get("dataset.train_fraction", 1))
-            data = dataclasses.replace(data, num_rows=round(fraction * data.num_rows))
+            data = dataclasses.replace(data, num_train=round(fraction * data.num_train))
             mode, is_pruned = cell.get("finetune", "full"), cell["method"] not in DENSE_METHODS
             hours += training_hours(HUB_IDS[cell["model"]], data, mode, is_pruned)
         command = f"`python -m experiments.run -m experiment={preset} scale=paper`"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from experiments.cli import command_of, version
+from experiments.cli import argument_parser
 from gradpruner.checkpoints.streaming import prune_checkpoint
 from gradpruner.files import user_path
 from gradpruner.plan import PruningPlan
@@ -71,14 +71,7 @@ def return_memory_at_once() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, command, details = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=" ".join(command_of("experiments.prune_checkpoint")),
-        description=f"{description}\n\n{details}",
-        epilog=f"example:\n{command}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=version())
+    parser = argument_parser("experiments.prune_checkpoint", __doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run, or a plan.json")
     parser.add_argument("factors", metavar="FACTORS", type=Path, nargs="?", help="folder of the importance run")
     parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of the dense safetensors checkpoint")

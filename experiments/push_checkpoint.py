@@ -5,24 +5,17 @@
 The repository is made if it does not exist. The examples in its card load the model from there.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.cli import command_of
+from experiments.cli import argument_parser
 from gradpruner.checkpoints.push import push_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
-    description, command, details = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=" ".join(command_of("experiments.push_checkpoint")),
-        description=f"{description}\n\n{details}",
-        epilog=f"example:\n{command}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("experiments.push_checkpoint", __doc__)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the checkpoint")
     parser.add_argument("repository", metavar="ORG/NAME", help="repository on the Hub")
     options = parser.parse_args(arguments)

@@ -23,7 +23,6 @@ from experiments.paper_scale import (
     HUB_IDS,
     LORA_RANK,
     UTILISATION,
-    Data,
     cells,
     pruned_shape,
     training_hours,
@@ -32,22 +31,13 @@ from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.counting import ModelCounts, count_model
 from gradpruner.models.offline_configs import shipped_config
 from gradpruner.pipeline.run import Pipeline
+from gradpruner.tasks.published_sizes import SIZES, PublishedSize
 
 BYTES_PER_SECOND = 3.35e12 * 0.2  # of weights that decoding reads: a fifth of an H100 SXM's memory bandwidth
 BATCH = 16  # answers at once
 LONGEST_IN_BATCH = 2  # a batch decodes until its longest answer ends, about so many times the mean
 UNTUNED_TOKENS = 512  # a model that was not fine-tuned writes until evaluation.max_new_tokens
-ALPACA = Data(52_002, 110.0, 60.0, 1024, 768)  # tokens are assumed: it is on the Hub alone
-TEST_ROWS = {
-    "pubmedqa": 500,
-    "medmcqa": 4_183,
-    "billsum": 3_269,
-    "fingpt": 7_700,
-    "hellaswag": 10_042,
-    "winogrande": 1_267,
-    "arc_easy": 2_376,
-    "piqa": 1_838,
-}
+ALPACA = SIZES["alpaca"]  # what MINITRON is distilled on
 STAGES = {
     "measure": "importance and calibration",
     "recover": "MINITRON's distillation",
@@ -85,13 +75,13 @@ def cell_work(cell: dict[str, str]) -> Iterator[Work]:
     hub_id, is_pruned = HUB_IDS[cell["model"]], name not in DENSE_METHODS
     pipeline = _pipeline(cell["model"], mode, name, cell["dataset"] if name == "apt" else "piqa")
     num_layers = shipped_config(hub_id).num_hidden_layers
-    method = pipeline.method.resolve(num_layers, pipeline.training.num_steps(data.num_rows))
+    method = pipeline.method.resolve(num_layers, pipeline.training.num_steps(data.num_train))
     counts, calibration = _counts(hub_id, False), method.calibration()
     settings = json.dumps(method.measurement_settings(), sort_keys=True)
     measured: tuple[str, ...] = (cell["model"], method.measured_as.name, settings)
     if calibration is not None:
         measured = (*measured, cell["dataset"])
-        rows, length = calibration.count(data.num_rows), math.ceil(data.tokens)
+        rows, length = calibration.count(data.num_train), math.ceil(data.tokens)
         is_trained = isinstance(method, GradPruner)
         flops = (
             counts.training_flops(rows, length, length, LORA_RANK, True) if is_trained else counts.flops(rows, length)
@@ -99,18 +89,21 @@ def cell_work(cell: dict[str, str]) -> Iterator[Work]:
         yield Work("measure", measured, _hours(flops))
     untuned = (*measured, name, json.dumps(method.prune_settings(), sort_keys=True))
     if (recovery := method.recovery()) is not None:
-        rows, length = round(recovery.training.epochs * ALPACA.num_rows), math.ceil(ALPACA.tokens)
+        rows, length = round(recovery.training.epochs * ALPACA.num_train), math.ceil(ALPACA.tokens)
         flops = _counts(hub_id, is_pruned).training_flops(rows, length, length, recompute=True)
         untuned = (*untuned, "recovered")
         yield Work("recover", untuned, _hours(flops + counts.flops(rows, length)))
     tuned = (*untuned, cell["dataset"], mode)
-    num_test = TEST_ROWS[cell["dataset"]]
     yield Work("finetune", tuned, training_hours(hub_id, data, mode, is_pruned))
-    yield Work("predict", tuned, answer_hours(hub_id, is_pruned, data, num_test, LONGEST_IN_BATCH * data.answer_tokens))
-    yield Work("before", (*untuned, cell["dataset"]), answer_hours(hub_id, is_pruned, data, num_test, UNTUNED_TOKENS))
+    yield Work(
+        "predict", tuned, answer_hours(hub_id, is_pruned, data, data.num_test, LONGEST_IN_BATCH * data.answer_tokens)
+    )
+    yield Work(
+        "before", (*untuned, cell["dataset"]), answer_hours(hub_id, is_pruned, data, data.num_test, UNTUNED_TOKENS)
+    )
 
 
-def answer_hours(hub_id: str, is_pruned: bool, data: Data, num_rows: int, tokens: float) -> float:
+def answer_hours(hub_id: str, is_pruned: bool, data: PublishedSize, num_rows: int, tokens: float) -> float:
     """Returns the hours in which one GPU answers the test rows, each batch with this many tokens per answer."""
     counts = _counts(hub_id, is_pruned)
     prompts = counts.flops(num_rows, math.ceil(data.tokens - data.answer_tokens), logit_positions=1)

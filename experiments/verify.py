@@ -5,7 +5,6 @@
 `verify_files.py` looks at the files, `verify_fresh.py` loads the model, in a process of its own.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import verify_fresh
-from experiments.cli import command_of, version
+from experiments.cli import argument_parser
 from experiments.verify_fresh import ADAPTER_FOLDER, Check
 
 
@@ -24,9 +23,7 @@ class CheckpointError(ValueError):
 
 def main() -> None:
     """Prints the table; exits with 1 if a check failed."""
-    prog = " ".join(command_of("experiments.verify"))
-    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--version", action="version", version=version())
+    parser = argument_parser("experiments.verify", __doc__)
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, *.safetensors and plan.json")
     folder = parser.parse_args().checkpoint
     try:

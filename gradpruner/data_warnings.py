@@ -1,17 +1,12 @@
-"""Warnings that only all rows of a run together allow: leaked test rows, a second BOS, too few steps."""
+"""Warnings that only all rows of a run together allow: test rows that are trained on, and prompts with a second BOS."""
 
 import logging
-import math
 from collections.abc import Sequence
 
 from gradpruner.encoding import Encoder, TrainingRow
-from gradpruner.messages import warn_once
 from gradpruner.tasks import ChatExample, Example
 
 logger = logging.getLogger(__name__)
-
-FEW_STEPS = 50  # optimizer steps below which a pruned model is hardly repaired
-LEAST_BATCH = 4  # rows; the search for learning rates in results/README.md had this batch
 
 
 def warn_of_leaked_rows(train: Sequence[Example], test: Sequence[Example]) -> None:
@@ -47,33 +42,6 @@ def warn_of_second_bos(examples: Sequence[Example], rows: Sequence[TrainingRow],
             "%d of %d prompts begin with a second %s: %s adds one already. Remove it from dataset.prompt or your rows.",
             *(count, len(examples), bos, "the chat template" if encoder.chat_template else "the tokenizer"),
         )
-
-
-def warn_of_few_steps(num_rows: int, batch_size: int, epochs: float) -> None:
-    """Warns if the epochs of a fine-tune make fewer than `FEW_STEPS` optimizer steps, and says what makes more.
-
-    Args:
-        num_rows: training rows.
-        batch_size: rows per optimizer step.
-        epochs: passes over the rows.
-    """
-
-    def num_steps(batch: int, passes: float) -> int:
-        return math.ceil(passes * math.ceil(num_rows / batch))
-
-    steps = num_steps(batch_size, epochs)
-    if steps >= FEW_STEPS:
-        return
-    batch = min(batch_size, LEAST_BATCH)
-    passes = epochs if num_steps(batch, epochs) >= FEW_STEPS else math.ceil(FEW_STEPS / math.ceil(num_rows / batch))
-    settings = [f"finetune.batch_size={batch} finetune.micro_batch_size={batch}"] if batch < batch_size else []
-    settings += [f"finetune.epochs={passes:g}"] if passes != epochs else []
-    warn_once(
-        logger,
-        f"The fine-tune has {steps} optimizer steps ({num_rows} rows, finetune.batch_size={batch_size}, "
-        f"finetune.epochs={epochs:g}). Below {FEW_STEPS} a pruned model hardly recovers what pruning cost. "
-        f"{' '.join(settings)} makes {num_steps(batch, passes)}, more rows are better still.",
-    )
 
 
 def _own_texts(example: Example) -> list[str]:

@@ -6,8 +6,10 @@ import pytest
 
 from gradpruner.caveats import weak_accuracy
 from gradpruner.conversation_rows import encode_rows
-from gradpruner.data_warnings import warn_of_few_steps, warn_of_leaked_rows, warn_of_second_bos
+from gradpruner.data_warnings import warn_of_leaked_rows, warn_of_second_bos
 from gradpruner.encoding import Encoder
+from gradpruner.finetune.few_steps import warn_of_few_steps
+from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.messages import warn_once
 from gradpruner.tasks import ChatExample, Example
 from gradpruner.tasks.example import Turn
@@ -64,7 +66,7 @@ def test_a_second_bos_in_a_chat_template(tiny_tokenizer, caplog, monkeypatch):
 )  # fmt: skip
 def test_too_few_steps(num_rows, batch_size, epochs, said, caplog):
     warn_once.cache_clear()
-    warn_of_few_steps(num_rows, batch_size, epochs)
+    warn_of_few_steps(TrainingSpec(batch_size=batch_size, micro_batch_size="auto", epochs=epochs), num_rows)
     assert said in caplog.text and bool(said) == bool(caplog.text)
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from experiments import paper_scale
 from experiments.config import CONF
-from experiments.paper_scale import DATA, Data, cells, training_hours
+from experiments.paper_scale import DATA, cells, training_hours
+from gradpruner.tasks.published_sizes import PublishedSize
 
 LLAMA = "meta-llama/Llama-3.1-8B"
 
@@ -20,7 +21,7 @@ def test_cells_are_those_of_the_preset():
 def test_hours_are_operations_over_speed():
     # 6 FLOPs per parameter and token for full fine-tuning, 2 more for recomputation, over 8 B parameters less the
     # embedding, which does no arithmetic; attention adds a little at 128 tokens.
-    data = Data(1000, 128, 127, 128, 127)
+    data = PublishedSize(1000, 0, 0, 128, 127, 128, 127)
     tokens = 3 * 1000 * 128
     expected = 8 * 7.5e9 * tokens / (989e12 * 0.4) / 3600
     assert training_hours(LLAMA, data, "full", False) == pytest.approx(expected, rel=0.05)

@@ -10,10 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gradpruner import processes
 from gradpruner.conversation_rows import encode_rows
-from gradpruner.data_warnings import warn_of_few_steps, warn_of_leaked_rows, warn_of_second_bos
+from gradpruner.data_warnings import warn_of_leaked_rows, warn_of_second_bos
 from gradpruner.encoding import Encoder, TrainingRow
 from gradpruner.evaluate.base import Evaluation, Question
 from gradpruner.files import content_hash
+from gradpruner.finetune.few_steps import warn_of_few_steps
 from gradpruner.finetune.parallel import check_parallel
 from gradpruner.finetune.spec import MERGE_DTYPES, TrainingSpec
 from gradpruner.method import Method, Recovery
@@ -227,8 +228,7 @@ class Setup:
         self._check_vocabulary()
         warn_of_leaked_rows(self.train_examples, self.test_examples)
         warn_of_second_bos(self.train_examples, self.rows, self.encoder(self.task))
-        if self.training.max_steps is None:  # otherwise the number of steps was asked for
-            warn_of_few_steps(len(self.rows), self.training.batch_size, self.training.epochs)
+        warn_of_few_steps(self.training, len(self.rows))
         self.cache_dir.mkdir(parents=True, exist_ok=True)
 
     def _check_positions(self) -> None:

@@ -15,7 +15,7 @@ from gradpruner.record import RunRecord
 from gradpruner.reporting.comparing import QUANTILE, complete_error
 from gradpruner.reporting.coordinates import coordinates, dataset_module
 from gradpruner.reporting.efficiency import seed_and_machine, timed, training_costs
-from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS, method_place
+from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS, REPAIRING, method_place
 from gradpruner.reporting.means import DENSE, main_metric, mean_of_known
 from gradpruner.reporting.measures import why_not_comparable
 from gradpruner.reporting.plain_names import dataset_title, plain_label
@@ -169,8 +169,15 @@ def _rows(group: Sequence[RunRecord]) -> _Cells:
     for name in sorted({*names, DENSE} & {run.pruning["method"] for run in group}, key=method_place):
         own = [run for run in group if run.pruning["method"] == name]
         at_usual = [run for run in own if _sparsity(run) in (None, usual)]
-        chosen += [(METHOD_LABELS.get(name, name), run) for run in _main_variant(at_usual or own)]
+        chosen += [(_label(run), run) for run in _main_variant(at_usual or own)]
     return _cells(chosen)
+
+
+def _label(run: RunRecord) -> str:
+    """Returns the name of a run's method, and that it was repaired unless the method always is."""
+    name, settings = run.pruning["method"], run.config["method"]
+    is_repaired = settings.get("repair", "none") != "none" or settings.get("merge_rule") == "least_squares"
+    return METHOD_LABELS.get(name, name) + (", repaired" if is_repaired and name not in REPAIRING else "")
 
 
 def _sparsity(run: RunRecord) -> float | None:

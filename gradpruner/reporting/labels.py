@@ -18,6 +18,7 @@ METRIC_LABELS = {
     "answer_nll": "answer NLL",
 }
 # The order is that of rows in tables: the paper's Table 1, with methods that the paper does not have in between.
+REPAIRING = ("gradpruner_plus",)  # methods that repair unless told otherwise
 METHOD_LABELS = {
     "dense": "Dense",
     "llm_pruner": "LLM-Pruner",

@@ -12,7 +12,7 @@ from gradpruner.record import RunRecord
 from gradpruner.reporting.comparing import QUANTILE, complete_error, difference
 from gradpruner.reporting.differing import plain_differences
 from gradpruner.reporting.efficiency import seed_and_machine, training_costs
-from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS, engine_in_title
+from gradpruner.reporting.labels import METHOD_LABELS, METRIC_LABELS, REPAIRING, engine_in_title
 from gradpruner.reporting.means import DENSE, main_metric, mean_of_known
 from gradpruner.reporting.plain_names import dataset_title, plain_label
 from gradpruner.reporting.tables import dataset_name, row_labels, row_order, rows_of_seeds, setting
@@ -22,7 +22,6 @@ NLL = "answer_nll"
 # Older records lack these settings, so rows would differ in them by age alone.
 NOT_NAMED = ("repair_rows=", "repair=none")
 SHORT_MODES = {"lora": "LoRA"}
-PLUS = ("gradpruner_plus",)  # repairs by definition
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _variants(firsts: Sequence[RunRecord]) -> list[str]:
         name, repair = record.pruning["method"], record.config["method"].get("repair", "none")
         own = label.removeprefix(METHOD_LABELS.get(name, name)).removeprefix(", ")
         parts = [part for part in own.split(", ") if not part.startswith(NOT_NAMED) and not part.endswith("=None")]
-        if repair != "none" and name not in PLUS and not any(part.startswith("repair=") for part in parts):
+        if repair != "none" and name not in REPAIRING and not any(part.startswith("repair=") for part in parts):
             parts.insert(0, f"repair={repair}")
         labels.append(plain_label(", ".join(parts)))
     return labels

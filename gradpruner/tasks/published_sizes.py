@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-# One token more or less per word makes no difference here: SmolLM2's tokenizer, default prompts and settings.
+# Lengths are with default prompts and settings.
 TOKENIZER = "SmolLM2's tokenizer"
 
 
