@@ -175,9 +175,13 @@ def _rows(group: Sequence[RunRecord]) -> _Cells:
 
 def _label(run: RunRecord) -> str:
     """Returns the name of a run's method, and that it was repaired unless the method always is."""
-    name, settings = run.pruning["method"], run.config["method"]
-    is_repaired = settings.get("repair", "none") != "none" or settings.get("merge_rule") == "least_squares"
-    return METHOD_LABELS.get(name, name) + (", repaired" if is_repaired and name not in REPAIRING else "")
+    name = run.pruning["method"]
+    return METHOD_LABELS.get(name, name) + (", repaired" if _is_repaired(run) and name not in REPAIRING else "")
+
+
+def _is_repaired(run: RunRecord) -> bool:
+    settings = run.config["method"]
+    return settings.get("repair", "none") != "none" or settings.get("merge_rule") == "least_squares"
 
 
 def _sparsity(run: RunRecord) -> float | None:
@@ -186,13 +190,20 @@ def _sparsity(run: RunRecord) -> float | None:
 
 
 def _main_variant(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Returns the runs of one choice of a method's settings, by dataset: the choice with the most datasets and runs."""
+    """Returns the runs of one choice of a method's settings, by dataset: the choice with the most datasets and runs.
+
+    Of equal ones the method without repair is shown.
+    """
     variants: dict[str, list[RunRecord]] = {}
     for run in runs:
         settings = {key: value for key, value in depth_settings(run).items() if key != "repair_rows"}
         variants.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     found: dict[str, list[RunRecord]] = {}
-    for own in sorted(variants.values(), key=lambda each: (len({dataset_name(run) for run in each}), len(each))):
+
+    def weight(own: list[RunRecord]) -> tuple[int, int, bool]:
+        return len({dataset_name(run) for run in own}), len(own), not _is_repaired(own[0])
+
+    for own in sorted(variants.values(), key=weight):
         by_dataset: dict[str, list[RunRecord]] = {}
         for run in own:
             by_dataset.setdefault(dataset_name(run), []).append(run)

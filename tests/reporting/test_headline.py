@@ -60,6 +60,21 @@ def test_one_sparsity_for_all_methods_but_every_one_of_a_single_method():
     ]
 
 
+@pytest.mark.parametrize(
+    "repaired", [{"repair": "judged"}, {"repair": "least_squares"}, {"merge_rule": "least_squares"}]
+)
+def test_a_repaired_method_is_not_shown_under_its_plain_name(repaired):
+    better, plain, other = scored("gradpruner", 0.6, **repaired), scored("gradpruner", 0.5), scored("laco", 0.4)
+    for runs in itertools.permutations([better, plain, other]):
+        assert [(point.label, point.quality.value) for point in headline(runs).points] == [
+            ("GradPruner", 0.5),
+            ("LaCo", 0.4),
+        ]
+    assert headline([better, other]).points[0].label == "GradPruner, repaired"
+    plus = scored("gradpruner_plus", 0.6, repair="judged")
+    assert headline([plus, other]).points[0].label == "GradPruner+"
+
+
 def test_the_papers_value_is_there_only_if_it_was_measured_alike():
     both = [scored("dense", 0.8, mode="generate"), scored("gradpruner", 0.5, mode="generate")]
     [point] = headline(both, PAPER).points
