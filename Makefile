@@ -31,7 +31,7 @@ setup: $(STAMP)  ## create .venv and install everything, including models and da
 run: setup  ## prune, fine-tune and evaluate a real 135M model on ARC-Easy (about 10 minutes on 2 cores)
 	$(BIN)/python -m experiments.run experiment=quickstart
 
-demo: setup  ## show the whole way on a tiny random model (about 20 seconds)
+demo: setup  ## show the whole way on a tiny random model (half a minute)
 	$(BIN)/python -m experiments.demo
 
 lint: setup  ## run ruff and mypy --strict

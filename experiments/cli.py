@@ -45,7 +45,7 @@ COMMANDS = {
         "experiments.prune_checkpoint", "apply a run's plan to a checkpoint that does not fit into memory"
     ),
     "push": Command("experiments.push_checkpoint", "push a run's checkpoint to the Hugging Face Hub"),
-    "demo": Command("experiments.demo", "show the whole way on a tiny random model, in 20 seconds"),
+    "demo": Command("experiments.demo", "show the whole way on a tiny random model, in half a minute"),
     "lm-eval-tasks": Command("experiments.lm_eval_tasks", "write a dataset as a task of lm-evaluation-harness"),
 }
 
