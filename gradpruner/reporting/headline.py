@@ -181,7 +181,7 @@ def _label(run: RunRecord) -> str:
 
 def _is_repaired(run: RunRecord) -> bool:
     settings = run.config["method"]
-    return settings.get("repair", "none") != "none" or settings.get("merge_rule") == "least_squares"
+    return bool(settings.get("repair", "none") != "none" or settings.get("merge_rule") == "least_squares")
 
 
 def _sparsity(run: RunRecord) -> float | None:
