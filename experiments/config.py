@@ -108,24 +108,31 @@ def _second_task(cfg: DictConfig, key: str, name: str | None, settings: DictConf
     return task
 
 
-def reference_config(cfg: DictConfig) -> DictConfig:
-    """Returns the config of the same run with the reference method and that method's own settings.
+def reference_configs(cfg: DictConfig, method_name: str) -> Iterator[DictConfig]:
+    """Yields configs of the same run with each reference method and that method's own settings.
+
+    Args:
+        cfg: config of the run.
+        method_name: its method, which is not run twice.
 
     Raises:
         ConfigError: if there is no such method.
     """
     known = options("method")
-    if cfg.reference not in known:
-        raise schema.ConfigError(
-            f"reference must name a method, got {cfg.reference!r}. Known: {', '.join(known)}, or null."
-        )
-    reference = cfg.copy()
-    OmegaConf.set_struct(reference, False)
-    reference.method = load_option("method", cfg.reference)
-    reference.save_checkpoint, reference.push_to_hub = False, None
-    if cfg.output_dir is not None:
-        reference.output_dir = str(path_setting(cfg, "output_dir") / "reference")
-    return reference
+    for name in [cfg.reference] if isinstance(cfg.reference, str) else cfg.reference or []:
+        if name not in known:
+            raise schema.ConfigError(
+                f"reference must name a method, or a list of methods, got {name!r}. Known: {', '.join(known)}, or null."
+            )
+        if name == method_name:
+            continue
+        reference = cfg.copy()
+        OmegaConf.set_struct(reference, False)
+        reference.method = load_option("method", name)
+        reference.save_checkpoint, reference.push_to_hub = False, None
+        if cfg.output_dir is not None:
+            reference.output_dir = str(path_setting(cfg, "output_dir") / "reference" / name)
+        yield reference
 
 
 def use_config_dir(folder: str) -> None:

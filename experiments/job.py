@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import schema
 from experiments.arguments import check_texts
-from experiments.config import build_pipeline, identity, reference_config, resolve, run_directory
+from experiments.config import build_pipeline, identity, reference_configs, resolve, run_directory
 from experiments.devices import taken_gpu
 from experiments.dry_run import cell_costs, prepare_dry_run, show_dry_run
 from experiments.launch import config_dir_arguments, run_with_torchrun, starts_torchrun
@@ -143,7 +143,7 @@ def _explain_memory(error: Exception) -> Exception:
 
 
 def run_job(cfg: DictConfig) -> RunRecord | None:
-    """Runs what `cfg` describes, after its reference method, and prints the summary.
+    """Runs what `cfg` describes, after its reference methods, and prints the summary.
 
     Returns:
         The record; None for a dry run, and on all processes but rank 0.
@@ -227,9 +227,8 @@ def _push(run_dir: Path, repository: str) -> None:
 
 
 def _arms(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[DictConfig, Pipeline]]:
-    """Yields config and pipeline of the reference method, if there is one, and of the run itself."""
-    if cfg.reference is not None and cfg.reference != pipeline.method.name:
-        reference = reference_config(cfg)
+    """Yields config and pipeline of every reference method, then of the run itself."""
+    for reference in reference_configs(cfg, pipeline.method.name):
         first = build_pipeline(reference)
         first.take_examples(pipeline)
         yield reference, first

@@ -38,7 +38,8 @@ class RunConfig:
         seed: seed of data order, adapters and draws.
         show_options: list the choices in the prompt, if the dataset has a template for it.
         num_processes: processes per node that share the run, started by torchrun if there are several.
-        reference: method to run first, from the same cache, and to show in the summary; null for none.
+        reference: method, or list of methods, to run first, from the same cache, and to show in the summary; null for
+            none.
         evaluate_before: also evaluate before fine-tuning.
         measure_speed: time training steps and inference of the result and of the dense model.
         dry_run: print what would happen; load no weights.
@@ -61,7 +62,7 @@ class RunConfig:
     seed: int = MISSING
     show_options: bool = MISSING
     num_processes: int = MISSING
-    reference: str | None = MISSING
+    reference: Any = MISSING
     evaluate_before: bool = MISSING
     measure_speed: bool = MISSING
     dry_run: bool = MISSING

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from experiments.cli import command_of
 from experiments.command_line import run_command
-from experiments.config import build_pipeline, composing, identity, reference_config, run_directory
+from experiments.config import build_pipeline, composing, identity, reference_configs, run_directory
 from experiments.launch import config_dir_arguments
 from experiments.recording import RUNNING_FILE, is_complete
 from experiments.schema import ConfigError
@@ -143,14 +143,11 @@ def _state(cfg: DictConfig, failure: str | None) -> tuple[str, str]:
         return "failed", f"{run_dir} holds a run with another config"
     if record is not None and is_complete(record, run_dir, cfg):
         return "done", ""
-    folders = [run_dir]
-    if cfg.reference is not None and cfg.reference != pipeline.method.name:
-        reference = reference_config(cfg)
-        folders.append(run_directory(reference, build_pipeline(reference)))
-    for folder in folders:
+    first = [(each, build_pipeline(each)) for each in reference_configs(cfg, pipeline.method.name)]
+    folders = {run_dir: ""} | {run_directory(*arm): f", first {arm[1].method.name}" for arm in first}
+    for folder, what in folders.items():
         holder = find_holder(folder / RUNNING_FILE)
         if holder is not None and holder.is_alive:
-            what = "" if folder == run_dir else f", first {cfg.reference}"
             return "running", f"{holder}{what}"
     if record is not None and record.status == "failed":
         return "failed", str(record.error)

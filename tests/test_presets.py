@@ -31,7 +31,7 @@ from gradpruner.models.spec import ModelSpec
 from gradpruner.pipeline.run import Pipeline
 
 SCALES = ("small", "paper")
-OURS = {"importance", "repair", "learning_rate"}  # also in both scales
+OURS = {"importance", "repair", "learning_rate", "recipe"}  # also in both scales
 NOT_OF_THE_PAPER = {"quickstart", "depth", "width", "paper", *OURS}
 TABLES = {path.stem for path in (CONF / "experiment").glob("*.yaml")} - NOT_OF_THE_PAPER
 PRESETS = [(name, scale) for name in sorted(TABLES | OURS) for scale in SCALES]
@@ -41,7 +41,7 @@ SMOLLM2 = LlamaConfig(num_hidden_layers=30, hidden_size=576, intermediate_size=1
 
 def number_of_rows(task):
     """Returns the training rows that a task has at its scale, less those held out."""
-    rows = DATA[task.name].num_rows if task.source == "hub" and task.name in DATA else 320
+    rows = DATA[task.name].num_train if task.source == "hub" and task.name in DATA else 320
     return round(rows * (1 - (task.validation_fraction or 0)))
 
 

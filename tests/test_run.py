@@ -18,7 +18,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import prune_checkpoint
-from experiments.config import CONF, build_pipeline, load_option, reference_config, run_directory
+from experiments.config import CONF, build_pipeline, load_option, reference_configs, run_directory
 from experiments.job import run_job
 from experiments.run import main
 from experiments.tracker import WandbTracker
@@ -109,17 +109,32 @@ def test_no_reference(folders, tmp_path):
 
 def test_a_reference_whose_yaml_inherits():
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = reference_config(compose("config", overrides=["debug=smoke", "reference=igia_only"]))
+        (cfg,) = reference_configs(compose("config", overrides=["debug=smoke", "reference=igia_only"]), "gradpruner")
         method = build_pipeline(cfg).method
     assert (method.name, method.merge_count, method.seed) == ("igia_only", 0, 0)
     assert cfg.method.merge_count == 0
 
 
+def test_several_references(folders, tmp_path, capsys):
+    record = run(
+        "reference=[dense,last,igia_only]",
+        "method=last",
+        "evaluate_before=false",
+        f"output_dir={tmp_path}/run",
+        *folders,
+    )
+    assert record.pruning["method"] == "last"  # which is not run twice
+    names = [RunRecord.load(each).pruning["method"] for each in sorted((tmp_path / "run/reference").iterdir())]
+    assert names == ["dense", "igia_only"]
+    lines = capsys.readouterr().out.splitlines()
+    order = [line.split()[1] for line in lines if " + lora" in line]
+    assert order == ["dense", "igia_only", "last"]
+
+
 @pytest.mark.bad_input("Paths and overrides", "a misspelt reference", "error: reference must name a method")
 def test_unknown_reference(folders):
-    with pytest.raises(
-        ValueError, match=r"reference must name a method, got 'dens'\. Known: angular, apt, apt_fast, dense, gradpruner"
-    ):
+    message = r"reference must name a method, or a list of methods, got 'dens'\. Known: angular, apt, apt_fast, dense, "
+    with pytest.raises(ValueError, match=message):
         run("reference=dens", *folders)
 
 
