@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.config import CONF
+from experiments.config import CONF, reference_configs
 from experiments.job import run_job
 
 CACHE = CONF.parent / ".cache"  # the converted model is shared with `make run`
@@ -25,6 +25,8 @@ def finished(tmp_path_factory):
     (stages / "assets").symlink_to(CACHE / "assets")  # finished stages are not
     overrides = [
         "experiment=quickstart",
+        "method=gradpruner",  # the third of its methods takes minutes
+        "reference=dense",
         f"output_dir={folder}/run",
         f"cache_dir={stages}",
         f"dataset.max_train_samples={ROWS['train']}",
@@ -41,9 +43,18 @@ def finished(tmp_path_factory):
     return record, folder / "run"
 
 
+def test_the_quickstart_shows_three_methods():
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=["experiment=quickstart"])
+        arms = [*reference_configs(cfg, "gradpruner_plus"), cfg]
+    assert [arm.method._target_.rpartition(".")[2] for arm in arms] == ["Dense", "GradPruner", "GradPrunerPlus"]
+    assert [arm.save_checkpoint for arm in arms] == [False, False, True]
+    assert {arm.finetune.loss for arm in arms} == {"distill"}
+
+
 def test_the_dense_model_is_a_real_one(finished):
     _, run_dir = finished
-    before = json.loads((run_dir / "reference" / "record.json").read_text())["metrics_before"]
+    before = json.loads((run_dir / "reference/dense/record.json").read_text())["metrics_before"]
     # Sixteen rows say little about accuracy; a model that knew nothing would need log(49152) = 10.8 nats per token.
     assert before["answer_nll"] + 5 * before["answer_nll_stderr"] < 0.7 * math.log(49152)
 

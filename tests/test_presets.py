@@ -183,7 +183,6 @@ def test_a_table_gives_methods_what_they_need_at_its_scale():
     assert (paper.merge_rule, paper.steps, paper.fraction) == ("sign_sum", None, 0.01)
     ours = ("igia_only", "kernel_igia", "gradpruner_plus")  # share one importance run
     assert [config("experiment=table1", f"method={name}").method.steps for name in ours] == [12] * 3
-    assert config("experiment=table1", "method=gradpruner_plus").method.repair_rows == 160
     assert config("experiment=table8", "method=gradpruner", "method.steps=5").method.steps == 5
     assert config("experiment=table1", "method=minitron").method.recover_on is None
     assert config("experiment=table1", "scale=paper", "method=minitron").method.recover_on == "alpaca"
