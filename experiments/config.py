@@ -119,13 +119,13 @@ def reference_configs(cfg: DictConfig, method_name: str) -> Iterator[DictConfig]
         ConfigError: if there is no such method.
     """
     known = options("method")
-    for name in [cfg.reference] if isinstance(cfg.reference, str) else cfg.reference or []:
+    for name in cfg.reference if OmegaConf.is_list(cfg.reference) else [cfg.reference]:
+        if name in (None, method_name):
+            continue
         if name not in known:
             raise schema.ConfigError(
                 f"reference must name a method, or a list of methods, got {name!r}. Known: {', '.join(known)}, or null."
             )
-        if name == method_name:
-            continue
         reference = cfg.copy()
         OmegaConf.set_struct(reference, False)
         reference.method = load_option("method", name)

@@ -181,7 +181,7 @@ def test_a_table_gives_methods_what_they_need_at_its_scale():
     small, paper = (config("experiment=table1", f"scale={scale}", "method=gradpruner").method for scale in SCALES)
     assert (small.merge_rule, small.steps, small.fraction) == ("sign_average", 12, None)
     assert (paper.merge_rule, paper.steps, paper.fraction) == ("sign_sum", None, 0.01)
-    ours = ("igia_only", "kernel_igia", "gradpruner_plus")  # share one importance run
+    ours = ("igia_only", "kernel_igia", "gradpruner_plus")  # rank layers by as many steps
     assert [config("experiment=table1", f"method={name}").method.steps for name in ours] == [12] * 3
     assert config("experiment=table8", "method=gradpruner", "method.steps=5").method.steps == 5
     assert config("experiment=table1", "method=minitron").method.recover_on is None

@@ -134,8 +134,11 @@ def test_several_references(folders, tmp_path, capsys):
 @pytest.mark.bad_input("Paths and overrides", "a misspelt reference", "error: reference must name a method")
 def test_unknown_reference(folders):
     message = r"reference must name a method, or a list of methods, got 'dens'\. Known: angular, apt, apt_fast, dense, "
-    with pytest.raises(ValueError, match=message):
-        run("reference=dens", *folders)
+    for reference in ("dens", "[dense,dens]"):
+        with pytest.raises(ValueError, match=message):
+            run(f"reference={reference}", *folders)
+    with pytest.raises(ValueError, match="or a list of methods, got 3"):
+        run("reference=3", *folders)
 
 
 def test_a_finished_run_is_not_run_again(folders, tmp_path, caplog):
