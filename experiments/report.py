@@ -7,6 +7,7 @@ python -m experiments.report table=figure6                          # a figure o
 python -m experiments.report table=2                                # time and memory of finished runs
 python -m experiments.report table=importance                       # importance runs: layers, certainty, results
 python -m experiments.report table=learning_rate                    # the best rate for each method, and for all
+python -m experiments.report table=recipe                           # GradPruner+ beside other methods
 python -m experiments.report table=11                               # counted, needs no runs
 python -m experiments.report table=11 model=smollm2_135m plan=results/runs/.../plan.json
 python -m experiments.report figure=plans                           # or importance, 1, 2, 5, 6, 7, 8, 9
@@ -52,6 +53,7 @@ from gradpruner.reporting.learning_rate_table import learning_rate_tables
 from gradpruner.reporting.page import Runs
 from gradpruner.reporting.paper_tables import paper_table
 from gradpruner.reporting.published import Published, load_published
+from gradpruner.reporting.recipe_table import recipe_tables
 from gradpruner.reporting.row_scores import read_numbers
 from gradpruner.reporting.tables import Table, comparisons
 from gradpruner.width_surgery import planned_shape
@@ -63,7 +65,7 @@ FIGURES_DIR = "results/figures"
 CHART_TYPES = (".svg", ".png")
 # Folder of the committed records that a table is made of where there are no runs. Figures and `all` take every record.
 COMMITTED = RESULTS / "records"
-COMMITTED_OF = {"2": "methods", "importance": "importance", "learning_rate": "learning_rate"}
+COMMITTED_OF = {"2": "methods", "importance": "importance", "learning_rate": "learning_rate", "recipe": "recipe"}
 PRESETS = "small"  # folder of all other tables
 TABLES = (*(str(number) for number in range(1, 14)), *(f"figure{number}" for number in (5, 6, 7, 8, 9)))
 ALL = "all"
@@ -71,6 +73,7 @@ ALL = "all"
 OURS = {
     "importance": (importance_tables, "runs that rank layers by gradients"),
     "learning_rate": (learning_rate_tables, "runs that differ in the learning rate of the fine-tune alone"),
+    "recipe": (recipe_tables, "runs of GradPruner+ and of other methods"),
 }
 TABLE_SPARSITY = 0.4
 

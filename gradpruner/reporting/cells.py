@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from gradpruner.record import RunRecord
-from gradpruner.reporting.comparing import error_of_mean, mean_error
+from gradpruner.reporting.comparing import Difference, error_of_mean, mean_error
 from gradpruner.reporting.published import PublishedRow
 
 DASH = "-"
@@ -59,6 +59,14 @@ def value_of(cell: Sequence[RunRecord], metric: str, paper: Decimal | None, is_w
     mean = statistics.mean(value for record in runs if (value := record.metric(metric)) is not None)
     seeds = tuple(record.seed for record in runs)
     return Value(mean, mean_error(runs, metric), seeds, (len(seeds),), paper, is_withheld)
+
+
+def difference_text(found: Difference | None) -> str:
+    """Returns a difference with its 95 % interval, marked if it is clear; a dash for None."""
+    if found is None:
+        return DASH
+    mark = " ≠" if found.is_clear else ""
+    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}){mark}"
 
 
 def average(

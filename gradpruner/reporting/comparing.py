@@ -108,6 +108,15 @@ def mean_difference(differences: Sequence[Difference]) -> Difference:
     return Difference(value, value - reach, value + reach, all(each.is_paired for each in differences))
 
 
+def interval_note(are_paired: Sequence[bool]) -> str:
+    """Returns the note on the intervals of differences, by whether each is paired."""
+    if all(are_paired):
+        how = "paired on the same test rows: bootstrap over the rows, ≠ by McNemar's exact test for single runs"
+    else:
+        how = "unpaired where records have no scores of their rows" + ("" if any(are_paired) else ", as all of these")
+    return f"in brackets: the 95 % interval, {how}"
+
+
 def mcnemar(only_first: int, only_second: int) -> float:
     """Returns the p-value of McNemar's exact test, two-sided: a binomial test of the rows on which two runs differ.
 

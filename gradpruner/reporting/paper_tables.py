@@ -7,8 +7,8 @@ from typing import Any
 
 from gradpruner.messages import parameters
 from gradpruner.record import RunRecord
-from gradpruner.reporting.cells import DASH, FEWER, Value, average, paper_average, value_of
-from gradpruner.reporting.comparing import SPREAD_NOTE, Difference, difference, mean_difference
+from gradpruner.reporting.cells import DASH, FEWER, Value, average, difference_text, paper_average, value_of
+from gradpruner.reporting.comparing import SPREAD_NOTE, Difference, difference, interval_note, mean_difference
 from gradpruner.reporting.coordinates import coordinates
 from gradpruner.reporting.labels import METRIC_LABELS, NOT_COMPETING, caveats, describe_origins, engine_in_title
 from gradpruner.reporting.measures import paper_metrics, why_not_comparable
@@ -229,10 +229,10 @@ def _differences(published: Published, placement: Placement, metrics: list[str])
         known = [at for at in columns if _has(row, at, metrics[at])]
         found = {at: difference(row.cells[at], dense.cells[at], metrics[at]) for at in known}
         is_paired += [each.is_paired for each in found.values()]
-        cells = [_difference_text(found.get(at)) for at in columns]
+        cells = [difference_text(found.get(at)) for at in columns]
         if published.axis == "dataset" and len(columns) > 1:
             full = len(known) == len(columns)
-            cells.append(_difference_text(mean_difference(list(found.values())) if full else None))
+            cells.append(difference_text(mean_difference(list(found.values())) if full else None))
         if known:
             rows.append([row.label, *cells])
             sources.append(list(itertools.chain(*row.cells)))
@@ -241,23 +241,12 @@ def _differences(published: Published, placement: Placement, metrics: list[str])
     headers = [placement.columns[at].header for at in columns]
     if published.axis == "dataset" and len(columns) > 1:
         headers.append(f"average of {len(columns)}")
-    if all(is_paired):
-        how = "paired on the same test rows: bootstrap over the rows, ≠ by McNemar's exact test for single runs"
-    else:
-        how = "unpaired where records have no scores of their rows" + ("" if any(is_paired) else ", as all of these")
-    notes = [f"in brackets: the 95 % interval, {how}", "≠: can be told from dense at 5 %"]
+    notes = [interval_note(is_paired), "≠: can be told from dense at 5 %"]
     return _named(published, placement, "difference from dense", ["method", *headers], rows, notes, sources)
 
 
 def _has(row: PlacedRow, at: int, metric: str) -> bool:
     return bool(row.cells[at]) and all(record.metric(metric) is not None for record in row.cells[at])
-
-
-def _difference_text(found: Difference | None) -> str:
-    if found is None:
-        return DASH
-    mark = " ≠" if found.is_clear else ""
-    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}){mark}"
 
 
 def _averaged(placement: Placement, values: list[list[Value]]) -> list[int]:
