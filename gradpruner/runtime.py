@@ -1,5 +1,6 @@
 """Environment of a run: device, seeds, versions, git state."""
 
+import functools
 import platform
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import torch
 from datasets.utils import logging as datasets_logging
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+from tqdm.auto import tqdm
+from transformers import modeling_gguf_pytorch_utils
 from transformers import set_seed as _set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -45,6 +48,8 @@ def quiet_libraries() -> None:
     datasets_logging.disable_progress_bar()
     if not getattr(sys.stderr, "isatty", bool)():
         disable_progress_bars()
+    # The bar of a GGUF file that is converted, which no setting of transformers turns off.
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(tqdm, disable=None)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft reads it
 
 

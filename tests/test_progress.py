@@ -6,12 +6,14 @@ import sys
 
 import pytest
 from commands import call
+from transformers import modeling_gguf_pytorch_utils
 
 from experiments import progress
 from experiments.progress import RunProgress, describe_seconds
 from experiments.run import main
 from gradpruner.pipeline.work import PlannedStage
 from gradpruner.progress import Steps, track
+from gradpruner.runtime import quiet_libraries
 
 PLAN = [
     PlannedStage("measure", "m", 100.0, False),
@@ -103,6 +105,15 @@ def test_the_library_has_bars_on_a_terminal_and_none_elsewhere(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         assert list(track([1, 2], "repair", "run")) == [1, 2]
         assert ("repair: 100%" in stream.getvalue()) == shown and bool(stream.getvalue()) == shown
+
+
+def test_the_bar_of_a_gguf_file_is_for_terminals(monkeypatch):
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "tqdm", modeling_gguf_pytorch_utils.tqdm)  # put back
+    quiet_libraries()
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert list(modeling_gguf_pytorch_utils.tqdm([1, 2], desc="tensors")) == [1, 2]
+        assert bool(stream.getvalue()) == shown
 
 
 def test_a_log_has_a_line_per_stage(tmp_path):
