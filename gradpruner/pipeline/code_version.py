@@ -36,6 +36,7 @@ CANNOT_CHANGE_RESULTS = {
     "gradpruner.messages": "makes texts for people",
     "gradpruner.conversation_rows": "makes rows, which are in the keys themselves",
     "gradpruner.data_warnings": "warns",
+    "gradpruner.finetune.few_steps": "warns",
     "gradpruner.checkpoints*": "writes files from the results of stages",
     "gradpruner.models.memory": "serves dry runs and the refusal of runs that do not fit",
     "gradpruner.models.origin": "serves cards",

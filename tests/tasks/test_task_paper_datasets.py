@@ -159,7 +159,7 @@ def test_default_sizes_are_the_papers(name: str) -> None:
         limits = (task.max_train_samples, task.max_test_samples)
         sizes = [min(rows, limit or rows) for rows, limit in zip(PUBLISHED[name], limits, strict=True)]
         assert sizes == [DRAWN.get(name, PUBLISHED[name][0]), PUBLISHED[name][1]]
-    assert DATA[name].num_rows == sizes[0]  # what docs/paper-scale.md counts with
+    assert DATA[name].num_train == sizes[0]  # what docs/paper-scale.md counts with
 
 
 def test_only_medmcqa_is_another_task_than_the_papers() -> None:
