@@ -246,4 +246,4 @@ def test_other_figures_and_formats_are_refused(setting, match):
 def test_other_tables_are_refused(name, shown):
     done = report(f"table={name}")
     assert done.returncode == 1 and "table must be one of 1, 2, 3, " in done.stderr
-    assert f"figure9, importance, learning_rate, all, or null, got {shown}." in done.stderr
+    assert f"figure9, importance, learning_rate, recipe, all, or null, got {shown}." in done.stderr
