@@ -45,6 +45,7 @@ METHOD_LABELS = {
 VARIANT_OF = {"sat_constant": "sat"}
 # Dense in the end, or beyond the paper: these do not compete with the paper's pruning methods for the best value.
 NOT_COMPETING = ("dense", "sat", "gradpruner_plus")
+SMALLER_IS_BETTER = ("answer_nll",)
 WITH_ENCODER = ("similarity", "bertscore_f1")
 WITH_ROUGE = ("similarity", "rouge_l")
 ACCURACY_MODES = {
@@ -62,6 +63,11 @@ def method_place(name: str) -> tuple[int, str]:
     """Returns the sorting key of a method: its place in `METHOD_LABELS`; methods without a label come last, by name."""
     order = list(METHOD_LABELS)
     return order.index(name) if name in order else len(order), name
+
+
+def arrow(metric: str) -> str:
+    """Returns the arrow that says whether smaller or larger values of a metric are better."""
+    return "↓" if metric in SMALLER_IS_BETTER else "↑"
 
 
 def caveats(records: Sequence[RunRecord]) -> list[str]:

@@ -10,14 +10,20 @@ from gradpruner.record import RunRecord
 from gradpruner.reporting.cells import DASH, FEWER, Value, average, difference_text, paper_average, value_of
 from gradpruner.reporting.comparing import SPREAD_NOTE, Difference, difference, interval_note, mean_difference
 from gradpruner.reporting.coordinates import coordinates
-from gradpruner.reporting.labels import METRIC_LABELS, NOT_COMPETING, caveats, describe_origins, engine_in_title
+from gradpruner.reporting.labels import (
+    METRIC_LABELS,
+    NOT_COMPETING,
+    SMALLER_IS_BETTER,
+    arrow,
+    caveats,
+    describe_origins,
+    engine_in_title,
+)
 from gradpruner.reporting.measures import paper_metrics, why_not_comparable
 from gradpruner.reporting.paper_rows import PlacedColumn, PlacedRow, Placement, placements
 from gradpruner.reporting.plain_names import MODES, dataset_title
 from gradpruner.reporting.published import Published, PublishedRow
 from gradpruner.reporting.tables import Table, tell_apart
-
-SMALLER_IS_BETTER = ("answer_nll",)
 
 
 def paper_table(published: Published, records: Sequence[RunRecord]) -> list[Table]:
@@ -94,7 +100,7 @@ def _table(published: Published, placement: Placement, metrics: list[str]) -> Ta
         ]
         for row in rows
     ]
-    headers = [f"{column.header} {_arrow(metric)}" for column, metric in zip(columns, metrics, strict=True)]
+    headers = [f"{column.header} {arrow(metric)}" for column, metric in zip(columns, metrics, strict=True)]
     bold = [[False] * len(columns) for _ in rows]
     is_paired = True
     for at, metric in enumerate(metrics):
@@ -113,7 +119,7 @@ def _table(published: Published, placement: Placement, metrics: list[str]) -> Ta
             marks.append(False)
         for number in _best_averages(rows, values, metrics, averaged):
             bold[number][-1] = True
-        headers.append(f"average of {len(averaged)} {_arrow(metrics[averaged[0]])}")
+        headers.append(f"average of {len(averaged)} {arrow(metrics[averaged[0]])}")
     texts = [
         [row.label, *(value.text(mark) for value, mark in zip(own, marks, strict=True))]
         for row, own, marks in zip(rows, values, bold, strict=True)
@@ -265,10 +271,6 @@ def _fewer(
         if cells[-1].has_fewer
     ]
     return [f"{FEWER} over fewer, so not comparable with the others: {'; '.join(own)}"] if own else []
-
-
-def _arrow(metric: str) -> str:
-    return "↓" if metric in SMALLER_IS_BETTER else "↑"
 
 
 def _scale(columns: list[PlacedColumn], rows: list[PlacedRow], metrics: list[str]) -> list[str]:

@@ -1,17 +1,17 @@
 """GradPruner+ beside other methods: means on each dataset, and its difference from each, on the same test rows."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from gradpruner.record import RunRecord
 from gradpruner.reporting.cells import difference_text, value_of
-from gradpruner.reporting.comparing import SPREAD_NOTE, difference, interval_note, mean_difference
+from gradpruner.reporting.comparing import SPREAD_NOTE, Difference, difference, interval_note, mean_difference
 from gradpruner.reporting.coordinates import coordinates
-from gradpruner.reporting.labels import METRIC_LABELS, caveats
+from gradpruner.reporting.labels import METRIC_LABELS, arrow, caveats
 from gradpruner.reporting.means import DENSE, main_metric
 from gradpruner.reporting.plain_names import dataset_title
 from gradpruner.reporting.run_groups import comparable_groups
-from gradpruner.reporting.tables import Table, dataset_name, row_labels, row_order
+from gradpruner.reporting.tables import Table, dataset_name, row_labels, row_order, rows_of_seeds
 
 RECIPE = "gradpruner_plus"
 NLL = "answer_nll"
@@ -54,15 +54,11 @@ def _method(by_dataset: Mapping[str, list[RunRecord]]) -> str:
 
 
 def _rows(runs: Sequence[RunRecord]) -> _Rows:
-    """Returns the runs in the order of rows; of equal runs the last one."""
-    ordered = sorted(runs, key=lambda run: (row_order(run), run.seed))
-    found: dict[str, dict[str, dict[int, RunRecord]]] = {}
-    for label, run in zip(row_labels(ordered), ordered, strict=True):
-        found.setdefault(label, {}).setdefault(dataset_name(run), {})[run.seed] = run
-    return {
-        label: {name: list(by_seed.values()) for name, by_seed in by_dataset.items()}
-        for label, by_dataset in found.items()
-    }
+    groups = rows_of_seeds(sorted(runs, key=row_order))
+    found: dict[str, dict[str, list[RunRecord]]] = {}
+    for label, of_seeds in zip(row_labels([group[0] for group in groups]), groups, strict=True):
+        found.setdefault(label, {})[dataset_name(of_seeds[0])] = of_seeds
+    return found
 
 
 def _tables(setting: str, rows: _Rows, metric: str | None) -> list[Table]:
@@ -73,64 +69,72 @@ def _tables(setting: str, rows: _Rows, metric: str | None) -> list[Table]:
         rows: the runs.
         metric: key in the records' metrics; None for accuracy or similarity, whichever a dataset has.
     """
-    first: dict[str, RunRecord] = {}
-    for by_dataset in rows.values():
-        for name, runs in by_dataset.items():
-            first.setdefault(name, runs[0])
+    first = {name: runs[0] for by_dataset in rows.values() for name, runs in by_dataset.items()}
     metrics = {name: metric or main_metric(run) for name, run in sorted(first.items())}
     shown = _with_values(rows, metrics)
-    recipes = Counter({label: sum(map(len, row.values())) for label, row in shown.items() if _method(row) == RECIPE})
+    recipes = Counter({label: len(_runs(row)) for label, row in shown.items() if _method(row) == RECIPE})
     if not recipes or len(shown) < 2:
         return []
     ours, _ = recipes.most_common(1)[0]
-    headers = [
-        f"{dataset_title(name)}, {METRIC_LABELS[each]} {'↓' if each == NLL else '↑'}" for name, each in metrics.items()
-    ]
-    sources = [[run for runs in row.values() for run in runs] for row in shown.values()]
-    values = [
-        [label, *(value_of(row.get(name, []), each, None, False).text(False) for name, each in metrics.items())]
-        for label, row in shown.items()
-    ]
-    others = {label: row for label, row in shown.items() if label != ours}
-    differences, found = [], []
-    for label, row in others.items():
-        own = {
-            name: difference(shown[ours][name], row[name], each)
-            for name, each in metrics.items()
-            if name in row and name in shown[ours]
-        }
-        found += list(own.values())
-        differences.append([label, *(difference_text(own.get(name)) for name in metrics)])
-        if len(metrics) > 1:
-            full = len(own) == len(metrics)
-            differences[-1].append(difference_text(mean_difference(list(own.values())) if full else None))
     what = " or ".join(dict.fromkeys(METRIC_LABELS[each] for each in metrics.values()))
-    shared = [
-        f"{', '.join(sorted({str(run.metrics['num_examples']) for run in first.values()}))} test rows, "
-        f"{', '.join(sorted({str(run.finetune['steps']) for run in first.values()}))} steps of fine-tuning",
-        *caveats([run for runs in sources for run in runs]),
+    headers = [
+        "method",
+        *(f"{dataset_title(name)}, {METRIC_LABELS[each]} {arrow(each)}" for name, each in metrics.items()),
     ]
-    mean = [f"mean of {len(metrics)}"] if len(metrics) > 1 else []
+    notes = [
+        f"{_all_of(run.metrics['num_examples'] for run in first.values())} test rows, "
+        f"{_all_of(run.finetune['steps'] for run in first.values())} steps of fine-tuning",
+        *caveats([run for row in shown.values() for run in _runs(row)]),
+    ]
+    means = Table(
+        f"{SECTION}: {setting}, {what}",
+        headers,
+        [
+            [label, *(value_of(row.get(name, []), each, None, False).text(False) for name, each in metrics.items())]
+            for label, row in shown.items()
+        ],
+        [*notes, SPREAD_NOTE],
+        [_runs(row) for row in shown.values()],
+        section=SECTION,
+        heading=f"{setting}, {what}",
+    )
+    others = {label: row for label, row in shown.items() if label != ours}
+    differences = [_differences(shown[ours], row, metrics) for row in others.values()]
+    is_paired = [each.is_paired for row in differences for each in row if each is not None]
     return [
-        Table(
-            f"{SECTION}: {setting}, {what}",
-            ["method", *headers],
-            values,
-            [*shared, SPREAD_NOTE],
-            sources,
-            section=SECTION,
-            heading=f"{setting}, {what}",
-        ),
+        means,
         Table(
             f"{SECTION}: {setting}, {ours} minus each, {what}",
-            ["method", *headers, *mean],
-            differences,
-            [*shared, interval_note([each.is_paired for each in found]), f"≠: can be told from {ours} at 5 %"],
-            [[run for runs in row.values() for run in runs] for row in others.values()],
+            [*headers, *([f"mean of {len(metrics)}"] if len(metrics) > 1 else [])],
+            [[label, *map(difference_text, row)] for label, row in zip(others, differences, strict=True)],
+            [*notes, interval_note(is_paired), f"≠: can be told from {ours} at 5 %"],
+            [_runs(row) for row in others.values()],
             section=SECTION,
             heading=f"{setting}, {ours} minus each, {what}",
         ),
     ]
+
+
+def _differences(
+    ours: Mapping[str, list[RunRecord]], other: Mapping[str, list[RunRecord]], metrics: Mapping[str, str]
+) -> list[Difference | None]:
+    """Returns ours minus the other on each dataset and, of several their mean; None where one has no runs."""
+    found = [
+        difference(ours[name], other[name], metric) if name in ours and name in other else None
+        for name, metric in metrics.items()
+    ]
+    known = [each for each in found if each is not None]
+    if len(found) > 1:
+        found.append(mean_difference(known) if len(known) == len(found) else None)
+    return found
+
+
+def _runs(by_dataset: Mapping[str, list[RunRecord]]) -> list[RunRecord]:
+    return [run for runs in by_dataset.values() for run in runs]
+
+
+def _all_of(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(set(numbers))))
 
 
 def _with_values(rows: _Rows, metrics: Mapping[str, str]) -> _Rows:
