@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from gradpruner.encoding import Batch
 from gradpruner.hidden_states import answer_nll
-from gradpruner.layer_scores import angular_distances, block_influence, nearest_block
+from gradpruner.layer_scores import influence_and_distances, nearest_block
 from gradpruner.models.architectures import decoder_layers
 from gradpruner.plan import PruningPlan, lowest_layers, number_runs
 from gradpruner.progress import Steps
@@ -111,8 +111,8 @@ class LayerScores:
 
     @classmethod
     def measure(cls, model: PreTrainedModel, importance: Sequence[float], batches: list[Batch]) -> Self:
-        """Returns the scores; two passes over the batches."""
-        return cls(importance, block_influence(model, batches), angular_distances(model, batches))
+        """Returns the scores; one pass over the batches."""
+        return cls(importance, *influence_and_distances(model, batches))
 
     def sets(self, num_pruned_layers: int) -> dict[str, Layers]:
         """Returns the set of each criterion."""

@@ -1,5 +1,8 @@
 """Scores of layers by how little they turn the states that pass through them: Block Influence and angular distance."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,20 +16,31 @@ from gradpruner.progress import track
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, batches: list[Batch], description: str | None = None) -> list[float]:
     """Returns 1 - mean over all real tokens of cos(input, output), for every layer of the model."""
-    sums = torch.zeros(len(decoder_layers(model)), dtype=torch.float64)
-    num_tokens = 0
+    influence = _Influence(model)
     for batch in batches if description is None else track(batches, description, "batch"):
-        mask = batch["attention_mask"].to(model.device).bool()  # (B, T)
-        num_tokens += int(mask.sum())
-
-        def add(layer: int, before: Tensor, after: Tensor, mask: Tensor = mask) -> None:
-            real = mask.to(after.device)
-            cosines = torch.cosine_similarity(before[real].float(), after[real].float(), dim=-1)  # (tokens,)
-            sums[layer] += cosines.double().sum().cpu()
-
-        with watch_layers(model, add):
+        with influence.watch(batch):
             last_hidden_state(model, batch)
-    return [1.0 - value for value in (sums / num_tokens).tolist()]
+    return influence.result()
+
+
+@torch.no_grad()
+def angular_distances(model: PreTrainedModel, batches: list[Batch]) -> list[list[float]]:
+    """Returns the mean angle / pi between any two states of the last token, before or after a layer, (L+1, L+1)."""
+    angles = _Angles(model)
+    for batch in track(batches, "angular distance", "batch"):
+        with angles.watch(batch):
+            last_hidden_state(model, batch)
+    return angles.result()
+
+
+@torch.no_grad()
+def influence_and_distances(model: PreTrainedModel, batches: list[Batch]) -> tuple[list[float], list[list[float]]]:
+    """Returns `block_influence` and `angular_distances`, from one pass."""
+    influence, angles = _Influence(model), _Angles(model)
+    for batch in track(batches, "how far layers turn states", "batch"):
+        with influence.watch(batch), angles.watch(batch):
+            last_hidden_state(model, batch)
+    return influence.result(), angles.result()
 
 
 def nearest_block(distances: list[list[float]], length: int) -> tuple[int, ...]:
@@ -40,32 +54,60 @@ def nearest_block(distances: list[list[float]], length: int) -> tuple[int, ...]:
     return tuple(range(start, start + length))
 
 
-@torch.no_grad()
-def angular_distances(model: PreTrainedModel, batches: list[Batch]) -> list[list[float]]:
-    """Returns the mean angle / pi between any two states of the last token, before or after a layer, (L+1, L+1)."""
-    num_states = len(decoder_layers(model)) + 1
-    sums = torch.zeros(num_states, num_states, dtype=torch.float64)
-    num_rows = 0
-    for batch in track(batches, "angular distance", "batch"):
-        states = _last_token_states(model, batch)  # (B, L+1, d)
-        unit = torch.nn.functional.normalize(states, dim=-1)
+class _Influence:
+    """Sums of cosines of all real tokens."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._sums = torch.zeros(len(decoder_layers(model)), dtype=torch.float64)
+        self._num_tokens = 0
+
+    @contextmanager
+    def watch(self, batch: Batch) -> Iterator[None]:
+        """Adds the forward pass of a batch inside the context."""
+        mask = batch["attention_mask"].to(self._model.device).bool()  # (B, T)
+        self._num_tokens += int(mask.sum())
+
+        def add(layer: int, before: Tensor, after: Tensor) -> None:
+            real = mask.to(after.device)
+            cosines = torch.cosine_similarity(before[real].float(), after[real].float(), dim=-1)  # (tokens,)
+            self._sums[layer] += cosines.double().sum().cpu()
+
+        with watch_layers(self._model, add):
+            yield
+
+    def result(self) -> list[float]:
+        return [1.0 - value for value in (self._sums / self._num_tokens).tolist()]
+
+
+class _Angles:
+    """Sums of angles between the states of the last real token of each row, before each layer and after the last."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        num_states = len(decoder_layers(model)) + 1
+        self._sums = torch.zeros(num_states, num_states, dtype=torch.float64)
+        self._num_rows = 0
+
+    @contextmanager
+    def watch(self, batch: Batch) -> Iterator[None]:
+        """Adds the forward pass of a batch inside the context."""
+        mask = batch["attention_mask"].cpu()  # an index on the CPU serves states on any device
+        last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (B,)
+        rows = torch.arange(len(last))
+        before_and_after: list[tuple[Tensor, Tensor]] = []
+
+        def keep(layer: int, before: Tensor, after: Tensor) -> None:
+            before_and_after.append((before[rows, last].double().cpu(), after[rows, last].double().cpu()))
+
+        with watch_layers(self._model, keep):
+            yield
+        states = torch.stack([*(before for before, _ in before_and_after), before_and_after[-1][1]], dim=1)
+        unit = torch.nn.functional.normalize(states, dim=-1)  # (B, L+1, d)
         cosines = (unit @ unit.transpose(1, 2)).clamp(-1.0, 1.0)  # rounding can exceed [-1, 1], where arccos is NaN
-        sums += (cosines.arccos() / torch.pi).sum(dim=0).cpu()
-        num_rows += len(unit)
-    distances: list[list[float]] = (sums / num_rows).tolist()
-    return distances
+        self._sums += (cosines.arccos() / torch.pi).sum(dim=0)
+        self._num_rows += len(unit)
 
-
-def _last_token_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns every row's states of the last real token, before each layer and after the last, (B, L+1, d) float64."""
-    mask = batch["attention_mask"].cpu()  # an index on the CPU serves states on any device
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (B,)
-    rows = torch.arange(len(last))
-    before_and_after: list[tuple[Tensor, Tensor]] = []
-
-    def keep(layer: int, before: Tensor, after: Tensor) -> None:
-        before_and_after.append((before[rows, last].double().cpu(), after[rows, last].double().cpu()))
-
-    with watch_layers(model, keep):
-        last_hidden_state(model, batch)
-    return torch.stack([*(before for before, _ in before_and_after), before_and_after[-1][1]], dim=1)
+    def result(self) -> list[list[float]]:
+        distances: list[list[float]] = (self._sums / self._num_rows).tolist()
+        return distances

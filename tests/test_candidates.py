@@ -15,11 +15,12 @@ from baselines.last import Last
 from baselines.shortgpt import ShortGpt
 from experiments.summary import show_summary
 from gradpruner import candidates
-from gradpruner.batch_rows import distinct_rows
+from gradpruner.batch_rows import by_length, distinct_rows
 from gradpruner.candidates import CandidateSettings, LayerScores, choose_layers, edits, greedy
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradpruner_plus import GradPrunerPlus
 from gradpruner.hidden_states import answer_nll
+from gradpruner.layer_scores import angular_distances, block_influence, influence_and_distances
 from gradpruner.plan import PruningPlan
 from gradpruner.record import RunRecord
 from gradpruner.repair.judged import divide_rows
@@ -139,6 +140,37 @@ def test_distinct_rows(make_batches):
     found = distinct_rows([*batches, *batches])
     assert [batch["input_ids"].tolist() for batch in found] == [batch["input_ids"].tolist() for batch in batches]
     assert sum(len(batch["labels"]) for batch in distinct_rows(batches, 6)) == 6
+
+
+def test_rows_by_length(make_batches):
+    """The same rows, in order of length, with no column that is padding only, and the answers at the end."""
+    batches = make_batches(3, batch_size=5)
+    shorter = {name: values[:2] for name, values in batches.pop().items()}
+    found = by_length([*batches, shorter])
+
+    def rows(some):
+        real = [
+            tuple(tuple(batch[name][row][batch["attention_mask"][row].bool()].tolist()) for name in sorted(batch))
+            for batch in some
+            for row in range(len(batch["labels"]))
+        ]
+        return sorted(real, key=lambda row: (len(row[0]), row))
+
+    assert rows(found) == rows([*batches, shorter]) and [len(batch["labels"]) for batch in found] == [5, 5, 2]
+    lengths = [batch["attention_mask"].sum(dim=1).tolist() for batch in found]
+    in_order = [length for own in lengths for length in own]
+    assert in_order == sorted(in_order) and len(set(in_order)) > 1
+    assert all(batch["input_ids"].shape[1] == max(own) for batch, own in zip(found, lengths, strict=True))
+    assert all(bool((batch["attention_mask"][:, -1] == 1).all()) for batch in found)
+    assert by_length([]) == []
+
+
+def test_scores_of_one_pass_are_those_of_two(make_batches):
+    model, batches = make_model(), make_batches(3, batch_size=4)
+    assert influence_and_distances(model, batches) == (
+        block_influence(model, batches),
+        angular_distances(model, batches),
+    )
 
 
 # ---- GradPruner+ ----

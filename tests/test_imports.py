@@ -27,7 +27,8 @@ LAYERS = {
     ),
     "rooms": ("gradpruner.finetune*", "gradpruner.repair*", "gradpruner.evaluate*", "gradpruner.checkpoints*"),
     "surgery": tuple(
-        f"gradpruner.{name}" for name in ("surgery", "width_surgery", "hidden_states", "layer_scores", "answer_judge")
+        f"gradpruner.{name}"
+        for name in ("surgery", "width_surgery", "hidden_states", "layer_scores", "partial_pass", "answer_judge")
     ),
     "parts": (
         *("gradpruner.models*", "gradpruner.tasks*", "gradpruner.encoding"),

@@ -13,10 +13,11 @@ from baselines.shortgpt import ShortGpt
 from gradpruner.answer_judge import AnswerJudge
 from gradpruner.batch_rows import split_rows
 from gradpruner.hidden_states import answer_nll, decode
+from gradpruner.partial_pass import PartialPass
 from gradpruner.repair import judged, repair
 from gradpruner.repair.judged import CHANNELS, MAGNITUDE, NONE, judged_repair
 from gradpruner.repair.maps import Sums, scale
-from gradpruner.repair.states import read_states, stream_outputs
+from gradpruner.repair.states import RunStates, stream_outputs
 from gradpruner.surgery import apply_plan, sharing_copy
 
 ALL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3_text", "olmo2"]
@@ -92,7 +93,7 @@ def test_states_are_those_of_both_models(make_batches):
     dense, batch = make_model(), make_batches(1, batch_size=4)[0]
     model = pruned(dense)
     run = judged._runs(PLAN, False)[0]
-    [tokens] = read_states(model, dense, PLAN, run, [batch], stream_scale=0.5)
+    [tokens] = RunStates(model, dense, PLAN, [batch]).read(run, stream_scale=0.5)
     kept = batch["attention_mask"].bool() & (batch["attention_mask"].cumsum(-1) > 1)
     with torch.no_grad():
         dense_states = dense(**{k: batch[k] for k in ("input_ids", "attention_mask")}, output_hidden_states=True)
@@ -103,6 +104,42 @@ def test_states_are_those_of_both_models(make_batches):
     answers = torch.zeros_like(kept)
     answers[:, :-1] = batch["labels"][:, 1:] != -100
     assert torch.equal(tokens.answers, answers[kept])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_each_layer_of_each_model_runs_once_for_all_runs(model_type, make_batches):
+    dense, batches = make_model(model_type), make_batches(2, batch_size=3)
+    model, calls = pruned(dense), {}
+
+    def count(name):
+        return lambda module, args, output: calls.update({name: calls.get(name, 0) + 1})
+
+    for side, of in (("dense", dense), ("pruned", model)):
+        for index, layer in enumerate(of.model.layers):
+            layer.mlp.register_forward_hook(count((side, index)))
+    states = RunStates(model, dense, PLAN, batches)
+    for run in judged._runs(PLAN, False):  # layers 1 and 2, behind 0; layer 4, behind 3
+        list(states.read(run))
+    # The absorber runs again for every read, since it may have been changed in between.
+    assert calls == {**{("dense", index): 2 for index in range(5)}, ("pruned", 0): 4, ("pruned", 1): 2}
+
+
+def test_a_pass_goes_on_where_it_stopped(make_batches):
+    model, batches = make_model(), make_batches(2, batch_size=3)
+    partial = PartialPass(model, batches)
+    with torch.no_grad():
+        states = [model(**batch, output_hidden_states=True).hidden_states for batch in batches]
+    for position in (1, 4):
+        partial.advance(position)
+        for number, batch in enumerate(batches):
+            real = batch["attention_mask"].bool()
+            torch.testing.assert_close(partial.state(number)[real], states[number][position][real])
+        for after, batch, expected in zip(partial.after(position), batches, states, strict=True):
+            real = batch["attention_mask"].bool()
+            torch.testing.assert_close(after[real], expected[position + 1][real], rtol=1e-4, atol=1e-5)
+    partial.advance(6)  # behind the last layer, before the final norm
+    normed = model.model.norm(partial.state(1))[batches[1]["attention_mask"].bool()]
+    torch.testing.assert_close(normed, states[1][6][batches[1]["attention_mask"].bool()], rtol=1e-4, atol=1e-5)
 
 
 # ---- the choice ----

@@ -20,9 +20,10 @@ from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.architectures import linear_sublayers
 from gradpruner.models.spec import ModelSpec
+from gradpruner.partial_pass import PartialPass
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.plan import PruningPlan
-from gradpruner.repair import least_squares, maps, repair, states
+from gradpruner.repair import least_squares, maps, repair
 from gradpruner.repair.maps import RIDGES, best_ridge, fold, solve
 from gradpruner.repair.states import PrunedRun, pruned_runs
 from gradpruner.surgery import apply_plan, sharing_copy
@@ -165,24 +166,22 @@ def test_what_a_pruned_layer_did_linearly_is_absorbed(model_type, make_batches, 
         seen = {}
         layer = of.model.layers[1]
         handle = layer.mlp.down_proj.register_forward_hook(lambda m, i, o: seen.update(m=o))
-        after = output(of, 1, batch)
+        [after] = PartialPass(of, [batch]).after(1)
         handle.remove()
         return after - seen["m"], seen["m"]
 
-    output = states._output
-
-    def target(of, layer, batch):
-        if of is not dense:
-            return output(of, layer, batch)
-        y, m = split(original, batch)
+    def target(self, number):
+        assert self._model is dense
+        y, m = split(original, self._batches[number])
         return y + m @ linear_map
 
-    monkeypatch.setattr(states, "_output", target)
+    monkeypatch.setattr(PartialPass, "state", target)
     [fit] = repair(model, dense, plan, batches)
     assert (fit.absorber, fit.last, fit.applied) == (1, 3, True) and fit.error_repaired < 1e-5 < fit.error_dropped
     y, m = split(original, batches[0])
     mask = batches[0]["attention_mask"].bool()
-    torch.testing.assert_close(output(model, 1, batches[0])[mask], (y + m @ linear_map)[mask], rtol=1e-3, atol=1e-3)
+    [after] = PartialPass(model, batches[:1]).after(1)
+    torch.testing.assert_close(after[mask], (y + m @ linear_map)[mask], rtol=1e-3, atol=1e-3)
 
 
 def test_padding_batches_and_order_of_layers_do_not_matter(make_batches):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradpruner.answer_judge import AnswerJudge
-from gradpruner.batch_rows import split_rows
+from gradpruner.batch_rows import by_length, split_rows
 from gradpruner.encoding import IGNORED, Batch
 from gradpruner.hidden_states import answer_nll
 from gradpruner.plan import PruningPlan
@@ -35,10 +35,10 @@ from gradpruner.repair.states import (
     NORMED_MODEL_TYPES,
     PLAIN_MODEL_TYPES,
     PrunedRun,
+    RunStates,
     Tokens,
     down_proj,
     pruned_runs,
-    read_states,
     stream_outputs,
 )
 
@@ -108,6 +108,7 @@ def judged_repair(
     """
     fitted, choosing, fresh = divide_rows(batches)
     judge, stream_scale = AnswerJudge(model, choosing), 1.0
+    to_fit, to_choose = (RunStates(model, dense, plan, rows) for rows in (fitted, choosing))
     fits: list[JudgedFit] = []
     now, fresh_now = judge.nll(), answer_nll(model, fresh)
     runs = _runs(plan, refit)
@@ -116,8 +117,8 @@ def judged_repair(
             position = plan.kept_layers.index(run.absorber)
             judge.advance(position)
             proposals = _Proposals(model, plan, run)
-            proposals.fit(read_states(model, dense, plan, run, fitted, stream_scale), _answer_weight(fitted))
-            held_out = list(read_states(model, dense, plan, run, choosing, stream_scale))
+            proposals.fit(to_fit.read(run, stream_scale), _answer_weight(fitted))
+            held_out = list(to_choose.read(run, stream_scale))
             options, best, best_change = {NONE: now}, now, None
             for change in proposals.changes(held_out):
                 before = [(parameter, parameter.data) for module in change.modules for parameter in module.parameters()]
@@ -233,7 +234,7 @@ def divide_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch], lis
             "repair=judged measures the likelihood of answers, got rows without answer tokens. Give rows with answers, "
             "or set method.repair=least_squares."
         )
-    return fitted, choosing, fresh
+    return by_length(fitted), by_length(choosing), by_length(fresh)
 
 
 def _answer_weight(batches: Sequence[Batch]) -> float:

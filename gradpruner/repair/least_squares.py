@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradpruner.batch_rows import split_rows
+from gradpruner.batch_rows import by_length, split_rows
 from gradpruner.encoding import Batch
 from gradpruner.plan import PruningPlan
 from gradpruner.progress import track
 from gradpruner.repair.maps import best_ridge, fold, solve
-from gradpruner.repair.states import PrunedRun, down_proj, pruned_runs, read_states
+from gradpruner.repair.states import RunStates, Tokens, down_proj, pruned_runs
 
 HELD_OUT = 5  # every fifth row is held out
 
@@ -63,7 +63,7 @@ def repair_by_least_squares(
         model: the pruned model.
         dense: the dense model; unchanged.
         plan: the plan that was applied to `model`.
-        batches: calibration rows, dicts of `input_ids` and `attention_mask`, each (B, T); all are read for every run.
+        batches: calibration rows, dicts of `input_ids` and `attention_mask`, each (B, T).
         towards: what a large lambda pulls T towards, one of `maps.TOWARDS`.
 
     Returns:
@@ -78,18 +78,19 @@ def repair_by_least_squares(
             f"repair=least_squares fits on some rows and chooses lambda on others, got {num_rows} rows. Give it more."
         )
     every = min(HELD_OUT, num_rows)
-    fitted, held_out = split_rows(batches, every, every - 1)
+    groups = split_rows(batches, every, every - 1)
+    to_fit, to_choose = (RunStates(model, dense, plan, by_length(rows)) for rows in groups)
     fits = []
     for run in track(pruned_runs(plan), "repair", "run"):
-
-        def pairs(rows: Sequence[Batch], run: PrunedRun = run) -> Iterator[tuple[Tensor, Tensor]]:
-            return ((tokens.outputs, tokens.missing) for tokens in read_states(model, dense, plan, run, rows))
-
-        solution = solve(pairs(fitted), towards)
-        ridge, repaired, dropped = best_ridge(solution, pairs(held_out))
+        solution = solve(_pairs(to_fit.read(run)), towards)
+        ridge, repaired, dropped = best_ridge(solution, _pairs(to_choose.read(run)))
         rounding = torch.finfo(model.dtype).eps ** 2  # an error below this is not due to the dropped layers
         applied = repaired < dropped and dropped > rounding
         if applied:
             fold(down_proj(model, plan.kept_layers.index(run.absorber)), solution, ridge)
         fits.append(Fit(run.absorber, run.last, solution.num_tokens, ridge, dropped, min(repaired, dropped), applied))
     return fits
+
+
+def _pairs(states: Iterator[Tokens]) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((tokens.outputs, tokens.missing) for tokens in states)

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradpruner.encoding import IGNORED, Batch
-from gradpruner.hidden_states import decode, watch_layers
 from gradpruner.models.architectures import decoder_layers, linear_sublayers
+from gradpruner.partial_pass import PartialPass
 from gradpruner.plan import PruningPlan, preceding_kept_layer
-from gradpruner.surgery import only_layers
 
 DOWN_PROJ = "mlp.down_proj"
 # Their layers add the output of down_proj to the residual stream unchanged.
@@ -75,39 +74,47 @@ def stream_outputs(model: PreTrainedModel, position: int) -> tuple[nn.Module, nn
     return linear_sublayers(layer)["self_attn.o_proj"], linear_sublayers(layer)[DOWN_PROJ]
 
 
-def read_states(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    plan: PruningPlan,
-    run: PrunedRun,
-    batches: Sequence[Batch],
-    stream_scale: float = 1.0,
-) -> Iterator[Tokens]:
-    """Yields the states around a run, batch by batch; later layers are not run.
+class RunStates:
+    """States of both models around runs of pruned layers, in order of depth; each layer runs once over all runs.
 
     Args:
-        model: the pruned model, with all earlier runs repaired.
+        model: the pruned model; a caller repairs it from the absorber of the run that was read on.
         dense: the dense model.
         plan: the plan that was applied to `model`.
-        run: the run to read.
         batches: dicts of `input_ids`, `attention_mask` and perhaps `labels`, each (B, T).
-        stream_scale: how large the residual stream of `model` is, by design, as a fraction of that of `dense`.
     """
-    position = plan.kept_layers.index(run.absorber)
-    _, mlp = stream_outputs(model, position)
-    device = next(mlp.parameters()).device  # of M, of the sums and of the map; the target may come from another one
-    for batch in batches:
-        mask = batch["attention_mask"].to(device)
-        tokens = mask.bool() & (mask.cumsum(-1) > 1)
-        target = _output(dense, run.last, batch).to(device)[tokens] * stream_scale
+
+    def __init__(
+        self, model: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan, batches: Sequence[Batch]
+    ) -> None:
+        self._model, self._plan, self._batches = model, plan, batches
+        self._dense, self._pruned = PartialPass(dense, batches), PartialPass(model, batches)
+
+    def read(self, run: PrunedRun, stream_scale: float = 1.0) -> Iterator[Tokens]:
+        """Yields the states around a run, batch by batch.
+
+        Args:
+            run: the run, not before the one that was read last, with all earlier ones repaired.
+            stream_scale: how large the residual stream of the pruned model is, by design, as a fraction of the other.
+        """
+        position = self._plan.kept_layers.index(run.absorber)
+        self._dense.advance(run.last + 1)
+        self._pruned.advance(position)
+        _, mlp = stream_outputs(self._model, position)
+        device = next(mlp.parameters()).device  # of M, of the sums and of the map
         outputs: list[Tensor] = []
-        handle = mlp.register_forward_hook(lambda _module, _inputs, output, seen=outputs: seen.append(output))
+        handle = mlp.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:
-            after = _output(model, position, batch).to(device)[tokens]
+            for number, after in enumerate(self._pruned.after(position)):
+                batch = self._batches[number]
+                mask = batch["attention_mask"].to(device)
+                tokens = mask.bool() & (mask.cumsum(-1) > 1)
+                target = self._dense.state(number).to(device)[tokens] * stream_scale
+                added = outputs.pop()[tokens]
+                missing = target - (after.to(device)[tokens] - added)
+                yield Tokens(added, missing, target, _before_answers(batch).to(device)[tokens])
         finally:
             handle.remove()
-        added = outputs[0][tokens]
-        yield Tokens(added, target - (after - added), target, _before_answers(batch).to(device)[tokens])
 
 
 def _before_answers(batch: Batch) -> Tensor:
@@ -116,16 +123,3 @@ def _before_answers(batch: Batch) -> Tensor:
     if "labels" in batch:
         before[:, :-1] = batch["labels"][:, 1:].cpu() != IGNORED
     return before
-
-
-def _output(model: PreTrainedModel, layer: int, batch: Batch) -> Tensor:
-    """Returns the raw output of a layer, (B, T, d)."""
-    seen: list[Tensor] = []
-
-    def note(index: int, before: Tensor, after: Tensor) -> None:
-        if index == layer:
-            seen.append(after)
-
-    with only_layers(model, tuple(range(layer + 1))), watch_layers(model, note):
-        decode(model, batch)
-    return seen[0]
