@@ -90,6 +90,11 @@ class Recovery:
                 f"Training between pruning and the fine-tune has a loss of its own, got loss={self.training.loss}. "
                 "Leave it out of method.recover_training; finetune.loss is that of the fine-tune."
             )
+        if self.training.tune_dense_first:
+            raise ValueError(
+                "Training between pruning and the fine-tune starts from the pruned model, got tune_dense_first=true. "
+                "Leave it out of method.recover_training; finetune.tune_dense_first is that of the run."
+            )
         if self.distillation is not None and self.training.mode != "full":
             raise ValueError(
                 f"Distillation trains all weights, got mode={self.training.mode}. Leave it out of "

@@ -56,6 +56,8 @@ class TrainingSpec:
         prompt_weight: weight of a row's prompt in the last two, where its answer weighs 1.
         tuned_teacher: with `distill`, fraction of the answers' loss that compares with the dense model after its own
             fine-tune on the task.
+        tune_dense_first: fine-tune the dense model on the task first, by the likelihood of the answers and otherwise in
+            the same way, and compress the result.
     """
 
     mode: str = "lora"
@@ -82,6 +84,7 @@ class TrainingSpec:
     loss: str = ANSWERS_LOSS
     prompt_weight: float = 1.0
     tuned_teacher: float = 0.0
+    tune_dense_first: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work."""
@@ -159,6 +162,11 @@ class TrainingSpec:
     def result_settings(self) -> dict[str, Any]:
         """Returns the settings that results depend on; part of the cache key of the fine-tune."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "parallel"}
+
+    @property
+    def tunes_dense(self) -> bool:
+        """Whether the dense model is fine-tuned, too, before the compressed one."""
+        return self.tune_dense_first or self.tuned_teacher > 0.0
 
     @property
     def accumulation(self) -> int:

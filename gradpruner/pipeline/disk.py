@@ -117,15 +117,16 @@ def stage_writes(setup: Setup) -> dict[str, Writes]:
 def teacher_writes(setup: Setup) -> dict[str, Writes]:
     """Returns what the stages of `teachers.Teachers` write: predictions, and the fine-tuned dense model."""
     training = setup.training
+    writes = {}
+    if training.tunes_dense:
+        writes["tuned_dense"] = training_writes(count_model(setup.dense_config), training, len(setup.rows))
     if training.loss != DISTILL:
-        return {}
+        return writes
     answers = sum(row.num_answer_tokens - sum(end - start for start, end in row.gaps) for row in setup.rows)
     prompts = sum(len(row.input_ids) - 1 for row in setup.rows) - answers
-    writes = {}
     if training.prompt_weight:
         writes["teach_prompts"] = Writes(*[prompts * TOP * ENTRY_BYTES + SMALL_BYTES] * 2)
     if training.tuned_teacher:
-        writes["tuned_dense"] = training_writes(count_model(setup.dense_config), training, len(setup.rows))
         writes["teach_answers"] = Writes(*[answers * TOP * ENTRY_BYTES + SMALL_BYTES] * 2)
     return writes
 

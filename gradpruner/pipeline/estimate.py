@@ -91,7 +91,9 @@ def check_memory(setup: Setup, cached: Collection[str] = ()) -> None:
         fits = next((tried for tried in phase.lighter() if phase.num_bytes(*tried) <= free), None)
         if fits is None:
             least = phase.num_bytes(1, True)
-            trains_less = " finetune=lora," if phase.stage == "finetune" and phase.trains_all_weights else ""
+            trains_less = (
+                " finetune=lora," if phase.stage in ("tuned_dense", "finetune") and phase.trains_all_weights else ""
+            )
             advice = (
                 f"No smaller batch would fit: one row at a time with gradient checkpointing needs {_gib(least)}. Use"
                 f"{trains_less} a GPU with more memory, a smaller model, or shorter rows (dataset.max_length)"
@@ -145,6 +147,9 @@ class _Phase:
 def _phases(setup: Setup) -> Iterator[_Phase]:
     """Yields the phases of a run that train, in order."""
     method, recovery = setup.resolved_method, setup.recovery
+    if setup.training.tunes_dense:
+        names = ("tuned_dense", "fine-tune of the dense model", "finetune")
+        yield _training_phase(setup, setup.training, setup.rows, None, names, config=setup.dense_config)
     if isinstance(method, GradPruner):
         yield _importance_phase(setup, method)
     if recovery is not None:
@@ -188,15 +193,26 @@ def _training_phase(
     shape: ModelShape | None,
     names: tuple[str, str, str],
     others: int = 0,
+    config: PreTrainedConfig | None = None,
 ) -> _Phase:
-    """Returns the phase of a fine-tune; `names` are stage, name and prefix, `others` bytes of another model."""
+    """Returns the phase of a fine-tune.
+
+    Args:
+        setup: the run.
+        training: how to train.
+        rows: the training rows.
+        shape: of the model; None: that of `config`.
+        names: stage, name and prefix.
+        others: bytes of another model.
+        config: of the model that is trained; None: that of the model that the method starts from.
+    """
     stage, name, prefix = names
     # As many rows as fit: the run is refused only if one row does not.
     size = 1 if training.micro_batch_size == AUTO else int(training.micro_batch_size)
 
     def num_bytes(num_rows: int, recompute: bool) -> int:
         changed = dataclasses.replace(training, micro_batch_size=num_rows, gradient_checkpointing=recompute)
-        return others + training_memory(setup, changed, rows, setup.config, shape).total
+        return others + training_memory(setup, changed, rows, config or setup.config, shape).total
 
     return _Phase(
         stage=stage,

@@ -37,6 +37,7 @@ from gradpruner.pipeline.stages import (
     recover_stage,
     repair_stage,
     speed_stage,
+    start_of,
     vllm_stage,
 )
 from gradpruner.pipeline.teachers import Teachers, teach_stage
@@ -235,38 +236,48 @@ class Pipeline(Setup):
     @cached_property
     def _chain(self) -> _Chain:
         """The stages in order; nothing is computed yet."""
-        runner = self._runner
-        measured = measure_stage(self)
-        pruned = prune_stage(self, runner, measured)
-        repaired = repair_stage(self, runner, measured, pruned) if self.repairs else None
-        recovered = recover_stage(self, runner, pruned, repaired or pruned) if self.recovery else None
+        runner, teachers = self._runner, self._teachers()
+        start = start_of(self, runner, teachers.tuned_dense if self.training.tune_dense_first else None)
+        measured = measure_stage(self, start)
+        pruned = prune_stage(self, runner, start, measured)
+        repaired = repair_stage(self, runner, start, measured, pruned) if self.repairs else None
+        recovered = recover_stage(self, runner, start, pruned, repaired or pruned) if self.recovery else None
         untuned = recovered or repaired or pruned
-        teachers = self._teachers()
         finetuned = finetune_stage(self, runner, untuned, teachers)
         predicted = self._predictions_of(finetuned)
         evaluated = evaluate_stage(self, runner, predicted)
         return _Chain(measured, pruned, repaired, recovered, untuned, teachers, finetuned, predicted, evaluated)
 
     def _teachers(self) -> Teachers:
-        """Returns the teachers that `finetune.loss` asks for; their stages are those of a run of the dense model."""
-        runner = self._runner
-        training = self.training
-        if training.loss != DISTILL:
+        """Returns the teachers that the fine-tune asks for; their stages are those of a run of the dense model."""
+        runner, training = self._runner, self.training
+        distills = training.loss == DISTILL
+        if not distills and not training.tune_dense_first:
             return Teachers()
-        plain = dataclasses.replace(training, loss=ANSWERS_LOSS, tuned_teacher=0.0, prompt_weight=1.0)
+        plain = dataclasses.replace(
+            training, loss=ANSWERS_LOSS, tuned_teacher=0.0, prompt_weight=1.0, tune_dense_first=False
+        )
         dense = self.with_method(Dense(), plain)
+        if training.tune_dense_first and self.base_model != self.model:
+            raise ValueError(
+                f"The fine-tuned dense model is what the method compresses with finetune.tune_dense_first=true, got "
+                f"method={self.method.name}, which starts from {self.base_model.name} instead of {self.model.name}. "
+                "Set finetune.tune_dense_first=false."
+            )
         if dense.rows_hash != self.rows_hash or dense.config.vocab_size > self.config.vocab_size:
             raise ValueError(
                 f"The dense model can teach a model with the same tokens, got {self.model.name} and "
                 f"{self.base_model.name}, whose tokenizers or vocabularies differ. Set finetune.loss=all_tokens or "
                 "answers."
             )
-        untuned = prune_stage(dense, runner, measure_stage(dense))
-        prompts = teach_stage(dense, runner, untuned, PROMPT) if training.prompt_weight else None
-        if not training.tuned_teacher:
-            return Teachers(prompts)
-        tuned = finetune_stage(dense, runner, untuned, Teachers())
-        return Teachers(prompts, tuned, teach_stage(dense, runner, tuned, ANSWERS))
+        start = start_of(dense, runner)
+        untuned = prune_stage(dense, runner, start, measure_stage(dense, start))
+        tuned = finetune_stage(dense, runner, untuned, Teachers()) if training.tunes_dense else None
+        return Teachers(
+            teach_stage(dense, runner, untuned, PROMPT) if distills and training.prompt_weight else None,
+            tuned,
+            teach_stage(dense, runner, tuned, ANSWERS) if tuned is not None and training.tuned_teacher else None,
+        )
 
     def _evaluation_of(self, weights: ModelStage) -> Stage:
         return evaluate_stage(self, self._runner, self._predictions_of(weights))

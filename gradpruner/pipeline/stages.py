@@ -6,7 +6,8 @@ before it.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -40,7 +41,37 @@ METRICS_FILE = "metrics.json"
 SPEED_FILE = "speed.json"
 
 
-def measure_stage(setup: Setup) -> Stage:
+@dataclass(frozen=True)
+class Start:
+    """The dense weights that a method compresses.
+
+    Attributes:
+        load: returns a model with them.
+        tuned: their fine-tune on the task, if they had one.
+    """
+
+    load: Callable[[], PreTrainedModel]
+    tuned: ModelStage | None = None
+
+    @property
+    def needs(self) -> tuple[Stage, ...]:
+        """Stages whose results `load` reads."""
+        return () if self.tuned is None else (self.tuned,)
+
+
+def start_of(setup: Setup, runner: StageRunner, tuned: ModelStage | None = None) -> Start:
+    """Returns the weights of the model as it is, or those after its fine-tune."""
+
+    def load() -> PreTrainedModel:
+        runner.release()
+        if tuned is None:
+            return setup.base_model.load(setup.assets_dir)
+        return merge_for_checkpoint(runner.take(tuned), setup.training)
+
+    return Start(load, tuned)
+
+
+def measure_stage(setup: Setup, start: Start) -> Stage:
     """What the method looks at before it prunes.
 
     Neither counts nor rules are part of the key unless the method says so: one measurement serves a sweep over them.
@@ -49,7 +80,7 @@ def measure_stage(setup: Setup) -> Stage:
     calibration = method.calibration()
 
     def compute(directory: Path) -> None:
-        dense = model.load(setup.assets_dir)
+        dense = start.load()
         with Cost() as cost:
             method.measure(dense, calibration_batches(setup, calibration), directory)
         if processes.is_main():
@@ -65,17 +96,18 @@ def measure_stage(setup: Setup) -> Stage:
         "code": code_version(measure_stage, method.measured_as),
         "libraries": libraries(),
     }
-    return Stage("measure", key, compute, together=method.measures_together)
+    if start.tuned is not None:
+        key["tuned"] = start.tuned.id
+    return Stage("measure", key, compute, together=method.measures_together, needs=start.needs)
 
 
-def prune_stage(setup: Setup, runner: StageRunner, measured: Stage) -> ModelStage:
+def prune_stage(setup: Setup, runner: StageRunner, start: Start, measured: Stage) -> ModelStage:
     """Prunes and merges by what was measured; keeps the plan, since the dense weights are at hand to repeat it."""
     method = setup.resolved_method
 
     def prune() -> tuple[Compressed, Cost]:
         measurements = runner.folder(measured)
-        runner.release()
-        model = setup.base_model.load(setup.assets_dir)
+        model = start.load()
         with Cost() as cost:
             return method.prune(model, measurements), cost
 
@@ -99,10 +131,10 @@ def prune_stage(setup: Setup, runner: StageRunner, measured: Stage) -> ModelStag
         "code": code_version(prune_stage, type(method)),
         "libraries": libraries(),
     }
-    return ModelStage("prune", key, compute, needs=(measured,), load=load)
+    return ModelStage("prune", key, compute, needs=(*start.needs, measured), load=load)
 
 
-def repair_stage(setup: Setup, runner: StageRunner, measured: Stage, pruned: ModelStage) -> ModelStage:
+def repair_stage(setup: Setup, runner: StageRunner, start: Start, measured: Stage, pruned: ModelStage) -> ModelStage:
     """Fits and folds in the linear maps that repair the pruned model, on rows of the training split."""
     method = setup.resolved_method
     calibration = method.repair_calibration()
@@ -110,8 +142,7 @@ def repair_stage(setup: Setup, runner: StageRunner, measured: Stage, pruned: Mod
 
     def compute(directory: Path) -> None:
         measurements = runner.folder(measured)
-        runner.release()
-        dense = setup.base_model.load(setup.assets_dir)
+        dense = start.load()
         compressed = method.prune(sharing_copy(dense), measurements)
         batches = calibration_batches(setup, calibration)
         before = current_weights(compressed.model)
@@ -135,12 +166,15 @@ def repair_stage(setup: Setup, runner: StageRunner, measured: Stage, pruned: Mod
     return ModelStage("repair", key, compute, needs=(measured, pruned), load=load)
 
 
-def recover_stage(setup: Setup, runner: StageRunner, pruned: ModelStage, compressed: ModelStage) -> ModelStage:
+def recover_stage(
+    setup: Setup, runner: StageRunner, start: Start, pruned: ModelStage, compressed: ModelStage
+) -> ModelStage:
     """Trains on the method's other data, between pruning and the fine-tune.
 
     Args:
         setup: the run.
         runner: of its stages.
+        start: the dense weights, which may teach.
         pruned: where the plan is.
         compressed: the model that the training starts from.
     """
@@ -150,7 +184,7 @@ def recover_stage(setup: Setup, runner: StageRunner, pruned: ModelStage, compres
     def compute(directory: Path) -> None:
         loss, model = None, runner.take(compressed)
         if recovery.distillation is not None:
-            teacher = setup.base_model.load(setup.assets_dir)
+            teacher = start.load()
             loss = DistillationLoss(teacher, recovery.distillation, _plan(runner, pruned))
         finetune(
             model,

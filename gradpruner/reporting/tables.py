@@ -30,6 +30,7 @@ LATER_SETTINGS = {
     "loss": "answers",
     "prompt_weight": 1.0,
     "tuned_teacher": 0.0,
+    "tune_dense_first": False,
 }
 LATER_METHOD_SETTINGS = {"repair_refit": False}  # the same for methods
 # Columns that older records lack: parameters without the input embedding, and the work of one row.
