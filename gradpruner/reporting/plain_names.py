@@ -66,6 +66,7 @@ VALUES = {
     },
     "repair": {"none": "no repair", "judged": "judged repair"},
     "loss": {"answers": "loss on answers", "distill": "distilled"},
+    "tune_dense_first": {"True": "dense model tuned first"},
     "adapter": {"lora": "LoRA adapter", "dora": "DoRA adapter", "qlora": "QLoRA adapter"},
     "mode": MODES,
     "test": {name: f"tested on {shown}" for name, shown in DATASETS.items()},
@@ -84,10 +85,10 @@ def plain_setting(key: str, value: Any) -> str:
         return UNSHOWN[key]
     if value is None:
         return f"{key.replace('_', ' ')}: default"
-    if isinstance(value, bool):
-        return key.replace("_", " ") if value else f"no {key.replace('_', ' ')}"
     if shown := VALUES.get(key, {}).get(str(value)):
         return shown
+    if isinstance(value, bool):
+        return key.replace("_", " ") if value else f"no {key.replace('_', ' ')}"
     if isinstance(value, str):
         value = value.replace("_", " ")
     is_number = isinstance(value, int | float)

@@ -30,7 +30,6 @@ LATER_SETTINGS = {
     "loss": "answers",
     "prompt_weight": 1.0,
     "tuned_teacher": 0.0,
-    "tune_dense_first": False,
 }
 LATER_METHOD_SETTINGS = {"repair_refit": False}  # the same for methods
 # Columns that older records lack: parameters without the input embedding, and the work of one row.
@@ -38,6 +37,8 @@ COUNTS = ("w/o embedding", "GMACs")
 DEPTH = ("sparsity", "num_pruned_layers")
 # Settings of the fine-tune that change its speed and memory, not its result but for rounding: methods differ in them.
 OF_SPEED = ("micro_batch_size", "gradient_checkpointing", "save_steps", "parallel")
+# Settings of the fine-tune that say what a method compresses: rows of one table may differ in them.
+OF_METHOD = ("tune_dense_first",)
 # Config keys that may differ between the rows of one table; a difference in any other key makes another table.
 NOT_SETTING = (*NOT_IDENTITY, "method", "seed", "evaluate_before")
 
@@ -104,7 +105,7 @@ def setting(record: RunRecord) -> dict[str, Any]:
     finetune = {
         key: value
         for key, value in record.config["finetune"].items()
-        if (key, value) not in LATER_SETTINGS.items() and key not in OF_SPEED
+        if (key, value) not in LATER_SETTINGS.items() and key not in (*OF_SPEED, *OF_METHOD)
     }
     evaluation = {key: value for key, value in evaluation_settings(record.config).items() if key != "batch_size"}
     return shared | {"dataset": data_settings(record), "finetune": finetune, "evaluation": evaluation}
@@ -204,11 +205,12 @@ def rows_of_seeds(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
-    return {
+    own = {
         key: value
         for key, value in record.config["method"].items()
         if key not in ("_target_", "seed") and (key, value) not in LATER_METHOD_SETTINGS.items()
     }
+    return own | {key: True for key in OF_METHOD if record.config["finetune"].get(key)}
 
 
 def row_labels(records: Sequence[RunRecord]) -> list[str]:

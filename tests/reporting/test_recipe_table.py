@@ -6,6 +6,7 @@ import itertools
 import pytest
 from reporting.test_tables import record
 
+from gradpruner.reporting.plain_names import plain_label
 from gradpruner.reporting.recipe_table import recipe_tables
 from gradpruner.reporting.row_scores import write_numbers
 
@@ -24,6 +25,11 @@ def run(method, right, dataset="arc_easy", seed=0, nll=None, sparsity=0.4, rows=
     config = {"dataset": {"_target_": TASKS[dataset], "test": None}}
     made = record(method, seed, layers=round(30 * (1 - sparsity)), config=config, metrics=metrics, **settings)
     return dataclasses.replace(made, row_scores=scores, content={"test_rows": dataset})
+
+
+def tuned_first(made):
+    finetune = {**made.config["finetune"], "tune_dense_first": True}
+    return dataclasses.replace(made, config={**made.config, "finetune": finetune})
 
 
 def test_means_and_paired_differences():
@@ -72,6 +78,17 @@ def test_the_variant_with_the_most_runs_is_compared():
     assert [row[0] for row in tables[1].rows] == ["ShortGPT", "GradPruner+, num_edits=0"]
     assert tables[1].rows[1][1].startswith("+0.250 (")
     assert "GradPruner+, num_edits=8 minus each" in tables[1].title
+
+
+def test_a_model_that_was_tuned_first_is_a_row_of_the_same_table():
+    runs = [run("gradpruner_plus", 10, seed=seed) for seed in range(2)]
+    tuned = [tuned_first(run("gradpruner_plus", 14, seed=seed)) for seed in range(3)]
+    tables = recipe_tables([*runs, *tuned, run("shortgpt", 8), tuned_first(run("shortgpt", 9))])
+    ours = "GradPruner+, tune_dense_first=True"
+    assert [row[0] for row in tables[0].rows] == ["ShortGPT, tune_dense_first=True", "ShortGPT", ours, "GradPruner+"]
+    assert tables[0].rows[2] == [ours, "0.700 ±0.000 (n=3)"] and len(tables) == 2
+    assert f"{ours} minus each" in tables[1].title and len(tables[1].rows) == 3
+    assert plain_label(ours) == "GradPruner+, dense model tuned first"
 
 
 @pytest.mark.parametrize(
