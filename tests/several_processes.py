@@ -108,7 +108,7 @@ def importance(folder):
     return {"energies": early.energies.tolist(), "losses": list(early.losses)}
 
 
-def pipeline(folder):
+def pipeline(folder, **changes):
     data = folder / "rows.jsonl"
     task = JsonLines(
         train_file=str(data), test_file=str(data), prompt="{question}", choice=" {choice}", answer_field="answer",
@@ -118,7 +118,7 @@ def pipeline(folder):
         model=ModelSpec("random:llama", config=CONFIG),
         task=task,
         method=GradPruner(sparsity=0.5, merge_count=1, steps=3, batch_size=4, learning_rate=1e-2),
-        training=dataclasses.replace(SPEC, mode="full"),
+        training=dataclasses.replace(SPEC, mode="full", **changes),
         evaluation=Likelihood(batch_size=3),
         seed=0,
         cache_dir=folder / "cache",
@@ -130,6 +130,10 @@ def pipeline(folder):
         "predictions": [json.loads(line) for line in outcome.predictions.read_text().splitlines()],
         "stage_ids": made.stage_ids(),
     }
+
+
+def tuned_first(folder):
+    return pipeline(folder, epochs=1, tune_dense_first=True)
 
 
 def sharded(folder):
@@ -199,7 +203,7 @@ def _energies(model, folder):
     return recorder.energies[0]
 
 
-JOBS = (gradients, training, distillation, importance, pipeline, sharded)
+JOBS = (gradients, training, distillation, importance, pipeline, tuned_first, sharded)
 
 
 def all_jobs(folder):

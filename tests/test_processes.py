@@ -85,8 +85,9 @@ def test_importance_is_the_same(results, count):
 
 
 @pytest.mark.parametrize("count", COUNTS[1:])
-def test_a_run_has_the_same_plan_losses_predictions_and_keys(results, count):
-    expected, own = (results[each]["pipeline"] for each in (1, count))
+@pytest.mark.parametrize("job", ["pipeline", "tuned_first"])
+def test_a_run_has_the_same_plan_losses_predictions_and_keys(results, job, count):
+    expected, own = (results[each][job] for each in (1, count))
     assert own["plan"][0] == expected["plan"][0] and own["plan"][1] == pytest.approx(expected["plan"][1], rel=1e-4)
     assert own["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert own["stage_ids"] == expected["stage_ids"]
