@@ -130,6 +130,8 @@ def reference_configs(cfg: DictConfig, method_name: str) -> Iterator[DictConfig]
         OmegaConf.set_struct(reference, False)
         reference.method = load_option("method", name)
         reference.save_checkpoint, reference.push_to_hub = False, None
+        if name == "dense":  # fine-tuned once: it is what the run compresses then
+            reference.finetune.tune_dense_first = False
         if cfg.output_dir is not None:
             reference.output_dir = str(path_setting(cfg, "output_dir") / "reference" / name)
         yield reference

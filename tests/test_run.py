@@ -115,6 +115,16 @@ def test_a_reference_whose_yaml_inherits():
     assert cfg.method.merge_count == 0
 
 
+def test_the_dense_reference_is_the_model_that_is_compressed():
+    """It is fine-tuned once, also where the run compresses it after that; another method compresses it, too."""
+    overrides = ["debug=smoke", "reference=[dense,last]", "finetune.tune_dense_first=true"]
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        dense, last = (build_pipeline(cfg) for cfg in reference_configs(compose("config", overrides), "gradpruner"))
+    assert (dense.method.name, dense.training.tune_dense_first) == ("dense", False)
+    assert (last.method.name, last.training.tune_dense_first) == ("last", True)
+    assert last.stage_ids()["tuned_dense"] == dense.stage_ids()["finetune"]
+
+
 def test_several_references(folders, tmp_path, capsys):
     record = run(
         "reference=[dense,last,igia_only]",
