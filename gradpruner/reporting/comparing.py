@@ -77,8 +77,9 @@ def difference(first: Sequence[RunRecord], second: Sequence[RunRecord], metric: 
     """Returns the difference between the means of two methods.
 
     With scores of the same test rows it is paired: McNemar's exact test for single runs and right or wrong answers, and
-    for the interval a bootstrap over the rows, in which each row has its mean over the seeds. Without, the errors over
-    test rows count as independent, which makes the interval too wide. The error over seeds is added to both.
+    for the interval a bootstrap over the rows, in which each row has its mean over the seeds. Where each seed drew test
+    rows of its own, runs of the same seed are paired. Without, the errors over test rows count as independent, which
+    makes the interval too wide. The error over seeds is added to all of them.
 
     Args:
         first: runs of one method on one dataset, which differ in the seed; all have measured `metric`.
@@ -88,13 +89,16 @@ def difference(first: Sequence[RunRecord], second: Sequence[RunRecord], metric: 
     value = _mean(first, metric) - _mean(second, metric)
     of_seeds = math.hypot(seeds_error(first, metric), seeds_error(second, metric))
     scores = _paired_scores([*first, *second], metric)
+    if scores is None and (by_seed := _paired_by_seed(first, second, metric)) is not None:
+        low, high = _interval_of_seeds(by_seed)
+        return Difference(value, low, high, is_paired=True)
     if scores is None:
         of_rows = [statistics.mean(run.stderr(metric) for run in runs) for runs in (first, second)]
         reach = QUANTILE * math.hypot(of_seeds, *of_rows)
         return Difference(value, value - reach, value + reach, is_paired=False)
     sums, weights = scores
     gains = sums[: len(first)].mean(0) - sums[len(first) :].mean(0)  # (N,)
-    low, high = _bootstrap(gains, weights, of_seeds)
+    low, high = _interval(_resampled(gains, weights), of_seeds)
     p_value = None
     if len(first) == len(second) == 1 and bool(np.isin(sums, (0.0, 1.0)).all()):
         p_value = mcnemar(int((gains > 0).sum()), int((gains < 0).sum()))
@@ -113,7 +117,7 @@ def interval_note(are_paired: Sequence[bool]) -> str:
     if all(are_paired):
         how = "paired on the same test rows: bootstrap over the rows, ≠ by McNemar's exact test for single runs"
     else:
-        how = "unpaired where records have no scores of their rows" + ("" if any(are_paired) else ", as all of these")
+        how = "unpaired where runs have no scores of the same rows" + ("" if any(are_paired) else ", as all of these")
     return f"in brackets: the 95 % interval, {how}"
 
 
@@ -148,14 +152,41 @@ def _paired_scores(runs: Sequence[RunRecord], metric: str) -> tuple[NDArray[np.f
     return np.stack([sums for sums, _ in scores]), scores[0][1]
 
 
-def _bootstrap(gains: NDArray[np.float64], weights: NDArray[np.float64], of_seeds: float) -> tuple[float, float]:
-    """Returns the 95 % interval of sum(gains) / sum(weights) over resampled rows, with the error over seeds added."""
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
+def _paired_by_seed(
+    first: Sequence[RunRecord], second: Sequence[RunRecord], metric: str
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]] | None:
+    """Returns gains and weights of the rows of each seed; None unless both have the same seeds, on the same rows."""
+    own, others = ({run.seed: run for run in runs} for runs in (first, second))
+    if own.keys() != others.keys() or len(own) < len(first) or len(others) < len(second):
+        return None
+    pairs = [_paired_scores([own[seed], others[seed]], metric) for seed in sorted(own)]
+    known = [(sums[0] - sums[1], weights) for sums, weights in (pair for pair in pairs if pair is not None)]
+    return known if len(known) == len(pairs) else None
+
+
+def _interval_of_seeds(by_seed: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> tuple[float, float]:
+    """Returns the 95 % interval of the mean over seeds of their differences, each on rows of its own.
+
+    Differences of seeds vary by their rows, too, so only what they vary beyond that is added as the error over seeds.
+    """
+    resampled = np.mean([_resampled(gains, weights, seed) for seed, (gains, weights) in enumerate(by_seed)], axis=0)
+    of_both = error_of_mean([float(gains.sum() / weights.sum()) for gains, weights in by_seed])
+    return _interval(resampled, math.sqrt(max(0.0, of_both**2 - float(resampled.var()))))
+
+
+def _resampled(gains: NDArray[np.float64], weights: NDArray[np.float64], stream: int = 0) -> NDArray[np.float64]:
+    """Returns sum(gains) / sum(weights) over resampled rows, (resamples,)."""
+    generator = np.random.default_rng(BOOTSTRAP_SEED + stream)
     # Equal rows are drawn together: right and wrong answers are three kinds of row.
     kinds, counts = np.unique(np.stack([gains, weights]), axis=1, return_counts=True)
     drawn = generator.multinomial(len(gains), counts / len(gains), size=NUM_RESAMPLES)  # (resamples, kinds)
-    means = drawn @ kinds[0] / (drawn @ kinds[1])
+    means: NDArray[np.float64] = drawn @ kinds[0] / (drawn @ kinds[1])
+    return means
+
+
+def _interval(means: NDArray[np.float64], of_seeds: float) -> tuple[float, float]:
+    """Returns the 95 % interval of resampled means, with the error over seeds added."""
     if of_seeds:
-        means = means + generator.normal(0, of_seeds, NUM_RESAMPLES)
+        means = means + np.random.default_rng(BOOTSTRAP_SEED + NUM_RESAMPLES).normal(0, of_seeds, len(means))
     low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)

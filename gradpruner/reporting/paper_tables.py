@@ -127,7 +127,7 @@ def _table(published: Published, placement: Placement, metrics: list[str]) -> Ta
     notes = [*_scale(columns, rows, metrics), SPREAD_NOTE]
     if any(map(any, bold)):
         test = "a test on the same rows"
-        test += "" if is_paired else " (unpaired where records have no scores of their rows)"
+        test += "" if is_paired else " (unpaired where runs have no scores of the same rows)"
         notes.append(f"bold: the best pruned model of a column, and those that {test} cannot tell from it at 5 %")
     if len(averaged) > 1:
         notes.append(f"average over {', '.join(columns[at].header for at in averaged)}")

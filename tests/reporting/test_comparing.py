@@ -65,6 +65,35 @@ def test_seeds_add_their_error():
     assert found.high - found.low > 3.92 * of_seeds * 0.9
 
 
+def test_seeds_with_rows_of_their_own_are_paired_seed_by_seed():
+    """As one row set of all seeds, where the seeds agree; hard rows of one seed do not widen the interval."""
+    easy, hard = [1] * 90 + [0] * 10, [1] * 20 + [0] * 80
+    better = [[1] * 95 + [0] * 5, [1] * 25 + [0] * 75]
+    first = [run(scores, seed, rows=f"rows {seed}") for seed, scores in enumerate(better)]
+    second = [run(scores, seed, rows=f"rows {seed}") for seed, scores in enumerate((easy, hard))]
+    found = difference(first, second, "accuracy")
+    assert found.is_paired and found.p_value is None and found.is_clear and found.value == pytest.approx(0.05)
+    assert found.high - found.low == pytest.approx(3.92 * math.sqrt(0.05 * 0.95 / 200), rel=0.1)
+    assert difference(list(reversed(first)), second, "accuracy") == found
+
+
+def test_seeds_that_disagree_beyond_their_rows_widen_the_interval():
+    worse, better = [1] * 40 + [0] * 60, [1] * 60 + [0] * 40
+    first = [run(scores, seed, rows=f"rows {seed}") for seed, scores in enumerate((better, worse, better))]
+    second = [run([1] * 50 + [0] * 50, seed, rows=f"rows {seed}") for seed in range(3)]
+    found = difference(first, second, "accuracy")
+    assert found.is_paired and not found.is_clear
+    of_both = np.std([0.1, -0.1, 0.1], ddof=1) / math.sqrt(3)
+    assert found.high - found.low == pytest.approx(3.92 * of_both, rel=0.1)
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (0,), (0, 1, 2, 2)])
+def test_other_seeds_are_not_paired(seeds):
+    first = [run([1] * 60 + [0] * 40, seed, rows=f"rows {seed}") for seed in (0, 1, 2)]
+    second = [run([1] * 50 + [0] * 50, seed, rows=f"rows {seed}") for seed in seeds]
+    assert not difference(first, second, "accuracy").is_paired
+
+
 @pytest.mark.parametrize("change", [{"rows": "others"}, {"rows": None}, {"stderr": 0.05}])
 def test_without_the_same_rows_it_is_unpaired(change):
     other = run([1] * 50 + [0] * 50, **change)

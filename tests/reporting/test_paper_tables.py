@@ -483,7 +483,7 @@ def test_what_a_paired_test_tells_apart_is_not_bold():
     unpaired = [dataclasses.replace(each, row_scores={}) for each in [*runs, scored("gradpruner", level)]]
     table = scores("table1", unpaired)
     assert [row[0] for row in table.rows if "**" in row[7]] == ["LLM-Pruner", "LaCo", "GradPruner, merge_count=3"]
-    assert any("unpaired where records have no scores of their rows) cannot tell" in note for note in table.notes)
+    assert any("unpaired where runs have no scores of the same rows) cannot tell" in note for note in table.notes)
 
 
 def test_differences_from_dense_have_intervals():
