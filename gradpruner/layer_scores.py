@@ -1,7 +1,7 @@
 """Scores of layers by how little they turn the states that pass through them: Block Influence and angular distance."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -13,34 +13,35 @@ from gradpruner.models.architectures import decoder_layers
 from gradpruner.progress import track
 
 
-@torch.no_grad()
 def block_influence(model: PreTrainedModel, batches: list[Batch], description: str | None = None) -> list[float]:
     """Returns 1 - mean over all real tokens of cos(input, output), for every layer of the model."""
     influence = _Influence(model)
-    for batch in batches if description is None else track(batches, description, "batch"):
-        with influence.watch(batch):
-            last_hidden_state(model, batch)
+    _run(model, batches if description is None else track(batches, description, "batch"), influence)
     return influence.result()
 
 
-@torch.no_grad()
 def angular_distances(model: PreTrainedModel, batches: list[Batch]) -> list[list[float]]:
     """Returns the mean angle / pi between any two states of the last token, before or after a layer, (L+1, L+1)."""
     angles = _Angles(model)
-    for batch in track(batches, "angular distance", "batch"):
-        with angles.watch(batch):
-            last_hidden_state(model, batch)
+    _run(model, track(batches, "angular distance", "batch"), angles)
     return angles.result()
 
 
-@torch.no_grad()
 def influence_and_distances(model: PreTrainedModel, batches: list[Batch]) -> tuple[list[float], list[list[float]]]:
     """Returns `block_influence` and `angular_distances`, from one pass."""
     influence, angles = _Influence(model), _Angles(model)
-    for batch in track(batches, "how far layers turn states", "batch"):
-        with influence.watch(batch), angles.watch(batch):
-            last_hidden_state(model, batch)
+    _run(model, track(batches, "how far layers turn states", "batch"), influence, angles)
     return influence.result(), angles.result()
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, batches: Iterable[Batch], *sums: "_Influence | _Angles") -> None:
+    """Adds the forward passes of all batches to each of the sums."""
+    for batch in batches:
+        with ExitStack() as watching:
+            for each in sums:
+                watching.enter_context(each.watch(batch))
+            last_hidden_state(model, batch)
 
 
 def nearest_block(distances: list[list[float]], length: int) -> tuple[int, ...]:
