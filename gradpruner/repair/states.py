@@ -75,7 +75,7 @@ def stream_outputs(model: PreTrainedModel, position: int) -> tuple[nn.Module, nn
 
 
 class RunStates:
-    """States of both models around runs of pruned layers, in order of depth; each layer runs once over all runs.
+    """States of both models around runs of pruned layers, in order of depth; all layers but absorbers run once.
 
     Args:
         model: the pruned model; a caller repairs it from the absorber of the run that was read on.
