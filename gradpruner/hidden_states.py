@@ -17,6 +17,7 @@ from gradpruner.encoding import IGNORED, Batch, position_ids, trim_to_answers
 from gradpruner.models.architectures import decoder_layers
 
 CHUNK_LOGITS = 2**24  # logits in memory at a time: 64 MiB in float32
+ToLogits = Callable[[Tensor], Tensor]  # (..., d) to (..., vocabulary)
 OnLayer = Callable[[int, Tensor, Tensor], None]  # (layer, its input, its output), the latter two (B, T, d)
 
 
@@ -67,7 +68,34 @@ def decode(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     """Returns the logits of states after the final norm, (..., d) to (..., vocabulary), capped if the model does so."""
-    logits: Tensor = model.get_output_embeddings()(states)
+    return _capped(model, model.get_output_embeddings()(states))
+
+
+def within_head(model: PreTrainedModel, states: Tensor, function: Callable[[Tensor, ToLogits], Tensor]) -> Tensor:
+    """Returns `function(states, to_logits)`, computed within one call of the output layer.
+
+    FSDP gathers the weights of a layer, and averages their gradients, whenever it is called. All processes must call it
+    equally often, so a loss over chunks, whose number depends on a process's own rows, calls it once.
+
+    Args:
+        model: the model.
+        states: states after the final norm, (..., d).
+        function: takes the states, and a function that maps some of them to their logits; it may keep that for the
+            backward pass.
+    """
+    head = model.get_output_embeddings()
+    of_instance, forward = vars(head).get("forward"), head.forward
+    head.forward = lambda given: function(given, lambda some: _capped(model, forward(some)))
+    try:
+        total: Tensor = head(states)
+    finally:
+        del head.forward
+        if of_instance is not None:
+            head.forward = of_instance
+    return total
+
+
+def _capped(model: PreTrainedModel, logits: Tensor) -> Tensor:
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -132,6 +132,17 @@ def pipeline(folder, **changes):
     }
 
 
+def made_by_another(folder):
+    """Loads a random model that the last process has made, though it is not the one that saves checkpoints."""
+    processes.start()
+    assets = folder / "made by another"
+    if processes.rank() == processes.count() - 1:
+        ModelSpec("random:llama", config=CONFIG).load(assets)
+    processes.wait_for_all()
+    model = ModelSpec("random:llama", config=CONFIG).load(assets)
+    return float(model.lm_head.weight.double().sum())
+
+
 def tuned_first(folder):
     return pipeline(folder, epochs=1, tune_dense_first=True)
 
@@ -148,7 +159,7 @@ def _sharded(folder, mode):
     batch, num_processes = collate(ROWS[:6], 1), processes.count()
     own = {name: values[processes.rank() :: num_processes] for name, values in batch.items()}
     mesh = init_device_mesh("cpu", (num_processes,))
-    for layer in decoder_layers(_base(divided)):
+    for layer in decoder_layers(base(divided)):
         fully_shard(layer, mesh=mesh)
     fully_shard(divided, mesh=mesh)
     # FSDP averages gradients over processes.
@@ -180,7 +191,7 @@ def _trained_model(folder, mode):
     return model
 
 
-def _base(model):
+def base(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -198,12 +209,12 @@ def _summed_loss(folder, model, batch, mode):
 
 
 def _energies(model, folder):
-    recorder = _GradientRecorder(_base(model), ImportanceSpec(steps=2), folder, None)
+    recorder = _GradientRecorder(base(model), ImportanceSpec(steps=2), folder, None)
     recorder.on_pre_optimizer_step(None, None, None)
     return recorder.energies[0]
 
 
-JOBS = (gradients, training, distillation, importance, pipeline, tuned_first, sharded)
+JOBS = (made_by_another, gradients, training, distillation, importance, pipeline, tuned_first, sharded)
 
 
 def all_jobs(folder):

@@ -103,6 +103,11 @@ def test_a_divided_model_has_the_same_gradients_and_is_put_together_again(result
     assert found["gradients"] < 1e-4 and found["weights"] == 0.0 and found.get("energies", 0.0) < 1e-3
 
 
+@pytest.mark.parametrize("count", COUNTS[1:])
+def test_any_process_can_make_a_model_that_is_not_downloaded(results, count):
+    assert results[count]["made_by_another"] == results[1]["made_by_another"] != 0
+
+
 def record(folder):
     return json.loads((folder / "run" / "record.json").read_text())
 
@@ -251,13 +256,13 @@ def test_journals_of_other_numbers_of_processes_are_merged(several, monkeypatch,
     assert not seen and [path.name for path in tmp_path.iterdir()] == [PREDICTIONS_FILE]
 
 
-def test_fsdp_divides_by_decoder_layers_and_checkpoints_activations_itself(several, tiny_llama, tmp_path):
+def test_fsdp_divides_by_decoder_layers(several, tiny_llama, tmp_path):
     several(2)
     spec = TrainingSpec(mode="full", parallel="fsdp", gradient_checkpointing=True)
     arguments = parallel_arguments(tiny_llama(), spec)
     config = arguments["fsdp_config"]
     assert arguments["fsdp"] is True and config["version"] == 2 and config["state_dict_type"] == "SHARDED_STATE_DICT"
-    assert config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"] and config["activation_checkpointing"]
+    assert config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"] and "activation_checkpointing" not in config
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16_mixed"])

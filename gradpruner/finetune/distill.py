@@ -9,6 +9,7 @@ pass, because the logits of a whole batch would take most of the memory of a ste
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from gradpruner.checks import check_choice
 from gradpruner.encoding import IGNORED, Batch
-from gradpruner.hidden_states import decode, head_logits, sum_over_tokens, watch_layers
+from gradpruner.hidden_states import ToLogits, decode, head_logits, sum_over_tokens, watch_layers, within_head
 from gradpruner.plan import PruningPlan
 
 TOKENS = ("all", "answer")
@@ -89,8 +90,12 @@ class DistillationLoss:
             teacher_last = _chosen(decode(self._teacher, batch), chosen)  # (tokens, d)
         with _states(student, self._settings.states) as student_states:
             student_last = _chosen(decode(student, batch), chosen)
-        total = sum_over_tokens(
-            lambda *states: self._chunk(student, *states), student.config.vocab_size, student_last, teacher_last
+        total = within_head(
+            student,
+            student_last,
+            lambda states, to_logits: sum_over_tokens(
+                partial(self._chunk, to_logits), student.config.vocab_size, states, teacher_last
+            ),
         )
         num_tokens = int(chosen.sum())
         if self._settings.states:
@@ -98,10 +103,10 @@ class DistillationLoss:
             total = add_states_loss(total / max(1, num_tokens), per_token) * num_tokens
         return total, num_tokens
 
-    def _chunk(self, student: PreTrainedModel, student_last: Tensor, teacher_last: Tensor) -> Tensor:
+    def _chunk(self, to_logits: ToLogits, student_last: Tensor, teacher_last: Tensor) -> Tensor:
         with torch.no_grad():
             teacher_logits = head_logits(self._teacher, teacher_last).to(student_last.device)
-        return kl_divergence(teacher_logits, head_logits(student, student_last), self._settings.temperature)
+        return kl_divergence(teacher_logits, to_logits(student_last), self._settings.temperature)
 
 
 def states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], plan: PruningPlan, real: Tensor) -> Tensor:

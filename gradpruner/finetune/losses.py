@@ -12,6 +12,7 @@ teacher's likeliest tokens and of all others as one, at most that over the whole
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from gradpruner.encoding import Batch
 from gradpruner.finetune.order import ROW
 from gradpruner.finetune.teacher import ANSWERS, PROMPT, Predictions, Teacher, predicted, rest_log_prob
-from gradpruner.hidden_states import decode, head_logits, sum_over_tokens
+from gradpruner.hidden_states import ToLogits, decode, sum_over_tokens, within_head
 
 
 @dataclass(frozen=True)
@@ -44,46 +45,56 @@ class SignalLoss:
         model: PreTrainedModel = student  # or a PEFT model, which passes attributes on
         states = decode(model, batch)[:, :-1]  # (B, T - 1, d)
         answers, prompt = (predicted(batch, tokens).to(states.device) for tokens in (ANSWERS, PROMPT))
-        targets = batch["input_ids"][:, 1:].to(states.device)
-        total = self._sum(model, states, targets, answers, None, 1.0 - self.tuned_fraction)
+        total = within_head(
+            model,
+            states,
+            lambda given, to_logits: self._total(
+                partial(_sum, to_logits, model.config.vocab_size, given), batch, answers, prompt
+            ),
+        )
+        return total, int(answers.sum())
+
+    def _total(self, summed: Callable[..., Tensor], batch: Batch, answers: Tensor, prompt: Tensor) -> Tensor:
+        targets = batch["input_ids"][:, 1:].to(answers.device)
+        total = summed(targets, answers, None, 1.0 - self.tuned_fraction)
         if self.tuned is not None and self.tuned_fraction:
-            total = total + self._sum(
-                model, states, targets, answers, self.tuned.of_rows(batch[ROW]), self.tuned_fraction
-            )
+            total = total + summed(targets, answers, self.tuned.of_rows(batch[ROW]), self.tuned_fraction)
         if self.prompt_weight:
             per_token = self.prompt_weight * answers.sum(1) / prompt.sum(1).clamp_min(1)  # (B,)
             weights = per_token[:, None].expand_as(prompt)
             teacher = None if self.dense is None else self.dense.of_rows(batch[ROW])
-            total = total + self._sum(model, states, targets, prompt, teacher, weights)
-        return total, int(answers.sum())
+            total = total + summed(targets, prompt, teacher, weights)
+        return total
 
-    def _sum(
-        self,
-        model: PreTrainedModel,
-        states: Tensor,
-        targets: Tensor,
-        chosen: Tensor,
-        teacher: Predictions | None,
-        weights: Tensor | float,
-    ) -> Tensor:
-        """Returns the weighted sum over the chosen positions of cross-entropy, or of KL where there is a teacher."""
-        picked = states[chosen]  # (n, d)
-        if not len(picked):
-            return states.sum() * 0.0
-        per_token = weights[chosen] if isinstance(weights, Tensor) else picked.new_full((len(picked),), weights)
-        function: Callable[..., Tensor]
-        if teacher is None:
-            function, columns = _cross_entropy, (targets[chosen],)
-        else:
-            function = _kl_divergence
-            columns = tuple(each.to(states.device) for each in (teacher.ids, teacher.log_probs, teacher.rest))  # type: ignore[assignment]
-        return sum_over_tokens(
-            lambda chunk, weight, *rest: (function(head_logits(model, chunk), *rest) * weight).sum(),
-            model.config.vocab_size,
-            picked,
-            per_token.float(),
-            *columns,
-        )
+
+def _sum(
+    to_logits: ToLogits,
+    vocab_size: int,
+    states: Tensor,
+    targets: Tensor,
+    chosen: Tensor,
+    teacher: Predictions | None,
+    weights: Tensor | float,
+) -> Tensor:
+    """Returns the weighted sum over the chosen positions of cross-entropy, or of KL where there is a teacher.
+
+    With no position chosen it is 0 and still depends on every weight: other processes wait for their gradients.
+    """
+    picked = states[chosen]  # (n, d)
+    per_token = weights[chosen] if isinstance(weights, Tensor) else picked.new_full((len(picked),), weights)
+    function: Callable[..., Tensor]
+    if teacher is None:
+        function, columns = _cross_entropy, (targets[chosen],)
+    else:
+        function = _kl_divergence
+        columns = tuple(each.to(states.device) for each in (teacher.ids, teacher.log_probs, teacher.rest))  # type: ignore[assignment]
+    return sum_over_tokens(
+        lambda chunk, weight, *rest: (function(to_logits(chunk), *rest) * weight).sum(),
+        vocab_size,
+        picked,
+        per_token.float(),
+        *columns,
+    )
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

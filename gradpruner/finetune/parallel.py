@@ -16,15 +16,17 @@ import torch
 from accelerate.state import AcceleratorState, PartialState  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gradpruner import processes
 from gradpruner.finetune.spec import ANSWERS_LOSS, SHARDED, TrainingSpec
 from gradpruner.models.architectures import decoder_layers
 
-USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # environment variable of accelerate's, which its Accelerator sets for good
+# Environment variables of accelerate's, which its Accelerator sets for good.
+USE_DEEPSPEED, USE_FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
 
 
 def check_parallel(spec: TrainingSpec, callbacks: Sequence[TrainerCallback] = (), distils: bool = False) -> None:
@@ -125,44 +127,59 @@ def parallel_arguments(
         return {}
     limit = {"ddp_timeout": int(processes.COLLECTIVE_LIMIT.total_seconds())}
     if model is not None and spec is not None and spec.parallel == "fsdp":
-        return {**limit, "fsdp": True, "fsdp_config": fsdp_config(model, spec)}
+        return {**limit, "fsdp": True, "fsdp_config": fsdp_config(model)}
     if spec is not None and spec.parallel == "deepspeed_zero3":
         own_state = {} if torch.cuda.is_available() else {"accelerator_config": {"use_configured_state": True}}
         return {**limit, **own_state, "deepspeed": deepspeed_config(spec, precision)}
     return {**limit, "ddp_find_unused_parameters": False}  # every trained weight takes part in every step
 
 
-def fsdp_config(model: PreTrainedModel, spec: TrainingSpec) -> dict[str, Any]:
-    """Returns the settings of FSDP2: every decoder layer is a unit, and checkpoints are written in shards."""
+def fsdp_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns the settings of FSDP2: every decoder layer is a unit, and checkpoints are written in shards.
+
+    FSDP's own recomputation of activations stays off. It renames weights, and then peft finds no adapter to save.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_layer_cls_to_wrap": sorted({type(layer).__name__ for layer in decoder_layers(base)}),
         "reshard_after_forward": True,
-        "activation_checkpointing": spec.gradient_checkpointing,
         "state_dict_type": "SHARDED_STATE_DICT",
         "cpu_ram_efficient_loading": False,  # every process has loaded the pruned model
     }
 
 
 @contextmanager
-def deepspeed_state(spec: TrainingSpec) -> Iterator[None]:
-    """Lets accelerate run DeepSpeed in the block on any device, and only there; does nothing for other `parallel`."""
-    if spec.parallel != "deepspeed_zero3":
-        yield
-        return
+def engine_state(spec: TrainingSpec) -> Iterator[None]:
+    """Lets accelerate divide the model in the block, and only there: DeepSpeed on any device, FSDP on accelerators."""
     try:
-        if not torch.cuda.is_available():
+        if spec.parallel == "deepspeed_zero3" and not torch.cuda.is_available():
             # The Trainer's own state would be one of DDP (use_cpu=True), or of one process (False).
             AcceleratorState._reset_state(reset_partial_state=True)
             os.environ[USE_DEEPSPEED] = "true"
             PartialState(backend="gloo")
         yield
     finally:
-        # Else later Trainers of this process use DeepSpeed, too, and `from_pretrained` divides models.
-        os.environ.pop(USE_DEEPSPEED, None)
-        unset_hf_deepspeed_config()
+        # Else later Trainers of this process divide their models, too (with other settings), and so does
+        # `from_pretrained`.
+        if spec.parallel == "fsdp":
+            os.environ.pop(USE_FSDP, None)
+        if spec.parallel == "deepspeed_zero3":
+            os.environ.pop(USE_DEEPSPEED, None)
+            unset_hf_deepspeed_config()
+
+
+def keep_precision(trainer: Trainer, precision: str) -> None:
+    """Lets FSDP average gradients in float32 where accelerate would do it in bfloat16, and leave outputs as they are.
+
+    Args:
+        trainer: before it trains.
+        precision: one of `spec.PRECISIONS`, never `auto`.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and precision == "bf16_mixed":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def deepspeed_config(spec: TrainingSpec, precision: str) -> dict[str, Any]:

@@ -32,8 +32,9 @@ from gradpruner.finetune.parallel import (
     check_layout,
     check_parallel,
     checkpoint_layout,
-    deepspeed_state,
+    engine_state,
     gathered_weights,
+    keep_precision,
     parallel_arguments,
     without_shared,
 )
@@ -156,8 +157,10 @@ def finetune(
         model = get_peft_model(model, lora_config(model, spec, resume_from))
     elif not all(parameter.requires_grad for parameter in model.parameters()):
         model.requires_grad_(True)
+    if spec.parallel == "fsdp" and spec.gradient_checkpointing:
+        getattr(model, f"{CHECKPOINTING}_enable")()  # the Trainer's argument does the same, with a warning for FSDP1
     clock = _Clock(spec, seconds_before, len(rows))
-    with deepspeed_state(spec):
+    with engine_state(spec):
         trainer = _FinetuneTrainer(
             model,
             _training_arguments(spec, checkpoints, seed, precision, parallel_arguments(model, spec, precision)),
@@ -168,6 +171,7 @@ def finetune(
             data_collator=lambda items: collate_items(items, pad_token_id),
             callbacks=[*callbacks, clock],  # the clock is last: it marks a checkpoint as whole
         )
+        keep_precision(trainer, precision)
         try:
             with PeakMemory() as memory:
                 trainer.train(resume_from_checkpoint=resume_from)
@@ -338,7 +342,7 @@ def _training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=default_device().type == "cpu",
         seed=seed,
-        **{CHECKPOINTING: spec.gradient_checkpointing and spec.parallel != "fsdp"},  # which has its own
+        **{CHECKPOINTING: spec.gradient_checkpointing and spec.parallel != "fsdp"},
         **({} if spec.parallel == "deepspeed_zero3" else training_arguments(precision)),  # whose config has it
         **(parallel or {}),
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gradpruner.checks import guess
@@ -99,7 +99,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     # transformers treats a model loaded from GGUF as quantized and would refuse to save it.
     model.hf_quantizer = None
     del model.config.quantization_config
-    model.save_pretrained(folder, max_shard_size="5GB")
+    _save(model, folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
@@ -118,10 +118,16 @@ def _random(model_type: str, assets_dir: Path, config: dict[str, Any]) -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
-        model.save_pretrained(folder)
+        _save(model, folder)
         tokenizer.save_pretrained(folder)
 
     return _build_once(assets_dir / f"random-{model_type}-{key}", build)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Writes weights and config, on whichever process came first; transformers' own method writes on rank 0 alone."""
+    model.should_save_on_this_rank = lambda is_main_process: True
+    model.save_pretrained(folder, max_shard_size="5GB")
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
