@@ -105,11 +105,12 @@ def train(folder, spec, settings, make_loss):
     spec, callbacks = divided(spec)
     loss = None if make_loss is None else make_loss(folder)
     account = finetune(load(folder, **settings), ROWS, 1, spec, folder / "result", callbacks=callbacks, loss=loss)
+    assert parallel.USE_FSDP not in os.environ  # else every later Trainer of this process, on GPUs, divides its model
     return [entry["loss"] for entry in account["history"]]
 
 
 def trainings(folder):
-    """Runs every fine-tune, then a run whose importance run, on whole models, follows a divided fine-tune."""
+    """Runs every fine-tune, then a whole run, with a fine-tune before its importance run."""
     losses = {}
     for name, (spec, settings, make_loss) in TRAININGS.items():
         losses[name] = train(folder / name, spec, settings, make_loss)

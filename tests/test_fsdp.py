@@ -43,7 +43,7 @@ def test_a_divided_fine_tune_has_the_losses_and_weights_of_a_whole_one(folders, 
 
 
 @pytest.mark.parametrize("count", COUNTS[1:])
-def test_a_run_divides_its_fine_tunes_alone(results, count):
+def test_a_run_has_the_same_plan_losses_and_predictions(results, count):
     expected, own = (results[each]["run"] for each in (1, count))
     assert own["plan"][0] == expected["plan"][0] and own["plan"][1] == pytest.approx(expected["plan"][1], rel=1e-3)
     assert own["losses"] == pytest.approx(expected["losses"], abs=1e-4)

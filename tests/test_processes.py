@@ -319,3 +319,4 @@ def test_the_memory_of_a_divided_model_shrinks_with_the_processes(tiny_llama):
     one, four = estimate(1), estimate(4)
     assert four.moments == one.moments / 4 and four.gradients == one.gradients / 4
     assert one.weights / 4 < four.weights < one.weights and four.activations == one.activations
+    assert estimate(10_000).total == one.weights  # before they are divided

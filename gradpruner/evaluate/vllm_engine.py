@@ -14,6 +14,7 @@ import select
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -53,6 +54,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 _REASON = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Interrupt): .*")
 
 
@@ -160,9 +162,12 @@ class VllmWorker:
     def __init__(self, python: str, job_file: Path) -> None:
         self._python, self._job_file = python_path(python), job_file
         self._log = job_file.with_name(LOG_FILE)
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None  # vLLM leaves them where it makes them
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
+        self._sockets = tempfile.TemporaryDirectory(prefix="gradpruner-vllm-")
+        own = {SOCKETS_VARIABLE: self._sockets.name}
         with self._log.open("w", encoding="utf-8") as log:
             # In a session of its own: Ctrl-C is for us, and we end all processes of vLLM at once.
             self.process = subprocess.Popen(
@@ -172,7 +177,7 @@ class VllmWorker:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                env=ENVIRONMENT | processes.alone(),  # vLLM would take the launcher's variables for its own
+                env=ENVIRONMENT | processes.alone() | own,  # vLLM would take the launcher's variables for its own
                 start_new_session=True,
             )
         try:
@@ -245,6 +250,8 @@ class VllmWorker:
             with suppress(OSError):  # what is left in a buffer cannot be written any more
                 stream and stream.close()
         self.process = None
+        if self._sockets is not None:
+            self._sockets.cleanup()
 
 
 def _is_running(group: int) -> bool:

@@ -1,6 +1,7 @@
 """Peak memory of training, estimated from a config; no weights are loaded."""
 
 import copy
+import dataclasses
 import math
 import os
 import platform
@@ -87,7 +88,7 @@ def estimate_training_memory(
         overhead: memory that the allocator keeps, as a fraction of all activations; see `allocator_overhead`.
         shape: shape of the trained model; None is the dense one.
         shards: processes among which weights, gradients and moments are divided. Each also holds two whole layers, the
-            embedding and the output head.
+            embedding and the output head; and all weights, alone, before they are divided.
     """
     shape = shape or config_shape(config)
     if attn_implementation == "eager":
@@ -135,7 +136,7 @@ def estimate_training_memory(
     if shards > 1:
         heads = 1 if config.tie_word_embeddings else 2
         gathered = 2 * max(part.num_parameters for part in counts.layers) + heads * counts.num_embedding_parameters
-    return MemoryEstimate(
+    estimate = MemoryEstimate(
         weights=-(-(weights + adapters) // shards) + gathered * activation_dtype.itemsize,
         gradients=-(-gradients // shards),
         moments=-(-moments // shards),
@@ -144,6 +145,8 @@ def estimate_training_memory(
         factors=adapters if keep_factors else 0,
         allocator=allocator,
     )
+    undivided = max(0, weights + adapters - estimate.total)
+    return dataclasses.replace(estimate, weights=estimate.weights + undivided)
 
 
 def allocator_overhead() -> float:

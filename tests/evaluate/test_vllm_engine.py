@@ -104,6 +104,8 @@ def test_the_predictions_are_those_of_transformers(stub, answer, tmp_path):
     assert {row["is_finished"] for row in rows} and any(row["generated"] for row in rows)
     assert [path.name for path in (tmp_path / "answers").iterdir()] == [PREDICTIONS_FILE]
     assert stub.log("batch") == [2, 2, 1]
+    [sockets] = stub.log("sockets")  # which vLLM leaves behind
+    assert not Path(sockets).exists()
 
 
 def test_an_answer_ends_at_what_the_model_and_the_fine_tune_take_for_an_end(stub, model_and_tokenizer, answer):
