@@ -13,6 +13,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -109,7 +110,7 @@ def _second_task(cfg: DictConfig, key: str, name: str | None, settings: DictConf
 
 
 def reference_configs(cfg: DictConfig, method_name: str) -> Iterator[DictConfig]:
-    """Yields configs of the same run with each reference method and that method's own settings.
+    """Yields configs of the same run with each reference method and the settings that its YAML and the preset give it.
 
     Args:
         cfg: config of the run.
@@ -128,13 +129,24 @@ def reference_configs(cfg: DictConfig, method_name: str) -> Iterator[DictConfig]
             )
         reference = cfg.copy()
         OmegaConf.set_struct(reference, False)
-        reference.method = load_option("method", name)
+        reference.method = _method_in_preset(name)
         reference.save_checkpoint, reference.push_to_hub = False, None
         if name == "dense":  # fine-tuned once: it is what the run compresses then
             reference.finetune.tune_dense_first = False
         if cfg.output_dir is not None:
             reference.output_dir = str(path_setting(cfg, "output_dir") / "reference" / name)
         yield reference
+
+
+def _method_in_preset(name: str) -> DictConfig:
+    """Returns the settings of a method, also those that the chosen preset has for it (`experiment/base/methods`)."""
+    method = load_option("method", name)
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    for group in ("experiment/base", "debug"):
+        option = f"{chosen.get(group)}_{name}"
+        if option in options(f"{group}/methods"):
+            method.merge_with(load_option(f"{group}/methods", option, "method"))
+    return method
 
 
 def use_config_dir(folder: str) -> None:
@@ -172,13 +184,19 @@ def composing(config_dir: str | None = None) -> Iterator[ConfigLoader]:
         yield GlobalHydra.instance().config_loader()
 
 
-def load_option(group: str, name: str) -> DictConfig:
-    """Composes an option of a config group by itself; its interpolations are not resolved yet."""
+def load_option(group: str, name: str, package: str | None = None) -> DictConfig:
+    """Composes an option of a config group by itself; its interpolations are not resolved yet.
+
+    Args:
+        group: the group.
+        name: its option.
+        package: where its keys are in a config; by default they have the name of the group.
+    """
     if GlobalHydra.instance().is_initialized():  # in a job of hydra's, and in tests that compose
-        node = compose(f"{group}/{name}")[group]
+        node = compose(f"{group}/{name}")[package or group]
     else:
         with composing():
-            node = compose(f"{group}/{name}")[group]
+            node = compose(f"{group}/{name}")[package or group]
     # A copy without its root: the root's struct flag would refuse keys before `schema.build` can name them.
     copied: DictConfig = OmegaConf.create(node)
     return copied

@@ -13,6 +13,7 @@ import torch
 from commands import call
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -123,6 +124,15 @@ def test_the_dense_reference_is_the_model_that_is_compressed():
     assert (dense.method.name, dense.training.tune_dense_first) == ("dense", False)
     assert (last.method.name, last.training.tune_dense_first) == ("last", True)
     assert last.stage_ids()["tuned_dense"] == dense.stage_ids()["finetune"]
+
+
+def test_a_reference_has_the_settings_of_the_preset(monkeypatch):
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        cfg = compose("config", ["experiment=quickstart", "seed=3"], return_hydra_config=True)
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+        _, reference = reference_configs(cfg, "gradpruner_plus")
+        assert reference.method.steps == cfg.method.steps == 10 != load_option("method", "gradpruner").steps
+        assert reference.method.seed == 3 and reference.method.merge_count == cfg.merge_count
 
 
 def test_several_references(folders, tmp_path, capsys):

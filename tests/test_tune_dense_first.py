@@ -17,8 +17,8 @@ from gradpruner.models.spec import ModelSpec
 
 IMPORTANCE = {"num_pruned_layers": 2, "steps": 2, "batch_size": 4, "learning_rate": 1e-2}
 METHODS = [
-    Dense(),
-    Last(num_pruned_layers=2, repair="judged"),
+    pytest.param(Dense(), marks=pytest.mark.slow),
+    pytest.param(Last(num_pruned_layers=2, repair="judged"), marks=pytest.mark.slow),
     GradPruner(**IMPORTANCE, merge_count=1, repair="least_squares"),
     LlmPruner(sparsity=0.4, num_rows=4),
 ]
