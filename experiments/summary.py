@@ -111,8 +111,11 @@ def _choices(report: MethodReport) -> Iterator[str]:
 
 
 def _nll(candidate: dict[str, Any]) -> str:
-    repaired = candidate["nll_repaired"]
-    return f"{candidate['nll']:.2f}" + ("" if repaired is None else f" (repaired {repaired:.2f})")
+    repaired, trained = candidate["nll_repaired"], candidate.get("nlls_trained")  # which older records lack
+    after = "" if repaired is None else f" (repaired {repaired:.2f})"
+    if trained:
+        after = f" (trained {', '.join(f'{nll:.2f}' for nll in trained)})"
+    return f"{candidate['nll']:.2f}{after}"
 
 
 def _widths(record: RunRecord) -> str:

@@ -1,11 +1,12 @@
 """Rows of token batches: divided into groups, without repetitions, and in order of length."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from gradpruner.encoding import IGNORED, Batch
+from gradpruner.encoding import IGNORED, Batch, TrainingRow
 
 
 def split_rows(batches: Sequence[Batch], every: int, remainder: int) -> tuple[list[Batch], list[Batch]]:
@@ -36,6 +37,21 @@ def distinct_rows(batches: Iterable[Batch], limit: int | None = None) -> list[Ba
                 new.append(row)
         if new:
             found.append({name: values[torch.tensor(new)] for name, values in batch.items()})
+    return found
+
+
+def training_rows(batches: Iterable[Batch]) -> list[TrainingRow]:
+    """Returns the rows of batches as a fine-tune takes them; `encoding.collate` makes the batches again."""
+    found = []
+    for batch in batches:
+        for row in range(len(batch["attention_mask"])):
+            real = _real(batch, row)
+            has_loss = (real["labels"] != IGNORED).tolist()
+            first, length = has_loss.index(True), len(has_loss)
+            changes = [first, *(place for place in range(first + 1, length) if has_loss[place] != has_loss[place - 1])]
+            edges = [*changes, length]
+            gaps = tuple((start, end) for start, end in pairwise(edges) if not has_loss[start])
+            found.append(TrainingRow(tuple(real["input_ids"].tolist()), length - first, gaps))
     return found
 
 

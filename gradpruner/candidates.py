@@ -10,7 +10,8 @@ Beyond the paper, whose early gradients become one voice among several. The pool
 - edits of the best of these: a run of pruned layers grows by a layer at one end while it or another one shrinks.
 
 Each set is scored by the answer NLL of the model without it. If asked for, the best few are repaired (see
-`repair.judged`) and scored again, and the best of those is taken.
+`repair.judged`) and scored again, and the best of those is taken; or they train for a few steps (see `halving`), and
+the one that ends best is.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from typing import Any, Self
 from transformers import PreTrainedModel
 
 from gradpruner.encoding import Batch
+from gradpruner.halving import HalvingSettings, halve
 from gradpruner.hidden_states import answer_nll
 from gradpruner.layer_scores import influence_and_distances, nearest_block
 from gradpruner.models.architectures import decoder_layers
@@ -42,12 +44,14 @@ class CandidateSettings:
         greedy_width: layers that are scored again for each one that `greedy` prunes; 0: no greedy set, which costs a
             pass over the rows for every layer, and this many for every layer pruned.
         refit: whether the repair also refits kept layers.
+        halving: short fine-tunes that decide among the best sets, unrepaired; None: there are none.
     """
 
     num_edits: int = 8
     num_repaired: int = 0
     greedy_width: int = 0
     refit: bool = False
+    halving: HalvingSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,20 @@ class Candidate:
         layers: the set, ascending.
         nll: answer NLL without these layers, in nats per token.
         nll_repaired: the same after repair, or None.
+        nlls_trained: the same after the short fine-tune of each round that the set took part in.
     """
 
     names: tuple[str, ...]
     layers: Layers
     nll: float
     nll_repaired: float | None = None
+    nlls_trained: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        repaired = "" if self.nll_repaired is None else f", {self.nll_repaired:.2f} repaired"
-        return f"{number_runs(self.layers)} ({', '.join(self.names)}; NLL {self.nll:.2f}{repaired})"
+        after = "" if self.nll_repaired is None else f", {self.nll_repaired:.2f} repaired"
+        if self.nlls_trained:
+            after = f", {self.nlls_trained[-1]:.2f} after a short fine-tune"
+        return f"{number_runs(self.layers)} ({', '.join(self.names)}; NLL {self.nll:.2f}{after})"
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,8 @@ class Choice:
     Attributes:
         candidates: in order of the NLL that the choice was made by.
         dense_nll: answer NLL of the dense model on the same rows.
-        dense_passes: work of scoring, in passes of the dense model over the rows of the choice; repair not counted.
+        dense_passes: work of scoring, in passes of the dense model over the rows of the choice; repair and short
+            fine-tunes not counted.
     """
 
     candidates: tuple[Candidate, ...]
@@ -145,7 +154,7 @@ def choose_layers(
     Raises:
         ValueError: if there are fewer than ten rows, or rows without answers.
     """
-    _, choosing, _ = divide_rows(batches)
+    fitted, choosing, _ = divide_rows(batches)
     with Steps("candidates", "set") as steps:
         scorer = _Scorer(model, choosing, steps.advance)
         for name, layers in scores.sets(num_pruned_layers).items():
@@ -157,7 +166,10 @@ def choose_layers(
     ranked = scorer.ranked()
     repaired = [_repaired(model, each, batches, settings.refit) for each in ranked[: settings.num_repaired]]
     repaired.sort(key=lambda each: (each.nll_repaired, each.layers))
-    return Choice((*repaired, *ranked[len(repaired) :]), scorer.nll(()), scorer.dense_passes)
+    first = repaired
+    if settings.halving is not None:
+        first = _trained(model, ranked[: settings.halving.num_candidates], fitted, choosing, settings.halving)
+    return Choice((*first, *ranked[len(first) :]), scorer.nll(()), scorer.dense_passes)
 
 
 class _Scorer:
@@ -232,9 +244,29 @@ def edits(layers: Layers, scores: Sequence[float]) -> list[Layers]:
     return [tuple(sorted(pruned - {back} | {new})) for back, new in pairs]
 
 
+def _trained(
+    model: PreTrainedModel,
+    candidates: Sequence[Candidate],
+    fitted: Sequence[Batch],
+    choosing: Sequence[Batch],
+    settings: HalvingSettings,
+) -> list[Candidate]:
+    """Returns the candidates in the order of successive halving."""
+
+    def make(candidate: Candidate) -> PreTrainedModel:
+        return apply_plan(sharing_copy(model), _plan(model, candidate))
+
+    ranked = halve(candidates, make, fitted, choosing, settings)
+    return [dataclasses.replace(candidate, nlls_trained=nlls) for candidate, nlls in ranked]
+
+
+def _plan(model: PreTrainedModel, candidate: Candidate) -> PruningPlan:
+    return PruningPlan(num_hidden_layers=len(decoder_layers(model)), pruned_layers=candidate.layers)
+
+
 def _repaired(model: PreTrainedModel, candidate: Candidate, batches: Sequence[Batch], refit: bool) -> Candidate:
     """Returns the candidate with its NLL after repair."""
-    plan = PruningPlan(num_hidden_layers=len(decoder_layers(model)), pruned_layers=candidate.layers)
+    plan = _plan(model, candidate)
     fits: list[JudgedFit] = judged_repair(apply_plan(sharing_copy(model), plan), model, plan, batches, refit)
     after = fits[-1].options[fits[-1].chosen] if fits else candidate.nll
     return dataclasses.replace(candidate, nll_repaired=after)

@@ -16,8 +16,10 @@ from gradpruner.candidates import CandidateSettings, LayerScores, choose_layers
 from gradpruner.checks import AUTO
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
+from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradients import EarlyGradients
+from gradpruner.halving import HalvingSettings
 from gradpruner.igia import layer_importance
 from gradpruner.method import Calibration, Compressed, Method
 from gradpruner.plan import PruningPlan
@@ -42,6 +44,10 @@ class GradPrunerPlus(GradPruner):
         num_edits: edits of the best set that are scored.
         num_repaired: sets that are repaired before the choice, the best first.
         greedy_width: layers that are scored again for each one that the greedy set prunes; 0: no greedy set.
+        halving: optimizer steps of rounds of short LoRA fine-tunes that decide among the best sets, such as 8, 16, 32:
+            with n rounds 2^n sets begin, and the better half of each round goes on; empty: no such rounds.
+        halving_learning_rate: their peak rate.
+        halving_batch_size: their rows per step.
     """
 
     name: ClassVar[str] = "gradpruner_plus"
@@ -54,6 +60,9 @@ class GradPrunerPlus(GradPruner):
     num_edits: int = 8
     num_repaired: int = 0
     greedy_width: int = 0
+    halving: tuple[int, ...] = ()
+    halving_learning_rate: float = 1e-3
+    halving_batch_size: int = 4
 
     def __post_init__(self) -> None:
         """Raises ValueError on values that cannot work or contradict each other."""
@@ -61,6 +70,7 @@ class GradPrunerPlus(GradPruner):
         for name in ("num_edits", "num_repaired", "greedy_width"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}. Set method.{name}=0 for none.")
+        self._check_halving()
         if not self.candidates:
             return
         if self.merge_count or self.merged_layers:
@@ -68,6 +78,33 @@ class GradPrunerPlus(GradPruner):
                 "Layers merge by the early gradients' own plan, got candidates=true with "
                 f"merge_count={self.merge_count} and merged_layers={self.merged_layers}. Set method.candidates=false "
                 "to merge, or merge_count=0."
+            )
+
+    def _check_halving(self) -> None:
+        if not self.halving:
+            return
+        if not all(isinstance(steps, int) and steps > 0 for steps in self.halving):
+            raise ValueError(
+                f"halving lists optimizer steps above 0, one number for each round, got {list(self.halving)}. Set "
+                "method.halving=[8,16,32], or [] for no short fine-tunes."
+            )
+        for name in ("halving_learning_rate", "halving_batch_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
+        if self.num_repaired or not self.candidates:
+            raise ValueError(
+                "halving decides among candidates as they are, unrepaired, got "
+                f"candidates={str(self.candidates).lower()} and num_repaired={self.num_repaired}. Set "
+                "method.candidates=true and method.num_repaired=0, or method.halving=[]."
+            )
+
+    def check_training(self, training: TrainingSpec) -> None:
+        """Raises ValueError with `halving` on several processes: rank 0 alone chooses, and a fine-tune needs all."""
+        super().check_training(training)
+        if self.halving and processes.count() > 1:
+            raise ValueError(
+                f"halving trains candidates on one process, got {processes.count()}. Set method.halving=[], or start "
+                "the run with plain python; the stages that it has computed serve a later run on several processes."
             )
 
     @property
@@ -155,6 +192,15 @@ class GradPrunerPlus(GradPruner):
         return Compressed(apply_plan(model, plan), plan, report)
 
     def _candidate_settings(self) -> CandidateSettings:
+        halving = None
+        if self.halving:
+            halving = HalvingSettings(
+                tuple(self.halving), self.halving_learning_rate, self.halving_batch_size, self.seed
+            )
         return CandidateSettings(
-            self.num_edits, self.num_repaired if self.repair == JUDGED else 0, self.greedy_width, self.repair_refit
+            self.num_edits,
+            self.num_repaired if self.repair == JUDGED else 0,
+            self.greedy_width,
+            self.repair_refit,
+            halving,
         )

@@ -210,9 +210,50 @@ def test_through_the_pipeline(make_pipeline):  # noqa: F811
         assert not changed.stages()["measure"], change
 
 
+HALVING = {"halving": (2, 3), "halving_learning_rate": 1e-2, "halving_batch_size": 6}
+
+
+def test_halving_through_compress(make_batches):
+    batches = make_batches(6, batch_size=4)
+    [trained, plain] = [
+        GradPrunerPlus(**SETTINGS, **changes).compress(make_model(), batches).report["candidates"]
+        for changes in (HALVING, {})
+    ]
+    [winner, *others] = trained["candidates"]
+    assert len(winner["nlls_trained"]) == 2 and [len(each["nlls_trained"]) for each in others] == [1]  # two sets in all
+    assert winner["nlls_trained"][0] <= others[0]["nlls_trained"][0]
+    sets = [{tuple(each["layers"]) for each in choice["candidates"]} for choice in (trained, plain)]
+    assert sets[0] == sets[1] and len(sets[0]) == 2
+    assert not any(each["nlls_trained"] for each in plain["candidates"])
+
+
+def test_a_rate_is_part_of_the_measurement_with_halving_alone():
+    """A sweep over finetune.learning_rate, which it follows, measures once."""
+
+    def settings(**changes):
+        return GradPrunerPlus(**SETTINGS | changes).measurement_settings()
+
+    assert settings() == settings(halving_learning_rate=3e-3, halving_batch_size=8)
+    assert settings(**HALVING) != settings(**HALVING | {"halving_learning_rate": 3e-3}) != settings()
+
+
+def test_halving_needs_one_process(make_pipeline, monkeypatch):  # noqa: F811
+    pipeline = make_pipeline(GradPrunerPlus(**SETTINGS | HALVING))
+    monkeypatch.setattr("gradpruner.processes.count", lambda: 2)
+    with pytest.raises(ValueError, match=r"halving trains candidates on one process, got 2\. Set method\.halving=\[\]"):
+        pipeline.method.check_training(pipeline.training)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
+        (
+            {"halving": (8, 0)},
+            r"halving lists optimizer steps above 0, .*, got \[8, 0\]\. Set method\.halving=\[8,16,32\]",
+        ),
+        (HALVING | {"halving_batch_size": 0}, r"halving_batch_size must be above 0, got 0\. Raise method\."),
+        (HALVING | {"num_repaired": 2}, r"as they are, unrepaired, got candidates=true and num_repaired=2\. Set"),
+        (HALVING | {"candidates": False}, r"got candidates=false and num_repaired=0\. Set method\.candidates=true"),
         ({"merge_count": 1}, r"got candidates=true with merge_count=1 and .*Set method\.candidates=false"),
         ({"num_edits": -1}, r"num_edits must be 0 or above, got -1\. Set method\.num_edits=0"),
         ({"greedy_width": -2}, r"greedy_width must be 0 or above, got -2\. Set"),
@@ -229,6 +270,10 @@ def test_the_summary_names_the_sets_that_competed(tmp_path):
     file = folder / "arc_easy-lora-gradpruner_plus-judged-distill-tuned0.5-lr0.003-seed0.json"
     record = RunRecord.from_dict(json.loads(file.read_text()), file)
     console = Console(width=200, record=True, file=io.StringIO())
+    record.pruning["report"]["candidates"]["candidates"][1]["nlls_trained"] = [5.5, 4.25]
     show_summary([record], tmp_path, "title", console)
-    said = "edit 6.10 is pruned; edit 6.10; edit 6.20; block_influence 6.23; edit 6.26; 7 more; dense 4.19"
+    said = (
+        "edit 6.10 is pruned; edit 6.10 (trained 5.50, 4.25); edit 6.20; block_influence 6.23; edit 6.26; 7 more; "
+        "dense 4.19"
+    )
     assert f"Sets that competed, answer NLL on held-out training rows: {said}\n" in console.export_text()

@@ -23,7 +23,7 @@ LAYERS = {
             f"gradpruner.{name}"
             for name in ("method", "dense", "grad_pruner", "gradpruner_plus", "in_memory", "auto_sparsity", "budget")
         ),
-        *(f"gradpruner.{name}" for name in ("candidates", "importance", "importance_spec", "stability")),
+        *(f"gradpruner.{name}" for name in ("candidates", "halving", "importance", "importance_spec", "stability")),
     ),
     "rooms": ("gradpruner.finetune*", "gradpruner.repair*", "gradpruner.evaluate*", "gradpruner.checkpoints*"),
     "surgery": tuple(
