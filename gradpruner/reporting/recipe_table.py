@@ -107,7 +107,7 @@ def _tables(setting: str, rows: _Rows, metric: str | None) -> list[Table]:
             f"{SECTION}: {setting}, {ours} minus each, {what}",
             [*headers, *([f"mean of {len(metrics)}"] if len(metrics) > 1 else [])],
             [[label, *map(difference_text, row)] for label, row in zip(others, differences, strict=True)],
-            [*notes, interval_note(is_paired), f"≠: can be told from {ours} at 5 %"],
+            [*notes, "over the seeds that both have", interval_note(is_paired), f"≠: can be told from {ours} at 5 %"],
             [_runs(row) for row in others.values()],
             section=SECTION,
             heading=f"{setting}, {ours} minus each, {what}",
@@ -120,13 +120,20 @@ def _differences(
 ) -> list[Difference | None]:
     """Returns ours minus the other on each dataset and, of several their mean; None where one has no runs."""
     found = [
-        difference(ours[name], other[name], metric) if name in ours and name in other else None
+        difference(*_of_common_seeds(ours[name], other[name]), metric) if name in ours and name in other else None
         for name, metric in metrics.items()
     ]
     known = [each for each in found if each is not None]
     if len(found) > 1:
         found.append(mean_difference(known) if len(known) == len(found) else None)
     return found
+
+
+def _of_common_seeds(first: list[RunRecord], second: list[RunRecord]) -> tuple[list[RunRecord], list[RunRecord]]:
+    """Returns the runs whose seed both have, so that they can be paired; all of them if there is none."""
+    common = {run.seed for run in first} & {run.seed for run in second}
+    own, others = ([run for run in runs if run.seed in common] for runs in (first, second))
+    return (own, others) if common else (first, second)
 
 
 def _runs(by_dataset: Mapping[str, list[RunRecord]]) -> list[RunRecord]:

@@ -72,6 +72,14 @@ def test_seeds_are_means_and_sparsities_tables():
     assert len(tables[0].headers) == 2 and len(tables[1].headers) == 2  # a mean of one dataset is that dataset
 
 
+def test_differences_are_over_the_seeds_that_both_have():
+    ours = [run("gradpruner_plus", right, seed=seed) for seed, right in enumerate((10, 16))]
+    tables = recipe_tables([*ours, run("shortgpt", 8, seed=1), run("laco", 8, seed=7)])
+    by_method = {row[0]: row[1] for row in tables[1].rows}
+    assert by_method["ShortGPT"].startswith("+0.400 (") and by_method["LaCo"].startswith("+0.250 (")
+    assert "over the seeds that both have" in tables[1].notes
+
+
 def test_the_variant_with_the_most_runs_is_compared():
     runs = [run("gradpruner_plus", 10, seed=seed, num_edits=8) for seed in range(2)]
     tables = recipe_tables([*runs, run("gradpruner_plus", 5, num_edits=0), run("shortgpt", 8)])
