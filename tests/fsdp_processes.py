@@ -53,7 +53,7 @@ def on_accelerators(spec):
 
 def load(folder, dtype="float32", **config):
     name = "-".join(["assets", dtype, *config])
-    return ModelSpec("random:llama", config={**CONFIG, **config}, dtype=dtype).load(folder / name)
+    return ModelSpec("random:llama", config={**CONFIG, **config}, dtype=dtype).load(folder.parent / name)
 
 
 def distillation(folder):

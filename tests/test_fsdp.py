@@ -1,4 +1,4 @@
-"""FSDP2 through accelerate on 2 and 3 processes: losses and weights of one process, checkpoints, resume.
+"""FSDP2 through accelerate on 2 processes, after a stop on 3: losses and weights of one process, checkpoints, resume.
 
 `fsdp_processes.py` says how it runs without GPUs.
 """
@@ -10,21 +10,17 @@ import torch
 
 from tests import fsdp_processes
 from tests.fsdp_processes import TRAININGS, weights
-from tests.test_processes import COUNTS, run
+from tests.test_processes import read_results, run, run_for_each_count
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {count: tmp_path_factory.mktemp(f"fsdp{count}") for count in COUNTS}
-    for count, folder in made.items():
-        codes, _ = run(fsdp_processes.trainings, folder, count)
-        assert codes == [0] * count
-    return made
+    return run_for_each_count(fsdp_processes.trainings, tmp_path_factory, (1, 2))
 
 
 @pytest.fixture(scope="module")
 def results(folders):
-    return {count: json.loads((folder / "results.json").read_text()) for count, folder in folders.items()}
+    return read_results(folders)
 
 
 def assert_same_weights(found, expected, atol=1e-4):
@@ -33,18 +29,16 @@ def assert_same_weights(found, expected, atol=1e-4):
         torch.testing.assert_close(value, expected[name], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("count", COUNTS[1:])
 @pytest.mark.parametrize("name", TRAININGS)
-def test_a_divided_fine_tune_has_the_losses_and_weights_of_a_whole_one(folders, results, name, count):
+def test_a_divided_fine_tune_has_the_losses_and_weights_of_a_whole_one(folders, results, name):
     rounded = "bf" in name  # products in bfloat16, of weights that are rounded first with FSDP alone
-    expected, own = (results[each]["losses"][name] for each in (1, count))
+    expected, own = (results[each]["losses"][name] for each in (1, 2))
     assert len(own) == 3 and own == pytest.approx(expected, abs=2e-2 if rounded else 1e-5)
-    assert_same_weights(weights(folders[count] / name), weights(folders[1] / name), 4e-2 if rounded else 1e-4)
+    assert_same_weights(weights(folders[2] / name), weights(folders[1] / name), 4e-2 if rounded else 1e-4)
 
 
-@pytest.mark.parametrize("count", COUNTS[1:])
-def test_a_run_has_the_same_plan_losses_and_predictions(results, count):
-    expected, own = (results[each]["run"] for each in (1, count))
+def test_a_run_has_the_same_plan_losses_and_predictions(results):
+    expected, own = (results[each]["run"] for each in (1, 2))
     assert own["plan"][0] == expected["plan"][0] and own["plan"][1] == pytest.approx(expected["plan"][1], rel=1e-3)
     assert own["losses"] == pytest.approx(expected["losses"], abs=1e-4)
     for row, other in zip(own["predictions"], expected["predictions"], strict=True):

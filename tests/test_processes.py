@@ -40,18 +40,27 @@ def run(job, folder, count, seconds=300):
     return [process.exitcode for process in started], time.monotonic() - first_end
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {count: tmp_path_factory.mktemp(f"processes{count}") for count in COUNTS}
+def run_for_each_count(job, tmp_path_factory, counts=COUNTS):
+    """Runs a job on 1, 2 and 3 processes; returns the folders that it wrote to."""
+    made = {count: tmp_path_factory.mktemp(f"{job.__name__}{count}") for count in counts}
     for count, folder in made.items():
-        codes, _ = run(several_processes.all_jobs, folder, count)
+        codes, _ = run(job, folder, count)
         assert codes == [0] * count
     return made
 
 
+def read_results(folders):
+    return {count: json.loads((folder / "results.json").read_text()) for count, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return run_for_each_count(several_processes.all_jobs, tmp_path_factory)
+
+
 @pytest.fixture(scope="module")
 def results(folders):
-    return {count: json.loads((folder / "results.json").read_text()) for count, folder in folders.items()}
+    return read_results(folders)
 
 
 @pytest.mark.parametrize("count", COUNTS[1:])
