@@ -427,6 +427,7 @@ def test_a_failing_tracker_fails_no_run(folders, monkeypatch, caplog):
     assert "The tracker failed, the run and its record are complete: CommError: no connection" in caplog.text
 
 
+@pytest.mark.slow
 def test_sweep_with_joblib_measures_once(tmp_path):
     done = command(
         *("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}/sweep"),
