@@ -21,6 +21,13 @@ def check_positive(method: object, *names: str) -> None:
             raise ValueError(f"{name} must be 1 or more, got {getattr(method, name)}. Raise method.{name}.")
 
 
+def check_above_zero(method: object, *names: str) -> None:
+    """Raises ValueError if one of these settings of a method is 0 or below."""
+    for name in names:
+        if not getattr(method, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(method, name)}. Raise method.{name}.")
+
+
 def guess(name: str, known: Iterable[str]) -> str:
     """Returns `" (did you mean 'x'?)"` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from gradpruner import processes
 from gradpruner.batch_rows import distinct_rows
 from gradpruner.candidates import CandidateSettings, LayerScores, choose_layers
-from gradpruner.checks import AUTO
+from gradpruner.checks import AUTO, check_above_zero
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
 from gradpruner.finetune.spec import TrainingSpec
@@ -88,9 +88,7 @@ class GradPrunerPlus(GradPruner):
                 f"halving lists optimizer steps above 0, one number for each round, got {list(self.halving)}. Set "
                 "method.halving=[8,16,32], or [] for no short fine-tunes."
             )
-        for name in ("halving_learning_rate", "halving_batch_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
+        check_above_zero(self, "halving_learning_rate", "halving_batch_size")
         if self.num_repaired or not self.candidates:
             raise ValueError(
                 "halving decides among candidates as they are, unrepaired, got "

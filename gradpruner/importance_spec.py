@@ -7,7 +7,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 
-from gradpruner.checks import check_choice
+from gradpruner.checks import check_above_zero, check_choice
 from gradpruner.igia import GRADIENT_ESTIMATES
 
 ADAPTERS = ("lora", "dora", "qlora")
@@ -67,9 +67,7 @@ class ImportanceSettings:
             )
         if self.adapter == "qlora":
             self._check_qlora()
-        for name in ("batch_size", "accumulation", "lora_rank", "lora_alpha", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
+        check_above_zero(self, "batch_size", "accumulation", "lora_rank", "lora_alpha", "learning_rate")
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm must be 0 (no clipping) or above, got {self.max_grad_norm}.")
 

@@ -41,7 +41,7 @@ def run(job, folder, count, seconds=300):
 
 
 def run_for_each_count(job, tmp_path_factory, counts=COUNTS):
-    """Runs a job on 1, 2 and 3 processes; returns the folders that it wrote to."""
+    """Runs a job on so many processes, one after the other; returns the folders that it wrote to."""
     made = {count: tmp_path_factory.mktemp(f"{job.__name__}{count}") for count in counts}
     for count, folder in made.items():
         codes, _ = run(job, folder, count)

@@ -5,7 +5,7 @@ from typing import Self
 
 from baselines.apt.pruning import AptPruning
 from baselines.apt.schedule import Schedule
-from gradpruner.checks import check_positive
+from gradpruner.checks import check_above_zero, check_positive
 from gradpruner.finetune.spec import ANSWERS_LOSS, TrainingSpec
 
 
@@ -59,9 +59,7 @@ class AptSettings(AptPruning):
                 f"sparsity_warmup is a fraction of the training steps, in [0, 1], got {self.sparsity_warmup}. APT's is "
                 "0.067."
             )
-        for name in ("mask_step", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. Raise method.{name}.")
+        check_above_zero(self, "mask_step", "temperature")
 
     def resolve(self, num_hidden_layers: int, training_steps: int | None = None) -> Self:
         """Checks that the training has room for the cuts; see `Method.resolve`."""
