@@ -1,9 +1,12 @@
 """FSDP2 through accelerate on 2 processes, after a stop on 3: losses and weights of one process, checkpoints, resume.
 
-`fsdp_processes.py` says how it runs without GPUs.
+`fsdp_processes.py` says how it runs without GPUs. Once in some thirty runs, beside other work, the C library of
+a process ended it there ("malloc(): unaligned tcache chunk detected"); neither that library's checks nor 18 runs alone
+showed where, and none of this project's code is native. Such a job, and no other failure, runs once more.
 """
 
 import json
+import signal
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from tests.test_processes import read_results, run, run_for_each_count
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return run_for_each_count(fsdp_processes.trainings, tmp_path_factory, (1, 2))
+    return run_for_each_count(fsdp_processes.trainings, tmp_path_factory, (1, 2), (signal.SIGABRT, signal.SIGSEGV))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+import warnings
 
 import pytest
 import torch
@@ -40,11 +41,19 @@ def run(job, folder, count, seconds=300):
     return [process.exitcode for process in started], time.monotonic() - first_end
 
 
-def run_for_each_count(job, tmp_path_factory, counts=COUNTS):
-    """Runs a job on so many processes, one after the other; returns the folders that it wrote to."""
-    made = {count: tmp_path_factory.mktemp(f"{job.__name__}{count}") for count in counts}
-    for count, folder in made.items():
-        codes, _ = run(job, folder, count)
+def run_for_each_count(job, tmp_path_factory, counts=COUNTS, again_after=()):
+    """Runs a job on so many processes, one after the other; returns the folders that it wrote to.
+
+    If a process of a job ends by one of the signals `again_after`, the job runs once more, in another folder.
+    """
+    made = {}
+    for count in counts:
+        made[count] = tmp_path_factory.mktemp(f"{job.__name__}{count}")
+        codes, _ = run(job, made[count], count)
+        if {-signal for signal in again_after}.intersection(codes):
+            warnings.warn(f"{job.__name__} ended with {codes} on {count} processes and runs once more", stacklevel=2)
+            made[count] = tmp_path_factory.mktemp(f"{job.__name__}{count}-again")
+            codes, _ = run(job, made[count], count)
         assert codes == [0] * count
     return made
 
