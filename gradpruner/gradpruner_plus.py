@@ -24,7 +24,7 @@ from gradpruner.igia import layer_importance
 from gradpruner.method import Calibration, Compressed, Method
 from gradpruner.plan import PruningPlan
 from gradpruner.repair import JUDGED
-from gradpruner.repair.judged import divide_rows
+from gradpruner.repair.judged import check_num_rows, divide_rows
 from gradpruner.surgery import apply_plan
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,12 @@ class GradPrunerPlus(GradPruner):
                 f"halving trains candidates on one process, got {processes.count()}. Set method.halving=[], or start "
                 "the run with plain python; the stages that it has computed serve a later run on several processes."
             )
+
+    def check_rows(self, num_rows: int) -> None:
+        """Raises ValueError if there are too few rows to choose candidates by, or to judge a repair by."""
+        super().check_rows(num_rows)
+        if self.candidates:
+            check_num_rows(min(num_rows, self.repair_rows), num_rows)
 
     @property
     def measured_as(self) -> type[Method]:

@@ -15,12 +15,10 @@ from gradpruner.conversation_rows import encode_rows
 from gradpruner.encoding import Batch, Encoder, TrainingRow, training_batches
 from gradpruner.gradpruner_plus import GradPrunerPlus
 from gradpruner.messages import first_few
-from gradpruner.method import Calibration, Compressed, DepthMethod, Method
+from gradpruner.method import Calibration, Compressed, Method
 from gradpruner.models.architectures import check_model, decoder_layers
 from gradpruner.models.padding import add_special_tokens
 from gradpruner.models.shape import config_shape
-from gradpruner.repair import JUDGED
-from gradpruner.repair.judged import FEWEST_ROWS
 from gradpruner.tasks import ChatExample, Example
 from gradpruner.tasks.columns import RowError, take_text
 from gradpruner.tasks.conversations import TURN_COLUMNS, read_turns
@@ -85,11 +83,7 @@ def compress(
             training_batches(encoded, calibration.batch_size, num_rows, prepared.pad_token_id, calibration.seed)
         )
 
-    if isinstance(resolved, DepthMethod) and resolved.repair_kind == JUDGED and len(encoded) < FEWEST_ROWS:
-        raise ValueError(
-            f"Changes are chosen by rows that they were not fitted on, which takes {FEWEST_ROWS} rows at least, got "
-            f"{len(encoded)}. Give more rows, a few hundred if possible."
-        )
+    resolved.check_rows(len(encoded))
     return resolved.compress(model, draw(resolved.calibration()), draw(resolved.repair_calibration()))
 
 

@@ -25,6 +25,7 @@ from gradpruner.models.shape import ModelShape, config_shape
 from gradpruner.models.spec import ModelSpec
 from gradpruner.plan import PruningPlan, check_counts
 from gradpruner.repair import JUDGED, NO_REPAIR, REPAIRS, Fit, JudgedFit, check_repairable, repair
+from gradpruner.repair.judged import check_num_rows
 from gradpruner.surgery import sharing_copy
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,9 @@ class Method:
 
     def check_training(self, training: TrainingSpec) -> None:
         """Raises ValueError if the method does not work with these training settings."""
+
+    def check_rows(self, num_rows: int) -> None:
+        """Raises ValueError if the method does not work with so few training rows."""
 
     def recovery(self) -> Recovery | None:
         """Returns the training on other data between pruning and fine-tuning, or None."""
@@ -314,6 +318,11 @@ class DepthMethod(Method):
         if self.repair_kind == NO_REPAIR:
             return None
         return Calibration(8, self.repair_rows, getattr(self, "seed", 0), once=True)
+
+    def check_rows(self, num_rows: int) -> None:
+        """Raises ValueError if there are too few rows to judge a repair by."""
+        if self.repair_kind == JUDGED:
+            check_num_rows(min(num_rows, self.repair_rows), num_rows)
 
     @property
     def repair_kind(self) -> str:

@@ -21,6 +21,8 @@ from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradpruner_plus import GradPrunerPlus
 from gradpruner.hidden_states import answer_nll
 from gradpruner.layer_scores import angular_distances, block_influence, influence_and_distances
+from gradpruner.models.counting import count_model
+from gradpruner.pipeline.work import importance_flops, stage_flops, tokens_per_row
 from gradpruner.plan import PruningPlan
 from gradpruner.record import RunRecord
 from gradpruner.repair.judged import divide_rows
@@ -235,6 +237,52 @@ def test_a_rate_is_part_of_the_measurement_with_halving_alone():
 
     assert settings() == settings(halving_learning_rate=3e-3, halving_batch_size=8)
     assert settings(**HALVING) != settings(**HALVING | {"halving_learning_rate": 3e-3}) != settings()
+
+
+def test_the_work_of_the_choice_and_of_short_fine_tunes_is_estimated(make_pipeline, make_batches):  # noqa: F811
+    """In passes of the dense model over the rows of the choice, beside those that a run counts itself."""
+
+    def work(**changes):
+        pipeline = make_pipeline(GradPrunerPlus(**SETTINGS | changes))
+        method, counts = pipeline.resolved_method, count_model(pipeline.config)
+        length, positions = tokens_per_row(pipeline.rows)
+        own = stage_flops(pipeline)["measure"] - importance_flops(pipeline, method, counts)
+        one_row = counts.flops(1, length, logit_positions=positions)
+        return own / one_row, (length, positions), one_row
+
+    rows = 12  # of the pipeline
+    passes = {edits: work(num_edits=edits)[0] / (0.2 * rows) for edits in (0, 4, 8)}
+    assert passes[8] - passes[4] == pytest.approx(passes[4] - passes[0]) and passes[4] > passes[0]
+    counted = GradPrunerPlus(**SETTINGS, num_edits=8).compress(make_model(), make_batches(6, batch_size=4))
+    found = counted.report["candidates"]
+    per_set = (found["dense_passes"] - 1) / len(found["candidates"])  # the run has fewer sets, as many are the same
+    assert (passes[8] - passes[4]) / 4 == pytest.approx(per_set, rel=0.2)  # the head is not pruned
+
+    plain, sizes, one_row = work()
+    pipeline = make_pipeline(GradPrunerPlus(**SETTINGS))
+    pruned = count_model(pipeline.config, pipeline.shape)
+    trained = sum(n * pruned.training_flops(6 * steps, *sizes, 8) for n, steps in ((4, 2), (2, 3))) / one_row
+    assert work(**HALVING)[0] - plain - trained == pytest.approx(6 * (passes[8] - passes[4]) / 4 * 0.2 * rows)
+    assert work(greedy_width=2)[0] > plain + 0.2 * rows * 6 * per_set
+    assert work(num_repaired=2)[0] > work(num_repaired=1)[0] > plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (
+            {"repair_rows": 9},
+            r"takes 10 rows at least, got 9 of 12\. Give more training rows, or raise method\.repair_rows",
+        ),
+        ({"repair_rows": 9, "repair": "none"}, r"Candidates and changes are chosen by rows .*, got 9 of 12\."),
+        ({"repair_rows": 9, "candidates": False}, r"got 9 of 12\. Give more .*method\.repair=least_squares"),
+    ],
+)
+def test_too_few_rows_are_found_before_any_work(make_pipeline, changes, match, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("gradpruner.models.spec.ModelSpec.load", lambda *args, **kwargs: pytest.fail("loads weights"))
+    with pytest.raises(ValueError, match=match):
+        make_pipeline(GradPrunerPlus(**SETTINGS | changes)).run()
+    make_pipeline(GradPrunerPlus(**SETTINGS | changes | {"repair_rows": 320})).check()
 
 
 def test_halving_needs_one_process(make_pipeline, monkeypatch):  # noqa: F811

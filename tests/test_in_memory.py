@@ -104,7 +104,7 @@ def test_white_space_between_prompt_and_answer_is_not_doubled(tiny_llama, tokeni
             r"one kind, got a conversation in rows\[1\] and prompt and answer in rows\[0",
         ),
         ([as_messages(ROWS[0])], r"Rows with messages need a tokenizer with a chat template, got one without\. Use"),
-        (ROWS[:3], r"takes 10 rows at least, got 3\. Give more rows"),
+        (ROWS[:3], r"takes 10 rows at least, got 3\. Give more training rows"),
         ([{"prompt": "a" * 600, "answer": "b"}], r"No training row fits .*max_length=200"),
     ],
 )

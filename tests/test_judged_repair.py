@@ -189,7 +189,7 @@ def test_rows_of_fit_choice_and_report_are_disjoint(make_batches):
 
 @pytest.mark.parametrize(
     ("rows", "label", "match"),
-    [(9, None, r"10 at least, got 9 rows\. Raise"), (20, -100, r"got rows without answer tokens\. Give rows")],
+    [(9, None, r"takes 10 rows at least, got 9\. Give more training rows"), (20, -100, r"got rows without answer tokens\. Give rows")],
 )
 def test_rows_that_cannot_judge(rows, label, match, make_batches):
     [batch] = make_batches(1, batch_size=rows)

@@ -222,6 +222,7 @@ class Setup:
         self.base_model.check_weights(self.assets_dir, self.config)
         self.method.check_training(self.training)
         _ = self.resolved_method, self.shape
+        self.resolved_method.check_rows(len(self.rows))
         check_parallel(self.training, self.resolved_method.callbacks())
         if self.recovery is not None:
             check_parallel(self.recovery.training, (), self.recovery.distillation is not None)

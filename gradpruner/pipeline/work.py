@@ -11,11 +11,17 @@ from gradpruner.encoding import TrainingRow
 from gradpruner.evaluate.generate import Generation
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
+from gradpruner.gradpruner_plus import GradPrunerPlus
+from gradpruner.method import DepthMethod
 from gradpruner.models.counting import ModelCounts, count_model
 from gradpruner.pipeline.setup import Setup
+from gradpruner.repair import JUDGED, LEAST_SQUARES
 
-REPAIR_PASSES = 10  # forward passes of both models over the calibration rows, about
-CANDIDATE_ROWS = 600  # forward passes of one row that the scores of all candidates take, about
+# Forward passes of the dense model over the repair's rows, about, with three cuts.
+REPAIR_PASSES = {LEAST_SQUARES: 2.0, JUDGED: 4.0}
+REFIT_PASSES = 0.3  # more of them for each kept layer that is refitted
+FITTED, CHOOSING = 0.7, 0.2  # parts of the repair's rows, see `repair.judged`
+NUM_CRITERIA = 4  # sets of layers that compete before any is edited, see `candidates`
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,31 @@ def importance_flops(setup: Setup, method: GradPruner, dense: ModelCounts) -> fl
     return dense.training_flops(num_rows, *tokens_per_row(setup.rows), method.lora_rank, recompute)
 
 
+def choice_flops(method: GradPrunerPlus, dense: ModelCounts, pruned: ModelCounts, rows: Sequence[TrainingRow]) -> float:
+    """Returns the operations of the choice among candidates, without that of repairing some of them.
+
+    Args:
+        method: with a definite number of layers, or the most that `sparsity=auto` may prune.
+        dense: counts of the dense model.
+        pruned: counts of the pruned model.
+        rows: the training rows.
+    """
+    length, positions = tokens_per_row(rows)
+    num_rows = min(method.repair_rows, len(rows))
+    one_dense, one_pruned = (counts.flops(1, length, logit_positions=positions) for counts in (dense, pruned))
+    found = (FITTED + CHOOSING) * num_rows * one_dense  # criteria, and the dense model's own likelihood
+    found += CHOOSING * num_rows * (NUM_CRITERIA + method.num_edits) * one_pruned
+    if method.greedy_width:
+        num_layers = len(dense.layers)
+        again = num_layers - len(pruned.layers) - 1
+        found += CHOOSING * num_rows * (num_layers + again * method.greedy_width) * (one_dense + one_pruned) / 2
+    for number, steps in enumerate(method.halving):
+        num_candidates = 2 ** (len(method.halving) - number)
+        trained = pruned.training_flops(steps * method.halving_batch_size, length, positions, TrainingSpec.lora_rank)
+        found += num_candidates * (trained + CHOOSING * num_rows * one_pruned)
+    return found
+
+
 def num_trained_rows(training: TrainingSpec, num_rows: int) -> int:
     """Returns the number of rows that a training sees; the last batch of an epoch may be short."""
     if training.max_steps is not None:
@@ -83,12 +114,15 @@ def stage_flops(setup: Setup) -> dict[str, float]:
     found: dict[str, float] = {}
     if isinstance(method, GradPruner):
         found["measure"] = importance_flops(setup, method, start)
-        if getattr(method, "candidates", False):
-            found["measure"] += CANDIDATE_ROWS * one_row
+        if isinstance(method, GradPrunerPlus) and method.candidates:
+            found["measure"] += choice_flops(method, start, pruned, rows)
     elif (calibration := method.calibration()) is not None:
         found["measure"] = calibration.count(len(rows)) * one_row
-    if (repair := method.repair_calibration()) is not None:
-        found["repair"] = 2 * REPAIR_PASSES * repair.count(len(rows)) * one_row
+    if isinstance(method, DepthMethod) and (repair := method.repair_calibration()) is not None:
+        passes = REPAIR_PASSES[method.repair_kind] + (REFIT_PASSES * len(pruned.layers) if method.repair_refit else 0)
+        found["repair"] = passes * repair.count(len(rows)) * one_row
+        if isinstance(method, GradPrunerPlus) and method.candidates:
+            found["measure"] += method.num_repaired * found["repair"]
     if setup.recovery is not None:
         found["recover"] = training_flops(pruned, setup.recovery.training, setup.recovery_rows)
     dense = count_model(setup.dense_config)

@@ -215,18 +215,30 @@ def _runs(plan: PruningPlan, refit: bool) -> list[PrunedRun]:
     return sorted([*runs, *(PrunedRun(layer, layer) for layer in others)], key=lambda run: run.absorber)
 
 
+def check_num_rows(num_rows: int, num_available: int | None = None) -> None:
+    """Raises ValueError if rows are too few to be divided.
+
+    Args:
+        num_rows: rows to divide.
+        num_available: training rows that there are, if known.
+    """
+    if num_rows >= FEWEST_ROWS:
+        return
+    of_all = "" if num_available in (None, num_rows) else f" of {num_available}"
+    raise ValueError(
+        "Candidates and changes are chosen by rows that they were not fitted on, which takes "
+        f"{FEWEST_ROWS} rows at least, got {num_rows}{of_all}. Give more training rows, or raise method.repair_rows; "
+        "with few rows, method.repair=least_squares and method.candidates=false need none for the choice."
+    )
+
+
 def divide_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch], list[Batch]]:
     """Returns the rows of fits, of the choice, and of neither: seven, two and one of ten.
 
     Raises:
         ValueError: if there are fewer than ten rows, or rows without answers.
     """
-    num_rows = sum(len(batch["input_ids"]) for batch in batches)
-    if num_rows < FEWEST_ROWS:
-        raise ValueError(
-            f"repair=judged fits, chooses and reports on different rows, {FEWEST_ROWS} at least, got {num_rows} rows. "
-            "Raise method.repair_rows, or set method.repair=least_squares."
-        )
+    check_num_rows(sum(len(batch["input_ids"]) for batch in batches))
     rest, choosing = split_rows(batches, 5, 4)
     fitted, fresh = split_rows(rest, 8, 3)
     if not all(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in (*choosing[:1], *fresh[:1])):
