@@ -159,8 +159,10 @@ def test_nothing_is_accepted_that_does_not_lower_the_nll(model_type, refit, make
             assert following.options[NONE] == pytest.approx(fit.options[fit.chosen], rel=1e-6)
             assert following.fresh_nll_before == fit.fresh_nll_after
         maps = [name for name in fit.options if name.startswith("map")]
-        assert bool(maps) == (model_type == "llama") and CHANNELS in fit.options
-        assert (MAGNITUDE in fit.options) == (model_type != "olmo2" and fit.last != fit.absorber and fit.absorber != 5)
+        is_cut = fit.last != fit.absorber
+        assert bool(maps) == (model_type == "llama") and (CHANNELS in fit.options) == (is_cut or not maps)
+        assert all("answers weighted" in name for name in maps) == (not is_cut or not maps)
+        assert (MAGNITUDE in fit.options) == (model_type != "olmo2" and is_cut and fit.absorber != 5)
     # What the fits say is what the model does.
     rest, choosing = split_rows(batches, 5, 4)
     _, fresh = split_rows(rest, 8, 3)
@@ -189,7 +191,10 @@ def test_rows_of_fit_choice_and_report_are_disjoint(make_batches):
 
 @pytest.mark.parametrize(
     ("rows", "label", "match"),
-    [(9, None, r"takes 10 rows at least, got 9\. Give more training rows"), (20, -100, r"got rows without answer tokens\. Give rows")],
+    [
+        (9, None, r"takes 10 rows at least, got 9\. Give more training rows"),
+        (20, -100, r"got rows without answer tokens\. Give rows"),
+    ],
 )
 def test_rows_that_cannot_judge(rows, label, match, make_batches):
     [batch] = make_batches(1, batch_size=rows)

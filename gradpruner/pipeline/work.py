@@ -19,7 +19,7 @@ from gradpruner.repair import JUDGED, LEAST_SQUARES
 
 # Forward passes of the dense model over the repair's rows, about, with three cuts.
 REPAIR_PASSES = {LEAST_SQUARES: 2.0, JUDGED: 4.0}
-REFIT_PASSES = 0.3  # more of them for each kept layer that is refitted
+REFIT_PASSES = 0.15  # more of them for each kept layer that is refitted
 FITTED, CHOOSING = 0.7, 0.2  # parts of the repair's rows, see `repair.judged`
 NUM_CRITERIA = 4  # sets of layers that compete before any is edited, see `candidates`
 

@@ -12,8 +12,8 @@ Beyond the paper. For every run of pruned layers, in order of depth, these chang
   up, each fitted to all tokens alike, or with the tokens of answers weighing as much as all others together.
 
 The negative log-likelihood (NLL) of held-out answers chooses, and nothing is accepted that does not lower it. With
-`refit`, the kept layers behind the first cut compete in the same way, each with the dense model's own state as its
-target. Rows are divided: seven of ten for fits, two for the choice, one for an NLL that no choice has seen.
+`refit`, the kept layers behind the first cut are changed, too, each towards the dense model's own state: by a map with
+weighted answers, which was the best change of nearly all of them, or else a factor per channel. Rows are divided: seven of ten for fits, two for the choice, one for an NLL that no choice has seen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -188,16 +188,17 @@ class _Proposals:
                     scale(module, 1.0 / alpha)
 
             yield _Change(MAGNITUDE, divide, modules)
-        _, mlp = stream_outputs(model, position)
-        factors = self._plain.channel_scales(CHANNEL_RIDGE)
-        yield _Change(CHANNELS, lambda: scale(mlp, factors), [mlp])
+        if is_cut or model_type in NORMED_MODEL_TYPES:
+            _, mlp = stream_outputs(model, position)
+            factors = self._plain.channel_scales(CHANNEL_RIDGE)
+            yield _Change(CHANNELS, lambda: scale(mlp, factors), [mlp])
         if model_type in NORMED_MODEL_TYPES:
             return
         linear = down_proj(model, position)
-        for sums, label, pairs in (
-            (self._plain, MAP, [(tokens.outputs, tokens.missing) for tokens in held_out]),
-            (self._weighted, f"{MAP}, answers weighted", [self._weigh(tokens) for tokens in held_out]),
-        ):
+        kinds = [(self._weighted, f"{MAP}, answers weighted", [self._weigh(tokens) for tokens in held_out])]
+        if is_cut:
+            kinds.insert(0, (self._plain, MAP, [(tokens.outputs, tokens.missing) for tokens in held_out]))
+        for sums, label, pairs in kinds:
             solution = sums.solve()
             best, _, _ = best_ridge(solution, pairs)
             first = RIDGES.index(best)
