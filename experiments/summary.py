@@ -11,11 +11,12 @@ from gradpruner.caveats import weak_accuracy
 from gradpruner.checkpoints.adapter import ADAPTER_FOLDER
 from gradpruner.checkpoints.checkpoint import SHAPE_FILE
 from gradpruner.finetune.result import LEAST_SURVIVAL
-from gradpruner.messages import parameters
+from gradpruner.messages import duration, parameters
 from gradpruner.models.shape import ModelShape, describe_shape
 from gradpruner.record import RunRecord
 from gradpruner.record_sections import MethodReport
 from gradpruner.reporting.labels import caveats, describe_origins, metric_columns
+from gradpruner.reporting.means import DENSE
 
 NUM_NAMED_CANDIDATES = 4
 
@@ -54,7 +55,7 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
     if metrics.get("finished", 1.0) < 1.0:
         notes.append(f"answers that came to an end: {metrics['finished']:.0%}")
     console.print("; ".join([*notes, *describe_origins(measured), *caveats(records)]), soft_wrap=True)
-    dense = next((record.metrics for record in records[:-1] if record.pruning["method"] == "dense"), None)
+    dense = next((record.metrics for record in records[:-1] if record.pruning["method"] == DENSE), None)
     if weak := weak_accuracy(metrics, dense, pruning["method"]):
         console.print(f"[yellow]Warning:[/] {weak}", soft_wrap=True)
     if pruning["pruned_layers"]:
@@ -65,6 +66,10 @@ def show_summary(records: list[RunRecord], run_dir: Path, title: str, console: C
         console.print(line, soft_wrap=True)
     if widths := _widths(records[-1]):
         console.print(widths, soft_wrap=True)
+    cost, training = records[-1].efficiency["compression_seconds"], records[-1].finetune["train_seconds"]
+    if cost >= 1.0 and pruning["method"] != DENSE:
+        share = f", {cost / training:.1f} times its fine-tune" if training else ""
+        console.print(f"Compression took {duration(cost)}{share}", soft_wrap=True)
     if ratios := records[-1].efficiency.get("speed", {}).get("ratios"):
         parts = [
             f"{phase} {own['time']:.2f} of the time, {own['memory']:.2f} of the memory" for phase, own in ratios.items()

@@ -10,6 +10,15 @@ def parameters(count: float) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e3:.1f} k"
 
 
+def duration(seconds: float) -> str:
+    """Returns a time in the two units that say most, from hours down to seconds."""
+    if seconds < 1:
+        return "less than a second"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def first_few(names: Sequence[str], limit: int = 3) -> str:
     """Returns the first names, separated by commas, and how many more there are."""
     rest = len(names) - limit

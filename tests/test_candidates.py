@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradpruner_plus import GradPrunerPlus
 from gradpruner.hidden_states import answer_nll
 from gradpruner.layer_scores import angular_distances, block_influence, influence_and_distances
+from gradpruner.messages import duration
 from gradpruner.models.counting import count_model
 from gradpruner.pipeline.work import importance_flops, stage_flops, tokens_per_row
 from gradpruner.plan import PruningPlan
@@ -324,4 +326,12 @@ def test_the_summary_names_the_sets_that_competed(tmp_path):
         "edit 6.10 is pruned; edit 6.10 (trained 5.50, 4.25); edit 6.20; block_influence 6.23; edit 6.26; 7 more; "
         "dense 4.19"
     )
-    assert f"Sets that competed, answer NLL on held-out training rows: {said}\n" in console.export_text()
+    assert f"Sets that competed, answer NLL on held-out training rows: {said}\n" in (text := console.export_text())
+    assert re.search(r"\nCompression took (\d+ min )?\d+ s, \d+\.\d times its fine-tune\n", text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "less than a second"), (59.6, "1 min 0 s"), (12, "12 s"), (3725, "1 h 2 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

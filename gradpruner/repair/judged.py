@@ -13,7 +13,8 @@ Beyond the paper. For every run of pruned layers, in order of depth, these chang
 
 The negative log-likelihood (NLL) of held-out answers chooses, and nothing is accepted that does not lower it. With
 `refit`, the kept layers behind the first cut are changed, too, each towards the dense model's own state: by a map with
-weighted answers, which was the best change of nearly all of them, or else a factor per channel. Rows are divided: seven of ten for fits, two for the choice, one for an NLL that no choice has seen.
+weighted answers, which was the best change of nearly all of them, or else a factor per channel. Rows are divided: seven
+of ten for fits, two for the choice, one for an NLL that no choice has seen.
 """
 
 from collections.abc import Callable, Iterator, Sequence

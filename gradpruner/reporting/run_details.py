@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradpruner.messages import parameters
+from gradpruner.messages import duration, parameters
 from gradpruner.plan import number_runs
 from gradpruner.record import RECORD_FILE, RunRecord
 from gradpruner.reporting.changed_answers import ChangedAnswers, changed_answers
@@ -171,9 +171,9 @@ def _facts(record: RunRecord) -> dict[str, str]:
     rows = data.get("max_train_samples") or "all"
     facts["Rows"] = f"{rows} to train, {record.metrics['num_examples']} to test"
     facts["Fine-tune"] = (
-        f"{finetune['steps']} steps, {finetune['tokens']:,} tokens, {_duration(finetune['train_seconds'])}"
+        f"{finetune['steps']} steps, {finetune['tokens']:,} tokens, {duration(finetune['train_seconds'])}"
     )
-    facts["Compression"] = _duration(record.efficiency["compression_seconds"])
+    facts["Compression"] = duration(record.efficiency["compression_seconds"])
     facts["Peak memory of the fine-tune"] = f"{finetune['peak_memory_bytes'] / 2**30:.2f} GiB"
     for phase, own in (record.efficiency.get("speed") or {"ratios": {}})["ratios"].items():
         facts[f"{phase.capitalize()} beside dense"] = (
@@ -184,14 +184,6 @@ def _facts(record: RunRecord) -> dict[str, str]:
     if commit := machine.get("git_commit"):
         facts["Commit"] = commit[:10] + (" with changes" if machine.get("git_dirty") else "")
     return facts
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return "less than a second"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _layers(record: RunRecord) -> list[Layer]:
