@@ -39,6 +39,7 @@ DEPTH = ("sparsity", "num_pruned_layers")
 OF_SPEED = ("micro_batch_size", "gradient_checkpointing", "save_steps", "parallel")
 # Settings of the fine-tune that say what a method compresses: rows of one table may differ in them.
 OF_METHOD = ("tune_dense_first",)
+STATED_IF_UNUSUAL = (*LATER_METHOD_SETTINGS, *OF_METHOD)
 # Config keys that may differ between the rows of one table; a difference in any other key makes another table.
 NOT_SETTING = (*NOT_IDENTITY, "method", "seed", "evaluate_before")
 
@@ -218,7 +219,7 @@ def row_labels(records: Sequence[RunRecord]) -> list[str]:
 
     A value that more than half of a method's rows share is not named. Two kinds of setting are named only where the
     others do not tell rows apart: those that contain settings themselves, which are long, and those that older records
-    lack.
+    lack, unless they say what is unusual in a row.
     """
     # By method and row; runs of several seeds are one row.
     rows: dict[str, dict[str, dict[str, Any]]] = {}
@@ -238,7 +239,9 @@ def _distinctive(own: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> l
     short = [key for key in own if all(key in row and not isinstance(row[key], dict | list) for row in rows)]
     others = [row for row in rows if row != own]
     if all(any(other[key] != own[key] for key in short) for other in others):
-        return [key for key in short if 2 * sum(row[key] == own[key] for row in rows) <= len(rows)]
+        named = [key for key in short if 2 * sum(row[key] == own[key] for row in rows) <= len(rows)]
+        # These stand in a row only where they are not what they are without a word.
+        return named + [key for key in own if key in STATED_IF_UNUSUAL and any(key not in row for row in rows)]
     return [key for key in own if any(other.get(key) != own[key] for other in others)]
 
 

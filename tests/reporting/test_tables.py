@@ -153,6 +153,14 @@ def test_what_older_records_lack_is_said_only_where_it_tells_rows_apart():
     assert sorted(row[0] for row in table.rows) == ["LaCo", "LaCo, repair=none"]
 
 
+def test_what_is_unusual_in_a_row_is_said_beside_what_tells_rows_apart():
+    """A refit is no less of a difference where the rows' numbers differ, too."""
+    rows = [{"repair_rows": 320, "repair_refit": False}, {"repair_rows": 640, "repair_refit": True}]
+    [table] = comparisons([record("shortgpt", **each) for each in rows])
+    expected = ["ShortGPT, repair_rows=320", "ShortGPT, repair_rows=640, repair_refit=True"]
+    assert sorted(row[0] for row in table.rows) == expected
+
+
 def test_older_records_share_a_table_with_runs_whose_later_settings_are_the_usual_ones():
     old, new = {"mode": "lora"}, {"mode": "lora", "precision": "auto", "merge_dtype": "auto"}
     assert len(comparisons([record("laco", config={"finetune": each}) for each in (old, new)])) == 1
