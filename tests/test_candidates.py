@@ -267,6 +267,7 @@ def test_the_work_of_the_choice_and_of_short_fine_tunes_is_estimated(make_pipeli
     assert work(**HALVING)[0] - plain - trained == pytest.approx(6 * (passes[8] - passes[4]) / 4 * 0.2 * rows)
     assert work(greedy_width=2)[0] > plain + 0.2 * rows * 6 * per_set
     assert work(num_repaired=2)[0] > work(num_repaired=1)[0] > plain
+    assert work(num_repaired=2, repair="least_squares")[0] == pytest.approx(plain)  # only judged repairs are compared
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_nothing_to_report(tmp_path):
     (("table=3",), "small", "Table 3: with and without merging"),
     (("table=importance",), "importance", "Importance runs: smollm2-135m on arc_easy, lora"),
     (("table=learning_rate",), "learning_rate", "Learning rates: smollm2-135m on arc_easy"),
-    (("table=recipe",), "recipe", "GradPruner+ beside other methods: smollm2-135m, LoRA, distilled"),
+    (("table=recipe",), "recipe", "LoRA, distilled, tuned teacher 0.5, 320 training rows, 40 % of the layers"),
     (("figure=9",), "", "Written: "),
 ])  # fmt: skip
 def test_a_fresh_clone_shows_the_committed_records(tmp_path, monkeypatch, arguments, folder, shown):

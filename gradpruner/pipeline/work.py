@@ -121,7 +121,7 @@ def stage_flops(setup: Setup) -> dict[str, float]:
     if isinstance(method, DepthMethod) and (repair := method.repair_calibration()) is not None:
         passes = REPAIR_PASSES[method.repair_kind] + (REFIT_PASSES * len(pruned.layers) if method.repair_refit else 0)
         found["repair"] = passes * repair.count(len(rows)) * one_row
-        if isinstance(method, GradPrunerPlus) and method.candidates:
+        if isinstance(method, GradPrunerPlus) and method.candidates and method.repair_kind == JUDGED:
             found["measure"] += method.num_repaired * found["repair"]
     if setup.recovery is not None:
         found["recover"] = training_flops(pruned, setup.recovery.training, setup.recovery_rows)
