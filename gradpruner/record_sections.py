@@ -264,7 +264,8 @@ class EfficiencySection(TypedDict):
         compression_seconds: wall time of measuring, pruning and repair, without loading the model.
         compression_peak_memory_bytes: highest memory in these stages.
         recovery_seconds: wall time of the recovery; 0 if there was none.
-        stage_seconds: wall time of each stage when it was computed.
+        stage_seconds: wall time of each stage that the run has, when it was computed, loading models included; older
+            records lack those of pruning, repair and recovery.
         train_tokens_per_second: throughput of the fine-tune; older records lack it.
         process_memory_bytes: memory of the process before the run; older records lack it.
         speed: timing; `{}` if it was not asked for. Older records lack it.

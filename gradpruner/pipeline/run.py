@@ -143,6 +143,9 @@ class Pipeline(Setup):
         plan = PruningPlan.load(described / PLAN_FILE)
         timed = {
             "measure": chain.measure,
+            "prune": chain.prune,
+            "repair": chain.repair,
+            "recover": chain.recover,
             "finetune": chain.finetune,
             "predict": chain.predict,
             "evaluate": chain.evaluate,
@@ -157,7 +160,7 @@ class Pipeline(Setup):
             metrics=json.loads((after / METRICS_FILE).read_text()),
             metrics_before=json.loads((before / METRICS_FILE).read_text()) if before else empty_section(),
             predictions=after / PREDICTIONS_FILE,
-            seconds={name: runner.seconds(stage) for name, stage in timed.items()},
+            seconds={name: runner.seconds(stage) for name, stage in timed.items() if stage},
             compression=self._with_tuned_dense(total_cost(*costs)),
             recovery=read_result(recovered) if recovered else None,
             speed=self._speed(shape) if self.measure_speed else None,
