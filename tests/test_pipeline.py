@@ -147,7 +147,7 @@ def test_the_time_of_a_stage_is_its_own(make, monkeypatch):
     for name in lengths:
         monkeypatch.setattr(stages, name, slow(name))
     seconds = make(evaluate_before=False).run().seconds
-    assert seconds == {"measure": 0.0, "finetune": 300.0, "predict": 20.0, "evaluate": 0.0}
+    assert seconds == {"measure": 0.0, "prune": 0.0, "finetune": 300.0, "predict": 20.0, "evaluate": 0.0}
 
 
 def test_a_second_run_computes_nothing(make, finished, monkeypatch):
