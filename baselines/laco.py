@@ -32,10 +32,11 @@ from transformers import PreTrainedModel
 
 from baselines.calibration import checked, real_tokens
 from gradpruner.checks import check_choice, check_positive
+from gradpruner.depth_method import DepthMethod
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
 from gradpruner.hidden_states import last_hidden_state
-from gradpruner.method import Calibration, Compressed, DepthMethod
+from gradpruner.method import Calibration, Compressed
 from gradpruner.models.architectures import check_finite_weights, decoder_layers, linear_sublayers
 from gradpruner.plan import PruningPlan, preceding_kept_layer
 from gradpruner.progress import Steps

@@ -15,9 +15,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from baselines.calibration import Calibrated
+from gradpruner.depth_method import DepthMethod
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
-from gradpruner.method import Compressed, DepthMethod
+from gradpruner.method import Compressed
 from gradpruner.models.architectures import check_finite_weights
 from gradpruner.plan import PruningPlan, lowest_layers
 from gradpruner.surgery import apply_plan

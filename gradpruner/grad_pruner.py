@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gradpruner import processes, stability
 from gradpruner.auto_sparsity import search
 from gradpruner.checks import AUTO, check_choice
+from gradpruner.depth_method import DepthMethod
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
 from gradpruner.gradients import EarlyGradients
@@ -22,7 +23,7 @@ from gradpruner.igia import SCORES, STEP_WEIGHTINGS, igia_matrix, layer_importan
 from gradpruner.importance import record_early_gradients
 from gradpruner.importance_spec import ImportanceSettings, ImportanceSpec
 from gradpruner.merge import check_rule
-from gradpruner.method import Calibration, Compressed, DepthMethod
+from gradpruner.method import Calibration, Compressed
 from gradpruner.models.architectures import decoder_layers, linear_sublayers
 from gradpruner.models.shape import ModelShape
 from gradpruner.plan import PruningPlan, check_counts, make_plan

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from gradpruner.checks import AUTO, check_above_zero
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
 from gradpruner.finetune.spec import TrainingSpec
-from gradpruner.grad_pruner import GradPruner
-from gradpruner.gradients import EarlyGradients
+from gradpruner.grad_pruner import SEARCH_FILE, GradPruner
+from gradpruner.gradients import RESULT_FILE, EarlyGradients
 from gradpruner.halving import HalvingSettings
 from gradpruner.igia import layer_importance
 from gradpruner.method import Calibration, Compressed, Method
@@ -113,46 +114,37 @@ class GradPrunerPlus(GradPruner):
 
     @property
     def measured_as(self) -> type[Method]:
-        """GradPruner, whose importance run this method shares, unless candidates are a part of the measurement."""
-        return type(self) if self.candidates else GradPruner
+        """GradPruner, whose importance run this method shares, unless candidates decide how many layers are pruned."""
+        return type(self) if self.candidates and self.sparsity == AUTO else GradPruner
 
-    def measurement_settings(self) -> dict[str, Any]:
-        """Returns the settings of the importance run, and with candidates everything that the choice depends on."""
-        settings = super().measurement_settings()
-        if not self.candidates:
-            return settings
-        choice = dataclasses.asdict(self._candidate_settings())
+    def decision_calibration(self) -> Calibration | None:
+        """Returns rows of the training split, each at most once."""
+        return Calibration(self.batch_size, self.repair_rows, self.seed, once=True) if self.candidates else None
+
+    def decision_settings(self) -> dict[str, Any]:
+        """Returns everything that the choice depends on beside the importance run."""
         return {
-            **settings,
-            "choice": {
-                **choice,
-                "pruned": self.num_pruned_layers,
-                "rows": self.repair_rows,
-                "score": self.score,
-                "step_weighting": self.step_weighting,
-            },
+            **dataclasses.asdict(self._candidate_settings()),
+            "pruned": self.num_pruned_layers,
+            "score": self.score,
+            "step_weighting": self.step_weighting,
         }
 
-    def calibration(self) -> Calibration:
-        """Returns the batches of the importance run, and more where the candidates look at more rows."""
-        own = super().calibration()
-        if not self.candidates:
-            return own
-        num_rows = -(-self.repair_rows // own.batch_size) * own.batch_size
-        return dataclasses.replace(own, num_rows=max(own.num_rows, num_rows))
+    def prune_settings(self) -> dict[str, Any]:
+        """Returns all settings, those of short fine-tunes only where there are any: they follow the fine-tune's."""
+        settings = super().prune_settings()
+        unused = () if self.halving else ("halving_learning_rate", "halving_batch_size")
+        return {name: value for name, value in settings.items() if name not in unused}
 
-    def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
-        """Runs the importance run; then lets sets of layers compete."""
-        taken, own = list(batches), super().calibration()
-        super().measure(model, taken[: own.num_rows // own.batch_size], directory)
-        if not self.candidates or not processes.is_main():
-            return
-        rows = distinct_rows(taken, self.repair_rows)
-        scores = self._scores(model, EarlyGradients.load(directory), rows)
-        num_pruned_layers = self._number_of_layers(directory)
-        choice = choose_layers(model, scores, num_pruned_layers, rows, self._candidate_settings())
+    def decide(self, model: PreTrainedModel, batches: Iterable[Batch], measured: Path, directory: Path) -> None:
+        """Lets sets of layers compete."""
+        rows = distinct_rows(batches, self.repair_rows)
+        scores = self._scores(model, EarlyGradients.load(measured), rows)
+        choice = choose_layers(model, scores, self._number_of_layers(measured), rows, self._candidate_settings())
         logger.info("Of %d sets of layers, %s is pruned", len(choice.candidates), choice.candidates[0])
         write_json(directory / CANDIDATES_FILE, choice.to_dict())
+        for name in (RESULT_FILE, *([SEARCH_FILE] if self.sparsity == AUTO else [])):  # for the report
+            shutil.copyfile(measured / name, directory / name)
 
     def pruner(
         self, model: PreTrainedModel, gradients: EarlyGradients, batches: Iterable[Batch]

@@ -24,7 +24,7 @@ from gradpruner.hidden_states import answer_nll
 from gradpruner.layer_scores import angular_distances, block_influence, influence_and_distances
 from gradpruner.messages import duration
 from gradpruner.models.counting import count_model
-from gradpruner.pipeline.work import importance_flops, stage_flops, tokens_per_row
+from gradpruner.pipeline.work import stage_flops, tokens_per_row
 from gradpruner.plan import PruningPlan
 from gradpruner.record import RunRecord
 from gradpruner.repair.judged import divide_rows
@@ -211,7 +211,8 @@ def test_through_the_pipeline(make_pipeline):  # noqa: F811
     assert make_pipeline(method).run() == outcome and all(make_pipeline(method).stages().values())
     for change in ({"num_edits": 1}, {"num_pruned_layers": 3}, {"greedy_width": 1}, {"repair_refit": True}):
         changed = make_pipeline(candidates.dataclasses.replace(method, **change))
-        assert not changed.stages()["measure"], change
+        stages = changed.stages()
+        assert stages["measure"] and not stages["decide"] and not stages["prune"], change
 
 
 HALVING = {"halving": (2, 3), "halving_learning_rate": 1e-2, "halving_batch_size": 6}
@@ -231,11 +232,21 @@ def test_halving_through_compress(make_batches):
     assert not any(each["nlls_trained"] for each in plain["candidates"])
 
 
-def test_a_rate_is_part_of_the_measurement_with_halving_alone():
-    """A sweep over finetune.learning_rate, which it follows, measures once."""
+def test_gradpruners_importance_run_serves(make_pipeline):  # noqa: F811
+    plain = GradPruner(**SETTINGS, merge_count=0)
+    make_pipeline(plain).run()
+    plus = make_pipeline(GradPrunerPlus(**SETTINGS | {"repair_rows": 12}))
+    assert plus.stages()["measure"] and not plus.stages()["decide"]
+    assert plus.run().seconds["decide"] > 0
+    assert set(plus.run().seconds) - set(make_pipeline(plain).run().seconds) == {"decide", "repair"}
+
+
+@pytest.mark.parametrize("kind", ["decision_settings", "prune_settings"])
+def test_a_rate_is_part_of_the_choice_with_halving_alone(kind):
+    """A sweep over finetune.learning_rate, which it follows, decides, prunes and repairs once."""
 
     def settings(**changes):
-        return GradPrunerPlus(**SETTINGS | changes).measurement_settings()
+        return getattr(GradPrunerPlus(**SETTINGS | changes), kind)()
 
     assert settings() == settings(halving_learning_rate=3e-3, halving_batch_size=8)
     assert settings(**HALVING) != settings(**HALVING | {"halving_learning_rate": 3e-3}) != settings()
@@ -246,9 +257,9 @@ def test_the_work_of_the_choice_and_of_short_fine_tunes_is_estimated(make_pipeli
 
     def work(**changes):
         pipeline = make_pipeline(GradPrunerPlus(**SETTINGS | changes))
-        method, counts = pipeline.resolved_method, count_model(pipeline.config)
+        counts = count_model(pipeline.config)
         length, positions = tokens_per_row(pipeline.rows)
-        own = stage_flops(pipeline)["measure"] - importance_flops(pipeline, method, counts)
+        own = stage_flops(pipeline)["decide"]
         one_row = counts.flops(1, length, logit_positions=positions)
         return own / one_row, (length, positions), one_row
 

@@ -14,9 +14,9 @@ from baselines.calibration import Calibrated
 from baselines.width_pruning import WidthPruning
 from experiments import schema
 from experiments.config import CONF, build_pipeline, identity, run_directory
+from gradpruner.depth_method import DepthMethod
 from gradpruner.files import content_hash
 from gradpruner.finetune import TrainingSpec
-from gradpruner.method import DepthMethod
 from gradpruner.models import ModelSpec
 from gradpruner.tasks import Task
 

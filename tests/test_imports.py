@@ -21,7 +21,16 @@ LAYERS = {
         "gradpruner",
         *(
             f"gradpruner.{name}"
-            for name in ("method", "dense", "grad_pruner", "gradpruner_plus", "in_memory", "auto_sparsity", "budget")
+            for name in (
+                "method",
+                "depth_method",
+                "dense",
+                "grad_pruner",
+                "gradpruner_plus",
+                "in_memory",
+                "auto_sparsity",
+                "budget",
+            )
         ),
         *(f"gradpruner.{name}" for name in ("candidates", "halving", "importance", "importance_spec", "stability")),
     ),

@@ -22,7 +22,7 @@ from gradpruner.finetune.parallel import check_parallel
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.models.spec import ModelSpec
-from gradpruner.pipeline import runner, stages
+from gradpruner.pipeline import evaluation_stages, runner, stages
 from gradpruner.pipeline.run import Pipeline
 from gradpruner.tasks import DataError, JsonLines
 
@@ -132,20 +132,20 @@ def test_a_sweep_measures_once(make, tmp_path):
 
 
 def test_the_time_of_a_stage_is_its_own(make, monkeypatch):
-    clock, lengths = [0.0], {"finetune": 300.0, "predict_all": 20.0}  # nothing else takes any time
+    clock = [0.0]  # nothing else takes any time
 
-    def slow(name):
-        real = getattr(stages, name)
+    def slow(module, name, length):
+        real = getattr(module, name)
 
         def call(*args, **kwargs):
-            clock[0] += lengths[name]
+            clock[0] += length
             return real(*args, **kwargs)
 
-        return call
+        monkeypatch.setattr(module, name, call)
 
     monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    for name in lengths:
-        monkeypatch.setattr(stages, name, slow(name))
+    slow(stages, "finetune", 300.0)
+    slow(evaluation_stages, "predict_all", 20.0)
     seconds = make(evaluate_before=False).run().seconds
     assert seconds == {"measure": 0.0, "prune": 0.0, "finetune": 300.0, "predict": 20.0, "evaluate": 0.0}
 

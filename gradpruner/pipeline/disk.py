@@ -94,7 +94,8 @@ def needed_bytes(writes: Mapping[str, Writes], folders: Mapping[str, Path]) -> i
 def stage_writes(setup: Setup) -> dict[str, Writes]:
     """Returns what each stage of a run writes, in order."""
     method, shape = setup.resolved_method, setup.shape
-    writes = {**teacher_writes(setup), "measure": Writes(), "prune": Writes()}
+    decided = {} if method.decision_calibration() is None else {"decide": Writes()}
+    writes = {**teacher_writes(setup), "measure": Writes(), **decided, "prune": Writes()}
     if isinstance(method, GradPruner):
         settings = method.measurement_settings()
         factors = factor_bytes(

@@ -1,4 +1,4 @@
-"""One run, as data flows: measure -> prune (-> repair) (-> recover) -> fine-tune -> predict -> evaluate -> speed.
+"""One run, as data flows: measure (-> decide) -> prune (-> repair) (-> recover) -> fine-tune -> predict -> evaluate.
 
 Every stage is cached by the content that determines it, so a sweep measures once, the dense model is fine-tuned once
 for every table, and a run that was killed goes on where it was. No method is known here by name.
@@ -24,21 +24,24 @@ from gradpruner.models.shape import ModelShape
 from gradpruner.pipeline.cache import StageCache
 from gradpruner.pipeline.disk import check_disk
 from gradpruner.pipeline.estimate import check_memory
-from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner
-from gradpruner.pipeline.setup import Setup, hash_rows
-from gradpruner.pipeline.stages import (
+from gradpruner.pipeline.evaluation_stages import (
     METRICS_FILE,
     SPEED_FILE,
     evaluate_stage,
+    predict_stage,
+    speed_stage,
+    vllm_stage,
+)
+from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner
+from gradpruner.pipeline.setup import Setup, hash_rows
+from gradpruner.pipeline.stages import (
+    decide_stage,
     finetune_stage,
     measure_stage,
-    predict_stage,
     prune_stage,
     recover_stage,
     repair_stage,
-    speed_stage,
     start_of,
-    vllm_stage,
 )
 from gradpruner.pipeline.teachers import Teachers, teach_stage
 from gradpruner.pipeline.vllm_checks import check_vllm, uses_vllm
@@ -88,6 +91,7 @@ class _Chain:
     """The stages of a run; those that it does not have are None."""
 
     measure: Stage
+    decide: Stage | None
     prune: ModelStage
     repair: ModelStage | None
     recover: ModelStage | None
@@ -143,6 +147,7 @@ class Pipeline(Setup):
         plan = PruningPlan.load(described / PLAN_FILE)
         timed = {
             "measure": chain.measure,
+            "decide": chain.decide,
             "prune": chain.prune,
             "repair": chain.repair,
             "recover": chain.recover,
@@ -150,7 +155,8 @@ class Pipeline(Setup):
             "predict": chain.predict,
             "evaluate": chain.evaluate,
         }
-        costs = [folder / COST_FILE for folder in (runner.folder(chain.measure), pruned, repaired, *taught) if folder]
+        measured, decided = runner.folder(chain.measure), runner.folder(chain.decide) if chain.decide else None
+        costs = [folder / COST_FILE for folder in (measured, decided, pruned, repaired, *taught) if folder]
         return Outcome(
             plan=plan.with_details(repair=read_fits(repaired)) if repaired else plan,
             report=report,
@@ -242,14 +248,18 @@ class Pipeline(Setup):
         runner, teachers = self._runner, self._teachers()
         start = start_of(self, runner, teachers.tuned_dense if self.training.tune_dense_first else None)
         measured = measure_stage(self, start)
-        pruned = prune_stage(self, runner, start, measured)
-        repaired = repair_stage(self, runner, start, measured, pruned) if self.repairs else None
+        decides = self.resolved_method.decision_calibration() is not None
+        decided = decide_stage(self, runner, start, measured) if decides else None
+        pruned = prune_stage(self, runner, start, decided or measured)
+        repaired = repair_stage(self, runner, start, decided or measured, pruned) if self.repairs else None
         recovered = recover_stage(self, runner, start, pruned, repaired or pruned) if self.recovery else None
         untuned = recovered or repaired or pruned
         finetuned = finetune_stage(self, runner, untuned, teachers)
         predicted = self._predictions_of(finetuned)
         evaluated = evaluate_stage(self, runner, predicted)
-        return _Chain(measured, pruned, repaired, recovered, untuned, teachers, finetuned, predicted, evaluated)
+        return _Chain(
+            measured, decided, pruned, repaired, recovered, untuned, teachers, finetuned, predicted, evaluated
+        )
 
     def _teachers(self) -> Teachers:
         """Returns the teachers that the fine-tune asks for; their stages are those of a run of the dense model."""

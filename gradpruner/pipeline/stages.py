@@ -1,4 +1,4 @@
-"""The stages of a run. One function makes each: what the stage computes, beside the key of what its result depends on.
+"""The stages that make a model. One function makes each: what it computes, beside the key of what that depends on.
 
 A key holds everything that the result depends on, code and libraries included, and nothing else. Settings outside of
 the key may vary within a sweep without the stage being computed again. The key of a stage holds that of the stage
@@ -15,30 +15,21 @@ from transformers import PreTrainedModel
 from gradpruner import processes
 from gradpruner.cost import COST_FILE, Cost
 from gradpruner.encoding import Batch, training_batches
-from gradpruner.evaluate.base import PREDICTIONS_FILE, predict_all
-from gradpruner.evaluate.generate import Generation
-from gradpruner.evaluate.vllm_engine import generate_with_vllm
-from gradpruner.files import read_jsonl, write_json, write_jsonl
+from gradpruner.files import write_json
 from gradpruner.finetune.distill import DistillationLoss
 from gradpruner.finetune.precision import resolve_precision
 from gradpruner.finetune.result import PLAN_FILE, REPORT_FILE, load_finetuned, merge_for_checkpoint
 from gradpruner.finetune.run import finetune
 from gradpruner.method import Calibration, Compressed
 from gradpruner.models.architectures import count_parameters
-from gradpruner.models.shape import ModelShape, config_shape, model_shape
+from gradpruner.models.shape import model_shape
 from gradpruner.pipeline.code_version import code_version
 from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner, libraries
 from gradpruner.pipeline.setup import Setup, hash_rows
-from gradpruner.pipeline.speed import ROLES, compare, workload_like
 from gradpruner.pipeline.teachers import Teachers, signal_loss
 from gradpruner.plan import PruningPlan
 from gradpruner.repair.saved import current_weights, load_repair, save_repair
-from gradpruner.runtime import environment
 from gradpruner.surgery import sharing_copy
-from gradpruner.tasks import fingerprint
-
-METRICS_FILE = "metrics.json"
-SPEED_FILE = "speed.json"
 
 
 @dataclass(frozen=True)
@@ -101,8 +92,33 @@ def measure_stage(setup: Setup, start: Start) -> Stage:
     return Stage("measure", key, compute, together=method.measures_together, needs=start.needs)
 
 
+def decide_stage(setup: Setup, runner: StageRunner, start: Start, measured: Stage) -> Stage:
+    """What a method decides beyond its measurement, which thereby serves methods and settings that differ here."""
+    method = setup.resolved_method
+    calibration = method.decision_calibration()
+    assert calibration is not None
+
+    def compute(directory: Path) -> None:
+        measurements = runner.folder(measured)
+        dense = start.load()
+        with Cost() as cost:
+            method.decide(dense, calibration_batches(setup, calibration), measurements, directory)
+        cost.save(directory / COST_FILE)
+
+    key = {
+        "measure": measured.id,
+        "method": method.name,
+        "settings": method.decision_settings(),
+        "calibration": dataclasses.asdict(calibration),
+        "rows": setup.rows_hash,
+        "code": code_version(decide_stage, type(method)),
+        "libraries": libraries(),
+    }
+    return Stage("decide", key, compute, needs=(*start.needs, measured))
+
+
 def prune_stage(setup: Setup, runner: StageRunner, start: Start, measured: Stage) -> ModelStage:
-    """Prunes and merges by what was measured; keeps the plan, since the dense weights are at hand to repeat it."""
+    """Prunes and merges by what was measured or decided; keeps the plan: dense weights are at hand to repeat it."""
     method = setup.resolved_method
 
     def prune() -> tuple[Compressed, Cost]:
@@ -249,86 +265,6 @@ def finetune_stage(setup: Setup, runner: StageRunner, untuned: ModelStage, teach
         key["teachers"] = [stage.id for stage in teachers.predictions]
     needs = (*teachers.predictions, untuned)  # the student's model is loaded last
     return ModelStage("finetune", key, compute, resumable=True, together=True, needs=needs, load=load, is_final=True)
-
-
-def predict_stage(setup: Setup, runner: StageRunner, weights: ModelStage) -> Stage:
-    """What a model answers to the test examples."""
-    evaluation = setup.resolved_evaluation
-
-    def compute(directory: Path) -> None:
-        encoder = setup.encoder(setup.tested_task)
-        predict_all(lambda: runner.model(weights), evaluation, encoder, setup.questions, directory)
-
-    key = {
-        "weights": weights.id,
-        "examples": fingerprint(setup.test_examples),
-        "max_length": setup.tested_task.max_length,
-        "chat_template": setup.model.chat_template,
-        "evaluation": {"name": evaluation.name, **evaluation.prediction_settings()},
-        "code": code_version(predict_stage, type(evaluation)),
-        "libraries": libraries(),
-    }
-    return Stage("predict", key, compute, resumable=True, together=True, needs=(weights,))
-
-
-def vllm_stage(setup: Setup, runner: StageRunner, weights: ModelStage) -> Stage:
-    """What a model answers to the test examples, as `predict_stage`, where vLLM generates the answers."""
-    evaluation = setup.resolved_evaluation
-    assert isinstance(evaluation, Generation)
-
-    def load_model() -> PreTrainedModel:
-        # Taken, although the fine-tune may start from it: vLLM needs the memory.
-        return merge_for_checkpoint(runner.take(weights), setup.training)
-
-    def compute(directory: Path) -> None:
-        encoder = setup.encoder(setup.tested_task)
-        generate_with_vllm(load_model, evaluation, encoder, setup.questions, directory)
-
-    key = {**predict_stage(setup, runner, weights).key, "code": code_version(vllm_stage, type(evaluation))}
-    return Stage("predict", key, compute, resumable=True, needs=(weights,))
-
-
-def evaluate_stage(setup: Setup, runner: StageRunner, predicted: Stage) -> Stage:
-    """Metrics of given answers, and what each answer scored."""
-    evaluation = setup.resolved_evaluation
-
-    def compute(directory: Path) -> None:
-        predictions = read_jsonl(runner.folder(predicted) / PREDICTIONS_FILE)
-        measured, rows = evaluation.measure(predictions, setup.test_examples)
-        write_jsonl(directory / PREDICTIONS_FILE, rows)
-        write_json(directory / METRICS_FILE, measured)
-
-    key = {
-        "predictions": predicted.id,
-        "evaluation": evaluation.measurement_settings(),
-        "code": code_version(evaluate_stage, type(evaluation)),
-        "libraries": libraries(),
-    }
-    return Stage("evaluate", key, compute, needs=(predicted,))
-
-
-def speed_stage(setup: Setup, shape: ModelShape) -> Stage:
-    """Training steps and inference of the dense model and of one of `shape`, timed in turns; all runs alike share it.
-
-    A method that acts while the model trains has training steps unlike another's: those are left out then.
-    """
-    workload = workload_like(setup.base_model, setup.training, setup.rows)
-    roles = ("infer",) if setup.resolved_method.callbacks() else ROLES
-    dense, own = (setup.dense_config, config_shape(setup.dense_config)), (setup.config, shape)
-
-    def compute(directory: Path) -> None:
-        write_json(directory / SPEED_FILE, compare(dense, own, workload, roles))
-
-    machine = environment()
-    models = {"dense": dense, "own": own}
-    key = {
-        "models": {name: [config.to_dict(), sizes.to_dict()] for name, (config, sizes) in models.items()},
-        "workload": dataclasses.asdict(workload),
-        "roles": list(roles),
-        "machine": {name: machine[name] for name in ("device", "platform", "num_threads", "packages")},
-        "code": code_version(speed_stage),
-    }
-    return Stage("speed", key, compute)
 
 
 def calibration_batches(setup: Setup, calibration: Calibration | None) -> Iterable[Batch]:

@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradpruner.depth_method import DepthMethod
 from gradpruner.encoding import TrainingRow
 from gradpruner.evaluate.generate import Generation
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.grad_pruner import GradPruner
 from gradpruner.gradpruner_plus import GradPrunerPlus
-from gradpruner.method import DepthMethod
 from gradpruner.models.counting import ModelCounts, count_model
 from gradpruner.pipeline.setup import Setup
 from gradpruner.repair import JUDGED, LEAST_SQUARES
@@ -115,14 +115,14 @@ def stage_flops(setup: Setup) -> dict[str, float]:
     if isinstance(method, GradPruner):
         found["measure"] = importance_flops(setup, method, start)
         if isinstance(method, GradPrunerPlus) and method.candidates:
-            found["measure"] += choice_flops(method, start, pruned, rows)
+            found["decide"] = choice_flops(method, start, pruned, rows)
     elif (calibration := method.calibration()) is not None:
         found["measure"] = calibration.count(len(rows)) * one_row
     if isinstance(method, DepthMethod) and (repair := method.repair_calibration()) is not None:
         passes = REPAIR_PASSES[method.repair_kind] + (REFIT_PASSES * len(pruned.layers) if method.repair_refit else 0)
         found["repair"] = passes * repair.count(len(rows)) * one_row
         if isinstance(method, GradPrunerPlus) and method.candidates and method.repair_kind == JUDGED:
-            found["measure"] += method.num_repaired * found["repair"]
+            found["decide"] += method.num_repaired * found["repair"]
     if setup.recovery is not None:
         found["recover"] = training_flops(pruned, setup.recovery.training, setup.recovery_rows)
     dense = count_model(setup.dense_config)
