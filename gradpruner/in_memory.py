@@ -84,7 +84,8 @@ def compress(
         )
 
     resolved.check_rows(len(encoded))
-    return resolved.compress(model, draw(resolved.calibration()), draw(resolved.repair_calibration()))
+    own, repair, decision = resolved.calibration(), resolved.repair_calibration(), resolved.decision_calibration()
+    return resolved.compress(model, draw(own), draw(repair), draw(decision))
 
 
 def _check_types(model: object, tokenizer: object, method: object) -> None:

@@ -211,7 +211,11 @@ class Method:
         return Compressed(model, PruningPlan(num_hidden_layers=num_layers, method=self.name), {})
 
     def compress(
-        self, model: PreTrainedModel, batches: Iterable[Batch] = (), repair_batches: Iterable[Batch] | None = None
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Batch] = (),
+        repair_batches: Iterable[Batch] | None = None,
+        decision_batches: Iterable[Batch] | None = None,
     ) -> Compressed:
         """Measures, prunes and repairs in one call, for use without the runner.
 
@@ -220,6 +224,7 @@ class Method:
             batches: dicts of `input_ids`, `attention_mask`, `labels` (-100 = no loss), each (B, T).
             repair_batches: batches for the repair; None: those of `batches`. No row should occur twice, because repairs
                 are judged on rows that they were not fitted on.
+            decision_batches: batches for `decide`; None: those of `batches`.
 
         Raises:
             ValueError: if the architecture is unknown, or settings, model and batches do not match.
@@ -240,7 +245,7 @@ class Method:
             if method.measures_together or processes.is_main():
                 method.measure(model, taken, measured)
             if decides and processes.is_main():
-                method.decide(model, taken, measured, decided)
+                method.decide(model, taken if decision_batches is None else decision_batches, measured, decided)
             processes.wait_for_all()
             compressed = method.prune(model, decided if decides else measured)
             processes.wait_for_all()

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 import gradpruner
 from baselines.apt import Apt
 from baselines.shortgpt import ShortGpt
-from gradpruner import GradPruner
+from gradpruner import GradPruner, GradPrunerPlus
 from gradpruner.finetune.spec import TrainingSpec
 from gradpruner.in_memory import compress
 from gradpruner.tasks import JsonLines
@@ -52,20 +52,25 @@ def test_the_defaults_prune_repair_and_return_the_model(tiny_llama, tokenizer):
     assert tokenizer.special_tokens_map == specials
 
 
-def test_equal_rows_give_the_plan_of_a_run(tmp_path, make_pipeline, tiny_spec, assets_dir, tokenizer):
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [(GradPruner, {"merge_count": 1}), (GradPrunerPlus, {"batch_size": 2})],  # which chooses on more than four rows
+)
+def test_equal_rows_give_the_plan_of_a_run(method, changes, tmp_path, make_pipeline, tiny_spec, assets_dir, tokenizer):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     task = JsonLines(train_file=str(file), test_file=str(file), prompt="{prompt}", answer_field="answer", max_length=64)
-    settings = {"merge_count": 1, "steps": 2, "batch_size": 4, "lora_rank": 2, "repair": "judged"}
+    settings = {"steps": 2, "batch_size": 4, "lora_rank": 2, "repair": "judged", **changes}
     pipeline = dataclasses.replace(
-        make_pipeline({}, GradPruner(sparsity=1 / 3, **settings), TrainingSpec(mode="lora", max_steps=1)),
+        make_pipeline({}, method(sparsity=1 / 3, **settings), TrainingSpec(mode="lora", max_steps=1)),
         model=tiny_spec,
         task=task,
     )
-    theirs = pipeline.run().plan
+    theirs = pipeline.run()
     model = tiny_spec.load(assets_dir)
-    ours = compress(model, tokenizer, ROWS, 1 / 3, method=GradPruner, max_length=64, **settings).plan
-    assert ours.to_dict() == theirs.to_dict()
+    ours = compress(model, tokenizer, ROWS, 1 / 3, method=method, max_length=64, **settings)
+    assert ours.plan.to_dict() == theirs.plan.to_dict()
+    assert ours.report.get("candidates") == theirs.report.get("candidates")
 
 
 def test_conversations_give_the_plan_of_the_same_prompts_in_the_template(tiny_llama, tokenizer):
