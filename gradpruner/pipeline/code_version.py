@@ -1,6 +1,6 @@
 """What code the result of a stage depends on, as a hash for its key.
 
-The code of a stage is the function in `stages.py` that makes it, and every module of our packages that this function
+The code of a stage is the function that makes it, such as those in `stages.py`, and every module of our packages that this function
 uses, directly or through other modules. Both are read off the source, so no list of them can go stale. The one list
 that is written by hand, `CANNOT_CHANGE_RESULTS`, names modules that do not count; a test fails for a module that is
 neither on it nor part of any stage.
