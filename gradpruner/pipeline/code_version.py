@@ -1,9 +1,9 @@
 """What code the result of a stage depends on, as a hash for its key.
 
-The code of a stage is the function that makes it, such as those in `stages.py`, and every module of our packages that this function
-uses, directly or through other modules. Both are read off the source, so no list of them can go stale. The one list
-that is written by hand, `CANNOT_CHANGE_RESULTS`, names modules that do not count; a test fails for a module that is
-neither on it nor part of any stage.
+The code of a stage is the function that makes it, and every module of our packages that this function uses, directly
+or through other modules. Both are read off the source, so no list of them can go stale. The one list that is written by
+hand, `CANNOT_CHANGE_RESULTS`, names modules that do not count; a test fails for a module that is neither on it nor part
+of any stage.
 
 Sources are read when this module is imported, which is when the process starts: code that is edited during a long run
 cannot file results of the old code under a key of the new one.
