@@ -209,6 +209,10 @@ def test_through_the_pipeline(make_pipeline):  # noqa: F811
     outcome = make_pipeline(method).run()
     assert outcome.plan.pruned_layers == tuple(outcome.report["candidates"]["candidates"][0]["layers"])
     assert make_pipeline(method).run() == outcome and all(make_pipeline(method).stages().values())
+    other_rate = candidates.dataclasses.replace(
+        method, halving_learning_rate=3e-3
+    )  # as with another finetune.learning_rate
+    assert make_pipeline(other_rate).stages()["repair"]
     for change in ({"num_edits": 1}, {"num_pruned_layers": 3}, {"greedy_width": 1}, {"repair_refit": True}):
         changed = make_pipeline(candidates.dataclasses.replace(method, **change))
         stages = changed.stages()

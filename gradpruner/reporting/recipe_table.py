@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from gradpruner.finetune.spec import ANSWERS_LOSS
 from gradpruner.record import RunRecord
 from gradpruner.reporting.cells import difference_text, value_of
 from gradpruner.reporting.comparing import SPREAD_NOTE, Difference, difference, interval_note, mean_difference
@@ -83,7 +84,8 @@ def _tables(setting: str, rows: _Rows, metric: str | None) -> list[Table]:
     ]
     notes = [
         f"{_all_of(run.metrics['num_examples'] for run in first.values())} test rows, "
-        f"{_all_of(run.finetune['steps'] for run in first.values())} steps of fine-tuning",
+        f"{_all_of(run.finetune['steps'] for run in first.values())} steps of fine-tuning"
+        f"{_learns_from(next(iter(first.values())))}",
         *caveats([run for row in shown.values() for run in _runs(row)]),
     ]
     means = Table(
@@ -138,6 +140,15 @@ def _of_common_seeds(first: list[RunRecord], second: list[RunRecord]) -> tuple[l
 
 def _runs(by_dataset: Mapping[str, list[RunRecord]]) -> list[RunRecord]:
     return [run for runs in by_dataset.values() for run in runs]
+
+
+def _learns_from(run: RunRecord) -> str:
+    """Says by which loss a run learns, unless it is the answers' own: a title names only what tells it apart."""
+    finetune = run.config["finetune"]
+    if (loss := finetune.get("loss", ANSWERS_LOSS)) == ANSWERS_LOSS:
+        return ""
+    teacher = f", tuned_teacher={finetune['tuned_teacher']}" if finetune.get("tuned_teacher") else ""
+    return f", loss={loss}{teacher}"
 
 
 def _all_of(numbers: Iterable[int]) -> str:

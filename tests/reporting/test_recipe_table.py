@@ -59,7 +59,19 @@ def test_means_and_paired_differences():
     assert nll.rows[3] == ["GradPruner+", "4.000 ±0.100", "4.000 ±0.100"]
     assert {row[0]: row[3] for row in nll_minus.rows}["ShortGPT"] == "-0.500 (-0.500 to -0.500) ≠"
     assert any("paired on the same test rows" in note for note in minus.notes)
+    assert not any("loss=" in note for table in tables for note in table.notes)
     assert [len(each) for each in minus.sources] == [1, 1, 2]
+
+
+def test_the_loss_that_methods_share_is_said():
+    def distilled(made):
+        finetune = {**made.config["finetune"], "loss": "distill", "tuned_teacher": 0.5}
+        return dataclasses.replace(made, config={**made.config, "finetune": finetune})
+
+    tables = recipe_tables([distilled(run(method, 10)) for method in ("gradpruner_plus", "shortgpt")])
+    assert tables
+    for table in tables:
+        assert "distill" not in table.title and table.notes[0].endswith(", loss=distill, tuned_teacher=0.5")
 
 
 def test_seeds_are_means_and_sparsities_tables():
