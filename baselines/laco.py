@@ -86,6 +86,7 @@ class LaCo(DepthMethod):
     """
 
     name: ClassVar[str] = "laco"
+    measures_per_layer: ClassVar[bool] = True
 
     rule: str = "code"
     layers_per_merge: int = 4

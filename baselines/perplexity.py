@@ -24,6 +24,7 @@ class Perplexity(CalibratedLayerDropping):
     """Layer dropping by the answer NLL without a layer minus the whole model's, in nats per token."""
 
     name: ClassVar[str] = "perplexity"
+    measures_per_layer: ClassVar[bool] = True
 
     num_rows: int = 64
 

@@ -112,6 +112,7 @@ class Method:
 
     name: ClassVar[str]
     measures_together: ClassVar[bool] = False  # with several processes, all of them call `measure`, not only rank 0
+    measures_per_layer: ClassVar[bool] = False  # `measure` passes over its rows for each layer anew; for time estimates
 
     def __post_init__(self) -> None:
         """Does nothing; subclasses check their values and call this one."""

@@ -8,10 +8,14 @@ import pytest
 from commands import call
 from transformers import modeling_gguf_pytorch_utils
 
+from baselines.laco import LaCo
+from baselines.perplexity import Perplexity
 from experiments import progress
 from experiments.progress import RunProgress, describe_seconds
 from experiments.run import main
-from gradpruner.pipeline.work import PlannedStage
+from gradpruner.finetune.spec import TrainingSpec
+from gradpruner.models.counting import count_model
+from gradpruner.pipeline.work import PlannedStage, stage_flops, tokens_per_row
 from gradpruner.progress import Steps, track
 from gradpruner.runtime import quiet_libraries
 
@@ -114,6 +118,22 @@ def test_the_bar_of_a_gguf_file_is_for_terminals(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         assert list(modeling_gguf_pytorch_utils.tqdm([1, 2], desc="tensors")) == [1, 2]
         assert bool(stream.getvalue()) == shown
+
+
+@pytest.mark.parametrize(("method", "at_least"), [(LaCo(sparsity=0.5), 0.5), (Perplexity(sparsity=0.5), 0.99)])
+def test_methods_that_try_each_layer_are_expected_to_take_longer(
+    method, at_least, make_pipeline, tiny_llama, make_batches, tmp_path
+):
+    pipeline = make_pipeline({"num_hidden_layers": 6}, method, TrainingSpec(max_steps=1))
+    length, _ = tokens_per_row(pipeline.rows)
+    one_row = count_model(pipeline.config).flops(1, length, logit_positions=1)
+    expected = stage_flops(pipeline)["measure"] / one_row / len(pipeline.rows)
+
+    model, calls = tiny_llama(num_hidden_layers=6), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    method.resolve(6).measure(model, make_batches(1), tmp_path)
+    assert at_least * expected <= len(calls) / 6 <= 2 * expected
 
 
 def test_a_log_has_a_line_per_stage(tmp_path):
