@@ -58,13 +58,14 @@ def read_row_scores(record: RunRecord, metric: str) -> tuple[NDArray[np.float64]
 def write_numbers(values: Iterable[float]) -> str:
     """Returns numbers as text: `0` and `1` alone without spaces, others with four digits and spaces between them."""
     numbers = [float(value) for value in values]
-    if set(numbers) <= {0.0, 1.0} and len(numbers) > 1:
+    if set(numbers) <= {0.0, 1.0}:
         return "".join(f"{number:.0f}" for number in numbers)
-    return " ".join(f"{number:.4g}" for number in numbers)
+    text = " ".join(f"{number:.4g}" for number in numbers)
+    return f"{text}.0" if set(text) <= {"0", "1"} else text  # a single 100 is not three rows
 
 
 def read_numbers(text: str) -> list[float]:
     """Returns the numbers that `write_numbers` wrote."""
-    if len(text) > 1 and set(text) <= {"0", "1"}:
+    if set(text) <= {"0", "1"}:
         return [float(character) for character in text]
     return [float(number) for number in text.split()]

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from reporting.test_tables import record
 
@@ -112,6 +112,9 @@ def test_mean_over_datasets():
 
 
 @given(st.lists(st.floats(0, 1e4, allow_nan=False), max_size=9))
+@example([100.0])
+@example([1.0])
+@example([1e4, 1.0])
 def test_numbers_survive_as_text(values):
     assert read_numbers(write_numbers(values)) == pytest.approx(values, rel=1e-3)
 
