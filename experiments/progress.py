@@ -70,14 +70,15 @@ class RunProgress:
         self._draw()
 
     def stage_ends(self, name: str, stage_id: str, seconds: float | None) -> None:
-        """Logs how long a stage took, or that it is cached."""
+        """Logs how long a stage took, or that it is cached; not the latter for stages of the dense model of a teacher."""
         stage = self._planned(name, stage_id)
         if seconds is not None and stage.flops:
             self._done_flops, self._done_seconds = self._done_flops + stage.flops, self._done_seconds + seconds
         self._now = self._steps = None
         self._waiting = [each for each in self._waiting if each != (self._arm, stage)]
-        took = "is cached" if seconds is None else f"took {seconds:.1f} s"
-        logger.info("%s %s%s", self._place(stage), took, f", {left}" if (left := self._describe_left()) else "")
+        if seconds is not None or (self._arm, stage) in self._numbers:
+            took = "is cached" if seconds is None else f"took {seconds:.1f} s"
+            logger.info("%s %s%s", self._place(stage), took, f", {left}" if (left := self._describe_left()) else "")
         self._draw()
 
     def steps_change(self, steps: Steps) -> None:

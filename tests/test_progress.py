@@ -75,6 +75,15 @@ def test_arms_that_were_finished_are_not_waited_for(clock):
     assert run.seconds_left() == pytest.approx(4.0)
 
 
+def test_stages_behind_a_teacher_are_named_only_while_they_take_time(clock, caplog):
+    run = RunProgress([("gradpruner", PLAN)])
+    with caplog.at_level(logging.INFO):
+        for seconds, stage_id in ((None, "dense's"), (2.0, "dense's"), (None, "p")):
+            run.stage_begins("prune", stage_id)
+            run.stage_ends("prune", stage_id, seconds)
+    assert caplog.messages == ["[-/4] gradpruner: prune took 2.0 s", "[2/4] gradpruner: prune is cached"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(3, "a few seconds"), (12, "about 10 s"), (58, "about 1 min"), (3000, "about 50 min"), (9000, "about 2.5 h")],
