@@ -70,7 +70,7 @@ class RunProgress:
         self._draw()
 
     def stage_ends(self, name: str, stage_id: str, seconds: float | None) -> None:
-        """Logs how long a stage took, or that it is cached; not the latter for stages of the dense model of a teacher."""
+        """Logs how long a stage took, or that it is cached; not the latter for what stands behind a teacher."""
         stage = self._planned(name, stage_id)
         if seconds is not None and stage.flops:
             self._done_flops, self._done_seconds = self._done_flops + stage.flops, self._done_seconds + seconds

@@ -117,8 +117,8 @@ def stage_flops(setup: Setup) -> dict[str, float]:
         if isinstance(method, GradPrunerPlus) and method.candidates:
             found["decide"] = choice_flops(method, start, pruned, rows)
     elif (calibration := method.calibration()) is not None:
-        passes = len(start.layers) if method.measures_per_layer else 1
-        found["measure"] = passes * calibration.count(len(rows)) * one_row
+        times = len(start.layers) if method.measures_per_layer else 1
+        found["measure"] = times * calibration.count(len(rows)) * one_row
     if isinstance(method, DepthMethod) and (repair := method.repair_calibration()) is not None:
         passes = REPAIR_PASSES[method.repair_kind] + (REFIT_PASSES * len(pruned.layers) if method.repair_refit else 0)
         found["repair"] = passes * repair.count(len(rows)) * one_row

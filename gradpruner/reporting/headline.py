@@ -21,7 +21,7 @@ from gradpruner.reporting.measures import why_not_comparable
 from gradpruner.reporting.plain_names import dataset_title, plain_label
 from gradpruner.reporting.published import Published
 from gradpruner.reporting.run_groups import comparable_groups
-from gradpruner.reporting.tables import dataset_name, depth_settings, row_labels
+from gradpruner.reporting.tables import dataset_name, depth_settings, row_labels, setting
 
 MOST_POINTS = 24
 USUAL_SPARSITY = 0.4  # the paper's; of equally frequent sparsities the nearest one is shown
@@ -100,7 +100,7 @@ def headline(records: Sequence[RunRecord], published: Sequence[Published] = ()) 
     """Returns the headline chart of these runs; None if none of them pruned.
 
     Args:
-        records: finished runs. Timings of any of them serve all models of the same shapes.
+        records: finished runs. Timings of those of one setting serve all models of the same shapes.
         published: the paper's tables: 1 for quality, 2 for time and memory, 11 for parameters.
     """
     groups = [(title, group) for title, group in comparable_groups(records) if _methods(group)]
@@ -269,7 +269,7 @@ def _places(
         for label, row in cells.items()
     }
     places = {PARAMETERS: sizes}
-    speeds = {_shapes(run): run for run in records if run.efficiency.get("speed")}
+    speeds = _timed_together(cells, records)
     measured = {}
     for label, row in cells.items():
         found = [timed(speeds[_shapes(run)]) for run in _runs({"": row}) if _shapes(run) in speeds]
@@ -296,6 +296,19 @@ def _places(
     for index, axis in enumerate((TIME, MEMORY)):
         places[axis] = {label: value for label, own in measured.items() if (value := own[index]) is not None}
     return places, {axis: note for axis, note in how.items() if places[axis]}
+
+
+def _timed_together(cells: _Cells, records: Sequence[RunRecord]) -> dict[str, RunRecord]:
+    """Returns the timed runs by shapes, all of the setting that times the most rows: others may be of other days."""
+    settings: dict[str, dict[str, RunRecord]] = {}
+    for run in records:
+        if run.efficiency.get("speed"):
+            settings.setdefault(json.dumps(setting(run), sort_keys=True), {})[_shapes(run)] = run
+
+    def num_rows(own: Mapping[str, RunRecord]) -> int:
+        return sum(any(_shapes(run) in own for run in _runs({"": row})) for row in cells.values())
+
+    return max(settings.values(), key=num_rows, default={})
 
 
 def _shapes(run: RunRecord) -> str:

@@ -31,7 +31,9 @@ LATER_SETTINGS = {
     "prompt_weight": 1.0,
     "tuned_teacher": 0.0,
 }
-LATER_METHOD_SETTINGS = {"repair_refit": False}  # the same for methods
+LATER_METHOD_SETTINGS = {"repair_refit": False, "halving": []}  # the same for methods
+# Settings of a method that do nothing while another one is off; older records lack these, too.
+DEPENDENT = {"halving_learning_rate": "halving", "halving_batch_size": "halving"}
 # Columns that older records lack: parameters without the input embedding, and the work of one row.
 COUNTS = ("w/o embedding", "GMACs")
 DEPTH = ("sparsity", "num_pruned_layers")
@@ -206,10 +208,13 @@ def rows_of_seeds(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
+    method = record.config["method"]
     own = {
         key: value
-        for key, value in record.config["method"].items()
-        if key not in ("_target_", "seed") and (key, value) not in LATER_METHOD_SETTINGS.items()
+        for key, value in method.items()
+        if key not in ("_target_", "seed")
+        and (key, value) not in LATER_METHOD_SETTINGS.items()
+        and (key not in DEPENDENT or method.get(DEPENDENT[key]))
     }
     return own | {key: True for key in OF_METHOD if record.config["finetune"].get(key)}
 

@@ -104,6 +104,16 @@ def test_timings_serve_models_of_the_same_shapes():
         "LaCo": (60.0, 50.0),
         "Random": (60.0, 50.0),
     } and chart.axis_notes["time"].startswith("time per prompt: inference, timed in turns")
+
+    # Timings of another setting, which has fewer of the models, are not mixed with these.
+    slow = speed | {"ratios": speed["ratios"] | {"prefill": {"time": 0.9, "memory": 0.9}}}
+    other = scored("last", 0.3, dataset="winogrande")
+    other = replace(other, efficiency=other.efficiency | {"speed": slow})
+    smaller = replace(scored("random", 0.4, dataset="piqa"), efficiency=timed.efficiency)
+    smaller.pruning["shape"] = records[2].pruning["shape"] = shape(4, hidden_size=1)
+    for order in ([other, timed, smaller], [timed, smaller, other]):
+        chart = headline([*records, *order])
+        assert [point.places["time"] for point in chart.points] == [60.0, 60.0]
     for each in records[1:]:
         each.pruning["shape"] = shape(4, hidden_size=2)
     chart = headline([*records, timed])

@@ -161,6 +161,18 @@ def test_what_is_unusual_in_a_row_is_said_beside_what_tells_rows_apart():
     assert sorted(row[0] for row in table.rows) == expected
 
 
+def test_what_acts_only_with_another_setting_is_none_without_it():
+    """Runs of two seeds are one row, though the older record has no setting for short fine-tunes."""
+    off = {"halving": [], "halving_learning_rate": 3e-3, "halving_batch_size": 4}
+    settings = [{}, off, off | {"halving_learning_rate": 1e-3}, off | {"halving": [8, 16]}]
+    [table] = comparisons([record("gradpruner_plus", seed=seed, **each) for seed, each in enumerate(settings)])
+    rows = {row[0]: len(runs) for row, runs in zip(table.rows, table.sources, strict=True)}
+    assert rows == {
+        "GradPruner+": 3,
+        "GradPruner+, halving=[8, 16], halving_learning_rate=0.003, halving_batch_size=4": 1,
+    }
+
+
 def test_older_records_share_a_table_with_runs_whose_later_settings_are_the_usual_ones():
     old, new = {"mode": "lora"}, {"mode": "lora", "precision": "auto", "merge_dtype": "auto"}
     assert len(comparisons([record("laco", config={"finetune": each}) for each in (old, new)])) == 1
