@@ -133,7 +133,8 @@ def test_the_bar_of_a_gguf_file_is_for_terminals(monkeypatch):
 def test_methods_that_try_each_layer_are_expected_to_take_longer(
     method, at_least, make_pipeline, tiny_llama, make_batches, tmp_path
 ):
-    pipeline = make_pipeline({"num_hidden_layers": 6}, method, TrainingSpec(max_steps=1))
+    config = {"num_hidden_layers": 6, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    pipeline = make_pipeline(config, method, TrainingSpec(max_steps=1))
     length, _ = tokens_per_row(pipeline.rows)
     one_row = count_model(pipeline.config).flops(1, length, logit_positions=1)
     expected = stage_flops(pipeline)["measure"] / one_row / len(pipeline.rows)
