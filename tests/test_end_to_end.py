@@ -12,12 +12,12 @@ from experiments.config import CONF, reference_configs
 from experiments.job import run_job
 
 CACHE = CONF.parent / ".cache"  # the converted model is shared with `make run`
-ROWS = {"train": 6, "test": 8}
+ROWS = {"train": 12, "test": 16}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """SmolLM2-135M, 12 of 30 layers pruned and 3 merged, 3 importance and 3 LoRA steps."""
+    """SmolLM2-135M, 12 of 30 layers pruned and 3 merged, 4 importance and 6 LoRA steps."""
     folder = tmp_path_factory.mktemp("run")
     stages = tmp_path_factory.mktemp("cache")
     CACHE.mkdir(exist_ok=True)
@@ -31,11 +31,11 @@ def finished(tmp_path_factory):
         f"cache_dir={stages}",
         f"dataset.max_train_samples={ROWS['train']}",
         f"dataset.max_test_samples={ROWS['test']}",
-        "method.steps=3",
+        "method.steps=4",
         "method.batch_size=2",
         "finetune.batch_size=2",
         "finetune.micro_batch_size=2",
-        "finetune.max_steps=3",
+        "finetune.max_steps=6",
         "measure_speed=false",  # tests time nothing
     ]
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
@@ -55,8 +55,8 @@ def test_the_quickstart_shows_three_methods():
 def test_the_dense_model_is_a_real_one(finished):
     _, run_dir = finished
     before = json.loads((run_dir / "reference/dense/record.json").read_text())["metrics_before"]
-    # Eight rows say little about accuracy; a model that knew nothing would need log(49152) = 10.8 nats per token.
-    assert before["answer_nll"] + 3 * before["answer_nll_stderr"] < 0.7 * math.log(49152)
+    # Sixteen rows say little about accuracy; a model that knew nothing would need log(49152) = 10.8 nats per token.
+    assert before["answer_nll"] + 5 * before["answer_nll_stderr"] < 0.7 * math.log(49152)
 
 
 def test_twelve_layers_leave_and_three_merge(finished):
@@ -73,7 +73,7 @@ def test_twelve_layers_leave_and_three_merge(finished):
 def test_fine_tuning_repairs(finished):
     record, _ = finished
     assert record.metrics["answer_nll"] < record.metrics_before["answer_nll"] - 1
-    assert record.finetune["steps"] == 3
+    assert record.finetune["steps"] == 6
 
 
 def test_plain_transformers_loads_the_checkpoint(finished):

@@ -452,9 +452,8 @@ def test_statistics_make_the_first_step_dense(load, tmp_path):
     assert probe.columns == [[0], *[[4, 8]] * 4, *[[0, 2]] * 4, *[[0]] * 3]
 
 
-@pytest.mark.parametrize(
-    ("mode", "sat"), [("lora", SAT), ("full", dataclasses.replace(SAT, metric="magnitude", refresh=3))]
-)
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("sat", [SAT, dataclasses.replace(SAT, metric="magnitude", refresh=3)], ids=["wanda", "magn"])
 def test_an_interrupted_run_ends_like_an_undisturbed_one(load, tmp_path, mode, sat):
     whole, expected = run(load, tmp_path / "whole", sat.callbacks(), mode=mode, save_steps=1)
     for step in (1, 4, 5, 8, 11):  # after the dense step, between selections, at a rung, off a rung, in the dense tail
