@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from experiments.schema import ConfigError
 from gradpruner.files import user_path
@@ -25,6 +25,22 @@ def path_setting(cfg: DictConfig, key: str) -> Path:
     if not text.strip():
         raise ConfigError(f"{key} must be a path, got {text!r}. Give {key}=PATH, or leave it out for the default.")
     return user_path(text)
+
+
+def path_settings(cfg: DictConfig, key: str) -> list[Path]:
+    """Returns the paths of a root key that holds a path or a list of paths.
+
+    Raises:
+        ConfigError: if there is none, or if one is empty.
+    """
+    if not isinstance(cfg[key], ListConfig):
+        return [path_setting(cfg, key)]
+    texts = [str(each) for each in cfg[key]]
+    if not texts or not all(text.strip() for text in texts):
+        raise ConfigError(
+            f"{key} must be a path or a list of paths, got {texts}. Give {key}=PATH or {key}=[PATH,PATH]."
+        )
+    return [user_path(text) for text in texts]
 
 
 def check_writable(**folders: Path) -> None:

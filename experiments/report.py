@@ -13,7 +13,8 @@ python -m experiments.report table=11 model=smollm2_135m plan=results/runs/.../p
 python -m experiments.report figure=plans                           # or importance, 1, 2, 5, 6, 7, 8, 9
 python -m experiments.report figure=5 'methods=[igia_only,last]'    # with other methods than the paper's
 python -m experiments.report output=report.html                     # one page with everything there is to show
-python -m experiments.report headline=docs/images/headline.svg runs_dir=results/records      # its chart alone, or .png
+python -m experiments.report headline=chart.svg                     # its chart alone, or .png
+python -m experiments.report 'runs_dir=[one/folder,another]'        # runs of several folders
 """
 
 import itertools
@@ -34,9 +35,9 @@ from experiments.config import CONF, resolve
 from experiments.paths import check_writable, path_setting
 from experiments.places import home, shipped
 from experiments.recording import HISTORY_FILE
+from experiments.records import find_records
 from experiments.report_page import runs_of_page
 from experiments.sweep_tables import show
-from gradpruner.files import content_hash
 from gradpruner.models import offline_configs
 from gradpruner.models.shape import config_shape
 from gradpruner.plan import PruningPlan
@@ -58,13 +59,10 @@ from gradpruner.reporting.row_scores import read_numbers
 from gradpruner.reporting.tables import Table, comparisons
 from gradpruner.width_surgery import planned_shape
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 PAPER = shipped("paper", "results/paper")
-RUNS = "results/runs"
 FIGURES_DIR = "results/figures"
 CHART_TYPES = (".svg", ".png")
 # Folder of the committed records that a table is made of where there are no runs. Figures and `all` take every record.
-COMMITTED = RESULTS / "records"
 COMMITTED_OF = {"2": "methods", "importance": "importance", "learning_rate": "learning_rate", "recipe": "recipe"}
 PRESETS = "small"  # folder of all other tables
 TABLES = (*(str(number) for number in range(1, 14)), *(f"figure{number}" for number in (5, 6, 7, 8, 9)))
@@ -153,15 +151,16 @@ def build_report(cfg: DictConfig, scratch: Path | None = None) -> Report:
         counts = [_counts(cfg)]
         return Report(counts, [], [], counts)
     is_page = form == "html"
-    found = _find_records(cfg, table_name, figure)
+    everything = figure is not None or table_name == ALL
+    found = find_records(cfg, "" if everything else COMMITTED_OF.get(table_name or "", PRESETS))
     records, problems = _of_methods(found.records, cfg.methods), found.problems
     histories = _histories(records, problems) if figure is not None or is_page else {}
     is_whole = is_page and table_name is None and figure is None  # a page has everything if nothing was asked for
     tables, page_tables, pictures = [], [], []
     if table_name is not None or figure is None:
-        tables = page_tables = _tables(cfg, table_name, list(records.values()), found.folder)
+        tables = page_tables = _tables(cfg, table_name, list(records.values()), found.where)
     if is_whole:
-        page_tables = _tables(cfg, ALL, list(records.values()), found.folder)
+        page_tables = _tables(cfg, ALL, list(records.values()), found.where)
     if figure is not None or is_whole:
         pictures = _pictures(cfg, figure, records, histories, scratch if is_page else None)
     runs = None
@@ -181,53 +180,15 @@ def _headline_alone(cfg: DictConfig) -> Report:
     if path.suffix not in CHART_TYPES:
         raise ValueError(f"headline must end with one of {', '.join(CHART_TYPES)}, got {cfg.headline}. Name it so.")
     check_writable(headline=path.parent)
-    found = _find_records(cfg, None, ALL)
+    found = find_records(cfg, "")
     records = _of_methods(found.records, cfg.methods)
     chart = headline(list(records.values()), [_published(name) for name in ("1", "2", "11")])
     if chart is None:
         raise ValueError(
             f"The headline chart shows runs of methods that prune, got none among {len(records)} in "
-            f"{found.folder.absolute()}. Run one, or set runs_dir."
+            f"{found.where}. Run one, or set runs_dir."
         )
     return Report([], [write_headline(chart, path)], found.problems)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The records of a report.
-
-    Attributes:
-        folder: where they are.
-        records: finished ones, by file.
-        problems: one line per record that cannot be shown, and one that says where the records are from.
-        label: what to say beside every table; empty for runs of the user.
-    """
-
-    folder: Path
-    records: dict[Path, RunRecord]
-    problems: list[str]
-    label: str = ""
-
-
-def _find_records(cfg: DictConfig, table: str | None, figure: str | None) -> _Found:
-    """Returns the records in `runs_dir`; if that is not given, those of finished runs, or else the committed ones.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    folder = Path(home(RUNS)) if cfg.runs_dir is None else path_setting(cfg, "runs_dir")
-    try:
-        return _Found(folder, *read_records(folder))
-    except ValueError as error:
-        committed = COMMITTED
-        if figure is None and table != ALL:
-            committed /= COMMITTED_OF.get(table or "", PRESETS)
-        if cfg.runs_dir is not None or not committed.is_dir():
-            raise
-        records, problems = read_records(committed)
-        said = f"{error}\nShown instead: the {len(records)} committed records in {committed}."
-        label = f"Of the committed records in {committed.relative_to(RESULTS.parent)}, not of runs in {home(RUNS)}"
-        return _Found(committed, records, [said, *problems], label)
 
 
 def _of_methods(records: dict[Path, RunRecord], methods: Sequence[str] | None) -> dict[Path, RunRecord]:
@@ -247,14 +208,14 @@ def _of_methods(records: dict[Path, RunRecord], methods: Sequence[str] | None) -
     return {path: run for path, run in records.items() if run.pruning["method"] in ("dense", *methods)}
 
 
-def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord], folder: Path) -> list[Table]:
+def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord], where: str) -> list[Table]:
     """Returns the table `name`; for None the comparisons; for `all` every table that has runs.
 
     Args:
         cfg: the config.
         name: name of the table.
         records: finished runs.
-        folder: where they are, for messages.
+        where: the folders that they are in, for messages.
     """
     if name == "11":
         return [_counts(cfg)]
@@ -273,22 +234,21 @@ def _tables(cfg: DictConfig, name: str | None, records: list[RunRecord], folder:
     if tables := OURS[name][0](records) if name in OURS else _paper_tables(name, records):
         is_own = name in OURS or name == "2"
         return tables if is_own else [*tables, *appendix_tables([_published(name)], records)]
-    folder = folder.absolute()
     if name in OURS:
         raise ValueError(
-            f"table={name} needs {OURS[name][1]}, got none among {len(records)} in {folder}. Run "
+            f"table={name} needs {OURS[name][1]}, got none among {len(records)} in {where}. Run "
             f"`{_run()} -m experiment={name}`, or set runs_dir."
         )
     if name == "2":
         raise ValueError(
-            f"Table 2 compares with the dense model, of which there is no run in {folder}. "
+            f"Table 2 compares with the dense model, of which there is no run in {where}. "
             "Run method=dense with the same settings."
         )
     published = _published(name)
     methods = ", ".join(dict.fromkeys(str(row.coordinates["method"]) for row in published.rows))
     raise ValueError(
         f"{published.label} ({published.title}) needs runs of {methods} by {published.axis}, got none that fit among "
-        f"{len(records)} in {folder}. Run `{_run()} -m experiment={_file_name(name)}`, or set "
+        f"{len(records)} in {where}. Run `{_run()} -m experiment={_file_name(name)}`, or set "
         "runs_dir."
     )
 
@@ -417,46 +377,6 @@ def _load_plan(file: Path) -> PruningPlan:
         return PruningPlan.load(file)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"plan must be the plan.json of a run, got {file.absolute()}: {error}. Set plan.") from error
-
-
-def read_records(folder: Path) -> tuple[dict[Path, RunRecord], list[str]]:
-    """Reads all records below a folder.
-
-    Returns:
-        The finished records by file, and one line per record that failed or cannot be read.
-
-    Raises:
-        ValueError: if there is no finished record.
-    """
-    records: dict[Path, RunRecord] = {}
-    problems = []
-    seen: dict[str, Path] = {}  # a copy of a run would count as another seed
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            if path.is_dir() or path.name == HISTORY_FILE:
-                continue
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(data, dict) or "schema_version" not in data:
-                continue  # another JSON file, such as a plan
-            record = RunRecord.from_dict(data, path)
-        except (OSError, ValueError, RecursionError) as error:
-            problems.append(f"Not shown: {path}: {error}")
-            continue
-        if record.status == "finished":
-            first = seen.setdefault(content_hash(data), path)
-            if first == path:
-                records[path] = record
-            else:
-                problems.append(f"Not shown: {path} is a copy of {first}. Delete one of them.")
-        else:
-            problems.append(f"Not shown: {path} has status {record.status} ({record.error}). Run it again.")
-    if not records:
-        raise ValueError(
-            f"There is no finished run to report, searched {folder.absolute()} for record.json and other records. Run "
-            f"something first, for example `{_run()} experiment=quickstart`, or set runs_dir."
-            + "".join(f"\n{problem}" for problem in problems)
-        )
-    return records, problems
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import common, evaluation, pruning, ratios, training
-from experiments.report import PAPER, read_records, runs_of
+from experiments.records import read_records
+from experiments.report import PAPER, runs_of
 from gradpruner import runtime
 from gradpruner.models.memory import MemoryEstimate
 from gradpruner.reporting.efficiency import efficiency_tables

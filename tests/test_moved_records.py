@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_dir
 
 from experiments.config import CONF
 from experiments.job import run_job
-from experiments.report import build_report, read_records
+from experiments.records import read_records
+from experiments.report import build_report
 from gradpruner.record import RunRecord
 
 AREA = "Sweeps and records"
@@ -157,6 +158,19 @@ def test_nested_json(folder):
     (folder / "runs/deep.json").write_text("[" * 100_000)
     found, [problem] = read_records(folder)
     assert len(found) == 1 and "deep.json: maximum recursion depth exceeded" in problem
+
+
+@tried("several folders in runs_dir, one inside the other", "each run is shown once; a copy is named")
+def test_several_folders(folder, tmp_path):
+    first, second = only_run(folder) / "record.json", folder / "second/record.json"
+    for place in ("second", "copy"):
+        shutil.copytree(first.parent, folder / place)
+        change(seed=7)(folder / place / "record.json")
+    found, problems = read_records(folder / "runs", folder / "second", folder)
+    assert set(found) == {first, second}
+    assert problems == [f"Not shown: {folder}/copy/record.json is a copy of {second}. Delete one of them."]
+    with pytest.raises(ValueError, match=rf"no finished run to report, searched {tmp_path}/nowhere for record\.json"):
+        read_records(folder, tmp_path / "nowhere")
 
 
 @tried("a history that was cut in half", "the report draws the other figures and names it")

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from experiments.config import CONF
 from experiments.job import run_job
-from experiments.report import main, read_records, show
+from experiments.records import read_records
+from experiments.report import main, show
 from gradpruner.files import write_json
 from gradpruner.plan import PruningPlan, WidthPlan
 from gradpruner.record import RunRecord

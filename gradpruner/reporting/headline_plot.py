@@ -10,11 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from gradpruner.finetune.spec import ANSWERS_LOSS
 from gradpruner.messages import parameters
 from gradpruner.record import RunRecord
 from gradpruner.reporting.figures import KEPT, MERGED, ON_DARK, ON_LIGHT, SMALL, Picture, canvas, save_figure
 from gradpruner.reporting.headline import DROPS, ENDS_DENSE, MEMORY, NARROWS, OURS, PARAMETERS, TIME, Headline, Point
-from gradpruner.reporting.plain_names import MODES, dataset_title
+from gradpruner.reporting.plain_names import MODES, dataset_title, plain_setting
 from gradpruner.reporting.tables import dataset_name
 
 COLORS = {OURS: KEPT, DROPS: MERGED, NARROWS: "#009E73", ENDS_DENSE: "#CC79A7"}
@@ -109,10 +110,24 @@ def scale_of(records: Sequence[RunRecord]) -> str:
         by_point.setdefault((run.pruning["method"], _dataset(run)), set()).add(run.seed)
     seeds = _span(len(own) for own in by_point.values())
     return (
-        f"{first.model['name']} ({parameters(first.model['num_parameters'])} parameters) on {' and '.join(datasets)}, "
-        f"{rows} and {test} test rows each, {MODES.get(mode, mode)}, {steps} steps, {seeds} "
+        f"{first.model['name']} ({parameters(first.model['num_parameters'])} parameters) on {_listed(datasets)}, "
+        f"{rows} and {test} test rows each, {MODES.get(mode, mode)}{_loss(first)}, {steps} steps, {seeds} "
         f"seed{'' if seeds == '1' else 's'} per method"
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _loss(run: RunRecord) -> str:
+    """Returns what all runs of the chart learn from, behind a comma; nothing if it is answers alone."""
+    settings = run.config["finetune"]
+    if settings.get("loss", ANSWERS_LOSS) == ANSWERS_LOSS:
+        return ""
+    keys = ["loss", *(["tuned_teacher"] if settings.get("tuned_teacher") else [])]
+    return "".join(f", {plain_setting(key, settings[key])}" for key in keys)
 
 
 def _dataset(run: RunRecord) -> str:

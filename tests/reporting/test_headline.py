@@ -120,6 +120,16 @@ def test_timings_serve_models_of_the_same_shapes():
     assert all(point.places["time"] == 100.0 for point in chart.points) and "training time" in chart.axis_notes["time"]
 
 
+def test_the_caption_names_datasets_and_loss():
+    loss = {"loss": "distill", "tuned_teacher": 0.5}
+    records = [scored("laco", 0.5, dataset=name) for name in ("piqa", "arc_easy", "winogrande")]
+    assert "on ARC-Easy, PIQA and WinoGrande, " in caption_of(headline(records))
+    assert "distilled" not in caption_of(headline(records))
+    for record in records:
+        record.config["finetune"].update(loss)
+    assert ", LoRA, distilled, tuned teacher 0.5, 10 steps" in caption_of(headline(records[:1]))
+
+
 def test_there_is_no_chart_without_pruning():
     assert headline([scored("dense", 0.8)]) is None
 
