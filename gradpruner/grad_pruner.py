@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gradpruner import processes, stability
+from gradpruner import stability
 from gradpruner.auto_sparsity import search
+from gradpruner.batch_rows import distinct_rows
 from gradpruner.checks import AUTO, check_choice
 from gradpruner.depth_method import DepthMethod
 from gradpruner.encoding import Batch
@@ -166,63 +167,79 @@ class GradPruner(DepthMethod, ImportanceSettings):
     def measurement_settings(self) -> dict[str, Any]:
         """Returns the settings of the importance run; one run serves every sparsity, merge count, score and density.
 
-        With `auto`, the settings that decide the number of steps or layers are included.
+        With `steps=auto`, the settings that decide the number of steps are included.
         """
-        settings, auto = dataclasses.asdict(self._importance_spec()), dataclasses.asdict(self)
-        if self.sparsity == AUTO:
-            settings["auto"] = auto
-        elif self.steps == AUTO:
-            deciding = ("sparsity", "num_pruned_layers", "patience", "score", "step_weighting")
-            settings["auto"] = {name: auto[name] for name in deciding}
+        settings = dataclasses.asdict(self._importance_spec())
+        if self.steps == AUTO:
+            deciding = ["sparsity", "num_pruned_layers", "patience", "score", "step_weighting"]
+            deciding += ["max_sparsity"] if self.sparsity == AUTO else []
+            settings["auto"] = {name: getattr(self, name) for name in deciding}
         return settings
 
     def measure(self, model: PreTrainedModel, batches: Iterable[Batch], directory: Path) -> None:
-        """Runs step 1: gradients of the first LoRA steps (Eq. 2); with `sparsity=auto`, finds the layer count."""
-        most, taken = self._most_pruned(len(decoder_layers(model))), list(batches)
+        """Runs step 1: gradients of the first LoRA steps (Eq. 2)."""
+        most = self._most_pruned(len(decoder_layers(model)))
 
         def has_settled(energies: Tensor) -> bool:
             return stability.has_settled(
                 step_importance(energies, self.score, self.step_weighting), most, self.patience
             )
 
-        gradients = record_early_gradients(
-            model, taken, self._importance_spec(), directory, has_settled if self.steps == AUTO else None
+        record_early_gradients(
+            model, batches, self._importance_spec(), directory, has_settled if self.steps == AUTO else None
         )
-        if self.sparsity != AUTO or not processes.is_main():
-            return
+
+    def decision_calibration(self) -> Calibration | None:
+        """Returns rows of the training split, each at most once, for `sparsity=auto`; else nothing is open."""
+        return Calibration(self.batch_size, self.repair_rows, self.seed, once=True) if self.sparsity == AUTO else None
+
+    def decision_settings(self) -> dict[str, Any]:
+        """Returns all settings: a search prunes, merges and repairs."""
+        return self.prune_settings()
+
+    def decide(self, model: PreTrainedModel, batches: Iterable[Batch], measured: Path, directory: Path) -> None:
+        """Finds how many layers are pruned, with `sparsity=auto`."""
+        gradients = EarlyGradients.load(measured)
+
+        def prune(candidate: PreTrainedModel, num_pruned_layers: int) -> PruningPlan:
+            return self._pruned(candidate, gradients, num_pruned_layers).plan
+
+        self.find_number(model, batches, prune, directory)
+
+    def find_number(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Batch],
+        prune: Callable[[PreTrainedModel, int], PruningPlan],
+        directory: Path,
+    ) -> int:
+        """Finds how many layers can be pruned, and writes what was tried to `directory`; see `auto_sparsity.search`."""
         found = search(
             model,
-            taken[: -(-self.repair_rows // self.batch_size)],
-            self.pruner(model, gradients, taken),
+            distinct_rows(batches, self.repair_rows),
+            prune,
             repair=None if self.repair_calibration() is None else self.repair_pruned,
             tolerance=self.tolerance,
-            most=most,
+            most=self._most_pruned(len(decoder_layers(model))),
         )
         logger.info("sparsity=auto: %s", found)
         write_json(directory / SEARCH_FILE, found.to_dict())
-
-    def pruner(
-        self, model: PreTrainedModel, gradients: EarlyGradients, batches: Iterable[Batch]
-    ) -> Callable[[PreTrainedModel, int], PruningPlan]:
-        """Returns what prunes a number of layers of a copy of the model, for `sparsity=auto`, and returns the plan."""
-        return lambda candidate, num_pruned: self._pruned(candidate, gradients, num_pruned).plan
+        return found.num_pruned_layers
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
         """Runs steps 2 to 4: layer importance (Eq. 3, 4), plan, merge (Eq. 5, 6) and surgery."""
-        gradients = EarlyGradients.load(directory)
-        compressed = self._pruned(model, gradients, self._number_of_layers(directory))
-        if self.sparsity != AUTO:
-            return compressed
-        return dataclasses.replace(compressed, report={**compressed.report, "search": self._search_report(directory)})
+        assert self.num_pruned_layers is not None
+        return self._pruned(model, EarlyGradients.load(directory), self.num_pruned_layers)
 
-    def _number_of_layers(self, directory: Path) -> int:
-        """Returns how many layers are pruned, which `measure` found out if it is open."""
-        if self.num_pruned_layers is not None:
-            return self.num_pruned_layers
-        return int(self._search_report(directory)["num_pruned_layers"])
+    def prune_as_decided(self, model: PreTrainedModel, measured: Path, decided: Path) -> Compressed:
+        """Runs steps 2 to 4 with the number of layers that `sparsity=auto` found."""
+        found = self.search_report(decided)
+        compressed = self._pruned(model, EarlyGradients.load(measured), found["num_pruned_layers"])
+        return dataclasses.replace(compressed, report={**compressed.report, "search": found})
 
-    def _search_report(self, directory: Path) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((directory / SEARCH_FILE).read_text())
+    def search_report(self, decided: Path) -> dict[str, Any]:
+        """Returns what `find_number` wrote."""
+        found: dict[str, Any] = json.loads((decided / SEARCH_FILE).read_text())
         return found
 
     def _pruned(self, model: PreTrainedModel, gradients: EarlyGradients, num_pruned_layers: int) -> Compressed:

@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +17,8 @@ from gradpruner.checks import AUTO, check_above_zero
 from gradpruner.encoding import Batch
 from gradpruner.files import write_json
 from gradpruner.finetune.spec import TrainingSpec
-from gradpruner.grad_pruner import SEARCH_FILE, GradPruner
-from gradpruner.gradients import RESULT_FILE, EarlyGradients
+from gradpruner.grad_pruner import GradPruner
+from gradpruner.gradients import EarlyGradients
 from gradpruner.halving import HalvingSettings
 from gradpruner.igia import layer_importance
 from gradpruner.method import Calibration, Compressed, Method
@@ -114,15 +113,19 @@ class GradPrunerPlus(GradPruner):
 
     @property
     def measured_as(self) -> type[Method]:
-        """GradPruner, whose importance run this method shares, unless candidates decide how many layers are pruned."""
-        return type(self) if self.candidates and self.sparsity == AUTO else GradPruner
+        """GradPruner, whose importance run this method shares."""
+        return GradPruner
 
     def decision_calibration(self) -> Calibration | None:
         """Returns rows of the training split, each at most once."""
-        return Calibration(self.batch_size, self.repair_rows, self.seed, once=True) if self.candidates else None
+        if not self.candidates:
+            return super().decision_calibration()
+        return Calibration(self.batch_size, self.repair_rows, self.seed, once=True)
 
     def decision_settings(self) -> dict[str, Any]:
         """Returns everything that the choice depends on beside the importance run."""
+        if self.sparsity == AUTO:
+            return super().decision_settings()
         return {
             **dataclasses.asdict(self._candidate_settings()),
             "pruned": self.num_pruned_layers,
@@ -137,35 +140,26 @@ class GradPrunerPlus(GradPruner):
         return {name: value for name, value in settings.items() if name not in unused}
 
     def decide(self, model: PreTrainedModel, batches: Iterable[Batch], measured: Path, directory: Path) -> None:
-        """Lets sets of layers compete."""
-        rows = distinct_rows(batches, self.repair_rows)
-        scores = self._scores(model, EarlyGradients.load(measured), rows)
-        choice = choose_layers(model, scores, self._number_of_layers(measured), rows, self._candidate_settings())
-        logger.info("Of %d sets of layers, %s is pruned", len(choice.candidates), choice.candidates[0])
-        write_json(directory / CANDIDATES_FILE, choice.to_dict())
-        for name in (RESULT_FILE, *([SEARCH_FILE] if self.sparsity == AUTO else [])):  # for the report
-            shutil.copyfile(measured / name, directory / name)
-
-    def pruner(
-        self, model: PreTrainedModel, gradients: EarlyGradients, batches: Iterable[Batch]
-    ) -> Callable[[PreTrainedModel, int], PruningPlan]:
-        """Returns what prunes the best set of one criterion; see `GradPruner.pruner`."""
+        """Lets sets of layers compete; with `sparsity=auto`, the best sets of one criterion find how many leave."""
         if not self.candidates:
-            return super().pruner(model, gradients, batches)
-        rows = distinct_rows(batches, self.repair_rows)
-        scores = self._scores(model, gradients, rows)
+            super().decide(model, batches, measured, directory)
+            return
+        rows, gradients = distinct_rows(batches, self.repair_rows), EarlyGradients.load(measured)
+        fitted, _, _ = divide_rows(rows)
+        scores = LayerScores.measure(model, self._importance(gradients), fitted)
 
         def prune(candidate: PreTrainedModel, num_pruned_layers: int) -> PruningPlan:
-            choice = choose_layers(model, scores, num_pruned_layers, rows, CandidateSettings(0, 0))
-            plan = self._plan(gradients, choice.candidates[0].layers)
+            best = choose_layers(model, scores, num_pruned_layers, rows, CandidateSettings(0, 0)).candidates[0]
+            plan = self._plan(gradients, best.layers)
             apply_plan(candidate, plan)
             return plan
 
-        return prune
-
-    def _scores(self, model: PreTrainedModel, gradients: EarlyGradients, rows: list[Batch]) -> LayerScores:
-        fitted, _, _ = divide_rows(rows)
-        return LayerScores.measure(model, self._importance(gradients), fitted)
+        number = self.num_pruned_layers
+        if number is None:
+            number = self.find_number(model, rows, prune, directory)
+        choice = choose_layers(model, scores, number, rows, self._candidate_settings())
+        logger.info("Of %d sets of layers, %s is pruned", len(choice.candidates), choice.candidates[0])
+        write_json(directory / CANDIDATES_FILE, choice.to_dict())
 
     def _importance(self, gradients: EarlyGradients) -> list[float]:
         importance: list[float] = layer_importance(gradients.energies, self.score, self.step_weighting).tolist()
@@ -175,16 +169,16 @@ class GradPrunerPlus(GradPruner):
         importance = tuple(self._importance(gradients))
         return PruningPlan(len(importance), pruned_layers, layer_importance=importance, method=self.name)
 
-    def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
+    def prune_as_decided(self, model: PreTrainedModel, measured: Path, decided: Path) -> Compressed:
         """Prunes the set that was chosen."""
         if not self.candidates:
-            return super().prune(model, directory)
-        choice = json.loads((directory / CANDIDATES_FILE).read_text())
-        gradients = EarlyGradients.load(directory)
+            return super().prune_as_decided(model, measured, decided)
+        choice = json.loads((decided / CANDIDATES_FILE).read_text())
+        gradients = EarlyGradients.load(measured)
         plan = self._plan(gradients, tuple(choice["candidates"][0]["layers"]))
         report = {**self.importance_report(gradients, len(plan.pruned_layers)), "candidates": choice}
         if self.sparsity == AUTO:
-            report["search"] = self._search_report(directory)
+            report["search"] = self.search_report(decided)
         return Compressed(apply_plan(model, plan), plan, report)
 
     def _candidate_settings(self) -> CandidateSettings:

@@ -203,13 +203,17 @@ class Method:
     def decide(self, model: PreTrainedModel, batches: Iterable[Batch], measured: Path, directory: Path) -> None:
         """Lets more data decide what to prune, by what `measure` wrote to `measured`; leaves the model unchanged.
 
-        Writes everything that `prune` needs to `directory`. With several processes, rank 0 alone calls it.
+        Writes the decision to `directory`. With several processes, rank 0 alone calls it.
         """
 
     def prune(self, model: PreTrainedModel, directory: Path) -> Compressed:
-        """Compresses the model in place, using what `measure`, or else `decide`, wrote to `directory`."""
+        """Compresses the model in place, using what `measure` wrote to `directory`."""
         num_layers = len(decoder_layers(model))
         return Compressed(model, PruningPlan(num_hidden_layers=num_layers, method=self.name), {})
+
+    def prune_as_decided(self, model: PreTrainedModel, measured: Path, decided: Path) -> Compressed:
+        """Compresses the model in place, using what `measure` and `decide` wrote, in place of `prune`."""
+        return self.prune(model, measured)
 
     def compress(
         self,
@@ -248,7 +252,7 @@ class Method:
             if decides and processes.is_main():
                 method.decide(model, taken if decision_batches is None else decision_batches, measured, decided)
             processes.wait_for_all()
-            compressed = method.prune(model, decided if decides else measured)
+            compressed = method.prune_as_decided(model, measured, decided) if decides else method.prune(model, measured)
             processes.wait_for_all()
         compressed.log_warnings()
         if dense is None:

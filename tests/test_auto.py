@@ -18,7 +18,9 @@ from gradpruner.gradients import EarlyGradients
 from gradpruner.gradpruner_plus import GradPrunerPlus
 from gradpruner.importance import record_early_gradients
 from gradpruner.importance_spec import ImportanceSpec
+from gradpruner.models.counting import count_model
 from gradpruner.pipeline.run import Pipeline
+from gradpruner.pipeline.work import stage_flops, tokens_per_row
 from gradpruner.plan import PruningPlan
 from gradpruner.stability import has_settled
 from gradpruner.surgery import apply_plan
@@ -163,8 +165,19 @@ def test_what_decides_is_in_the_key_of_what_is_measured():
     ):  # fmt: skip
         changed = GradPruner(**({"num_pruned_layers": 2, "steps": "auto"} | change))
         assert (changed.measurement_settings() != stopping.measurement_settings()) == matters, change
-    searching = GradPruner(sparsity="auto").measurement_settings()
-    assert searching != GradPruner(sparsity="auto", density=0.5).measurement_settings()
+    assert GradPruner(sparsity="auto").measurement_settings() == plain.measurement_settings()
+    both = {"sparsity": "auto", "steps": "auto"}
+    for change, matters in (({"max_sparsity": 0.3}, True), ({"tolerance": 0.5}, False), ({"repair": "none"}, False)):
+        changed = GradPruner(**both, **change).measurement_settings()
+        assert (changed != GradPruner(**both).measurement_settings()) == matters, change
+
+
+def test_every_setting_of_a_search_is_in_the_key_of_what_is_decided():
+    for kind in (GradPruner, GradPrunerPlus):
+        decided = kind(sparsity="auto").decision_settings()
+        for change in ({"tolerance": 0.5}, {"max_sparsity": 0.3}, {"repair": "least_squares"}, {"score": "frobenius"}):
+            assert kind(sparsity="auto", **change).decision_settings() != decided, (kind, change)
+    assert GradPruner(sparsity=0.4).decision_calibration() is None
 
 
 def test_through_the_pipeline(tiny_spec, make_sums_task, tmp_path):
@@ -183,7 +196,42 @@ def test_through_the_pipeline(tiny_spec, make_sums_task, tmp_path):
     assert len(pipeline.load_result().model.layers) == 3
     [measured] = (tmp_path / "cache" / "stages" / "measure").glob("*/importance.json")
     assert EarlyGradients.load(measured.parent).energies.shape[0] <= 6
-    assert not make(tolerance=0.9).stages()["measure"]
+    other = make(tolerance=0.9)
+    assert other.stages()["measure"] and not other.stages()["decide"]
+
+
+def test_a_search_and_a_number_share_the_importance_run(tiny_spec, make_sums_task, tmp_path):
+    task = make_sums_task(24)
+    training = TrainingSpec(learning_rate=1e-2, batch_size=4, micro_batch_size=4, max_steps=2)
+
+    def make(**settings):
+        method = GradPruner(steps=2, batch_size=4, merge_count=1, **settings)
+        return Pipeline(tiny_spec, task, method, training, Likelihood(), 0, tmp_path / "cache")
+
+    found = make(sparsity="auto", tolerance=9.0).run()
+    number = found.report["search"]["num_pruned_layers"]
+    assert number == len(found.plan.pruned_layers) == 3 and len(found.plan.merges) == 1
+    same = make(num_pruned_layers=number)
+    assert same.stages()["measure"] and "decide" not in same.stages()
+    assert same.run().plan == found.plan and same.run().metrics == found.metrics
+
+
+def test_a_search_is_expected_to_take_what_it_takes(make_pipeline, tiny_llama, make_batches, drop_rear):
+    config = {"num_hidden_layers": 6, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    pipeline = make_pipeline(config, GradPruner(sparsity="auto", merge_count=0), TrainingSpec(max_steps=1))
+    one_row = count_model(pipeline.config).flops(1, tokens_per_row(pipeline.rows)[0], logit_positions=1)
+    expected = stage_flops(pipeline)["decide"] / one_row / len(pipeline.rows)
+
+    model, calls = tiny_llama(num_hidden_layers=6), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
+    batches = make_batches(10)
+    with pytest.raises(ValueError, match="got no layer that does not"):  # the longest search
+        search(model, batches, drop_rear, repair=None, tolerance=-1.0, most=3)
+    taken = (
+        sum(calls) / 6 / sum(len(batch["input_ids"]) for batch in batches)
+    )  # passes of the dense model over all rows
+    assert 0.5 * taken <= expected <= 2 * taken
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,8 @@ def test_no_pattern_is_left_over():
 @pytest.mark.parametrize(
     ("make", "user", "expected"),
     [
-        # With sparsity=auto, measuring prunes, merges and repairs.
-        (stages.measure_stage, GradPruner, {"merge", "plan", "models.architectures", "repair", "auto_sparsity"}),
+        # With sparsity=auto, deciding prunes, merges and repairs.
+        (stages.decide_stage, GradPruner, {"merge", "plan", "models.architectures", "repair", "auto_sparsity"}),
         (
             asking.speed_stage,
             None,

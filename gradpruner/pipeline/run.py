@@ -35,6 +35,7 @@ from gradpruner.pipeline.evaluation_stages import (
 from gradpruner.pipeline.runner import ModelStage, Stage, StageRunner
 from gradpruner.pipeline.setup import Setup, hash_rows
 from gradpruner.pipeline.stages import (
+    Findings,
     decide_stage,
     finetune_stage,
     measure_stage,
@@ -250,8 +251,9 @@ class Pipeline(Setup):
         measured = measure_stage(self, start)
         decides = self.resolved_method.decision_calibration() is not None
         decided = decide_stage(self, runner, start, measured) if decides else None
-        pruned = prune_stage(self, runner, start, decided or measured)
-        repaired = repair_stage(self, runner, start, decided or measured, pruned) if self.repairs else None
+        findings = Findings(measured, decided)
+        pruned = prune_stage(self, runner, start, findings)
+        repaired = repair_stage(self, runner, start, findings, pruned) if self.repairs else None
         recovered = recover_stage(self, runner, start, pruned, repaired or pruned) if self.recovery else None
         untuned = recovered or repaired or pruned
         finetuned = finetune_stage(self, runner, untuned, teachers)
@@ -284,7 +286,7 @@ class Pipeline(Setup):
                 "answers."
             )
         start = start_of(dense, runner)
-        untuned = prune_stage(dense, runner, start, measure_stage(dense, start))
+        untuned = prune_stage(dense, runner, start, Findings(measure_stage(dense, start)))
         tuned = finetune_stage(dense, runner, untuned, Teachers()) if training.tunes_dense else None
         return Teachers(
             teach_stage(dense, runner, untuned, PROMPT) if distills and training.prompt_weight else None,

@@ -117,15 +117,44 @@ def decide_stage(setup: Setup, runner: StageRunner, start: Start, measured: Stag
     return Stage("decide", key, compute, needs=(*start.needs, measured))
 
 
-def prune_stage(setup: Setup, runner: StageRunner, start: Start, measured: Stage) -> ModelStage:
+@dataclass(frozen=True)
+class Findings:
+    """What a method prunes by.
+
+    Attributes:
+        measured: what it has measured.
+        decided: what it has decided beyond that; None if it decides nothing.
+    """
+
+    measured: Stage
+    decided: Stage | None = None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages, which have run before `prune`."""
+        return (self.measured,) if self.decided is None else (self.measured, self.decided)
+
+    @property
+    def id(self) -> str:
+        """Identity of the last of them, which holds that of the others."""
+        return self.stages[-1].id
+
+    def pruner(self, setup: Setup, runner: StageRunner) -> Callable[[PreTrainedModel], Compressed]:
+        """Returns what prunes a model in place. Computes the stages first if need be, before a model is in memory."""
+        method, folders = setup.resolved_method, [runner.folder(stage) for stage in self.stages]
+        prune = method.prune if self.decided is None else method.prune_as_decided
+        return lambda model: prune(model, *folders)
+
+
+def prune_stage(setup: Setup, runner: StageRunner, start: Start, findings: Findings) -> ModelStage:
     """Prunes and merges by what was measured or decided; keeps the plan: dense weights are at hand to repeat it."""
     method = setup.resolved_method
 
     def prune() -> tuple[Compressed, Cost]:
-        measurements = runner.folder(measured)
+        prune_by_findings = findings.pruner(setup, runner)
         model = start.load()
         with Cost() as cost:
-            return method.prune(model, measurements), cost
+            return prune_by_findings(model), cost
 
     def compute(directory: Path) -> None:
         compressed, cost = prune()
@@ -141,25 +170,25 @@ def prune_stage(setup: Setup, runner: StageRunner, start: Start, measured: Stage
         return compressed.model
 
     key = {
-        "measure": measured.id,
+        "measure": findings.id,
         "method": method.name,
         "settings": method.prune_settings(),
         "code": code_version(prune_stage, type(method)),
         "libraries": libraries(),
     }
-    return ModelStage("prune", key, compute, needs=(*start.needs, measured), load=load)
+    return ModelStage("prune", key, compute, needs=(*start.needs, *findings.stages), load=load)
 
 
-def repair_stage(setup: Setup, runner: StageRunner, start: Start, measured: Stage, pruned: ModelStage) -> ModelStage:
+def repair_stage(setup: Setup, runner: StageRunner, start: Start, findings: Findings, pruned: ModelStage) -> ModelStage:
     """Fits and folds in the linear maps that repair the pruned model, on rows of the training split."""
     method = setup.resolved_method
     calibration = method.repair_calibration()
     assert calibration is not None
 
     def compute(directory: Path) -> None:
-        measurements = runner.folder(measured)
+        prune_by_findings = findings.pruner(setup, runner)
         dense = start.load()
-        compressed = method.prune(sharing_copy(dense), measurements)
+        compressed = prune_by_findings(sharing_copy(dense))
         batches = calibration_batches(setup, calibration)
         before = current_weights(compressed.model)
         with Cost() as cost:
@@ -179,7 +208,7 @@ def repair_stage(setup: Setup, runner: StageRunner, start: Start, measured: Stag
         "code": code_version(repair_stage, type(method)),
         "libraries": libraries(),
     }
-    return ModelStage("repair", key, compute, needs=(measured, pruned), load=load)
+    return ModelStage("repair", key, compute, needs=(*findings.stages, pruned), load=load)
 
 
 def recover_stage(

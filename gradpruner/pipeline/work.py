@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradpruner.auto_sparsity import HELD_OUT
+from gradpruner.checks import AUTO
 from gradpruner.depth_method import DepthMethod
 from gradpruner.encoding import TrainingRow
 from gradpruner.evaluate.generate import Generation
@@ -124,6 +126,10 @@ def stage_flops(setup: Setup) -> dict[str, float]:
         found["repair"] = passes * repair.count(len(rows)) * one_row
         if isinstance(method, GradPrunerPlus) and method.candidates and method.repair_kind == JUDGED:
             found["decide"] += method.num_repaired * found["repair"]
+    if isinstance(method, GradPruner) and method.sparsity == AUTO:
+        tried = 1 + math.ceil(math.log2(len(start.layers) - len(pruned.layers)))
+        scored = min(method.repair_rows, len(rows)) / HELD_OUT * one_row
+        found["decide"] = found.get("decide", 0.0) + tried * (found.get("repair", 0.0) + scored)
     if setup.recovery is not None:
         found["recover"] = training_flops(pruned, setup.recovery.training, setup.recovery_rows)
     dense = count_model(setup.dense_config)
