@@ -228,9 +228,7 @@ def test_a_search_is_expected_to_take_what_it_takes(make_pipeline, tiny_llama, m
     batches = make_batches(10)
     with pytest.raises(ValueError, match="got no layer that does not"):  # the longest search
         search(model, batches, drop_rear, repair=None, tolerance=-1.0, most=3)
-    taken = (
-        sum(calls) / 6 / sum(len(batch["input_ids"]) for batch in batches)
-    )  # passes of the dense model over all rows
+    taken = sum(calls) / 6 / sum(len(batch["input_ids"]) for batch in batches)
     assert 0.5 * taken <= expected <= 2 * taken
 
 
