@@ -1,7 +1,7 @@
 """The records that a report is made of: those of finished runs in one or more folders, or the committed ones."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -74,7 +74,7 @@ def read_records(*folders: Path) -> tuple[dict[Path, RunRecord], list[str]]:
         finished, others = _records_below(folder)
         problems.update(dict.fromkeys(others))
         for path, record in finished.items():
-            first = seen.setdefault(content_hash(asdict(replace(record, path=None))), path)
+            first = seen.setdefault(content_hash(record.to_dict()), path)
             if first == path:
                 records[path] = record
             elif first.resolve() != path.resolve():

@@ -204,7 +204,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
         def prune(candidate: PreTrainedModel, num_pruned_layers: int) -> PruningPlan:
             return self._pruned(candidate, gradients, num_pruned_layers).plan
 
-        self.find_number(model, batches, prune, directory)
+        self.find_number(model, distinct_rows(batches, self.repair_rows), prune, directory)
 
     def find_number(
         self,
@@ -216,7 +216,7 @@ class GradPruner(DepthMethod, ImportanceSettings):
         """Finds how many layers can be pruned, and writes what was tried to `directory`; see `auto_sparsity.search`."""
         found = search(
             model,
-            distinct_rows(batches, self.repair_rows),
+            batches,
             prune,
             repair=None if self.repair_calibration() is None else self.repair_pruned,
             tolerance=self.tolerance,

@@ -125,10 +125,14 @@ class RunRecord:
         return metric_stderr(self.metrics, name)
 
     def save(self, run_dir: Path) -> None:
-        """Writes `record.json` atomically, without those of `MAY_LACK` that are empty."""
+        """Writes `record.json` atomically."""
+        write_json(run_dir / RECORD_FILE, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON-ready form, without those of `MAY_LACK` that are empty."""
         data = dataclasses.asdict(dataclasses.replace(self, path=None))
         del data["path"]
-        write_json(run_dir / RECORD_FILE, {key: value for key, value in data.items() if value or key not in MAY_LACK})
+        return {key: value for key, value in data.items() if value or key not in MAY_LACK}
 
     @classmethod
     def load(cls, run_dir: Path) -> Self | None:
