@@ -166,7 +166,8 @@ def test_refused_command_lines(refused, arguments, match, tmp_path, monkeypatch)
          match=r"Hydra cannot read the argument 'runs_dir=/a=b'\. .* Write 'runs_dir=\"/a=b\"'\."),
     case("a report: an empty runs_dir", "runs_dir=", match=r"runs_dir must be a path, got ''\. Give runs_dir=PATH"),
     case("a report: no folder in the list of runs_dir", "runs_dir=[]",
-         match=r"runs_dir must be a path or a list of paths, got \[\]\. Give runs_dir=PATH or runs_dir=\[PATH,PATH"),
+         match=r"runs_dir must be a path or a list of paths, got \[\]\. Give runs_dir=PATH or "
+         r"runs_dir=\[PATH,PATH\]\."),
     case("a report: an empty folder in the list of runs_dir", "runs_dir=[runs,'']",
          match=r"runs_dir must be a path or a list of paths, got \['runs', ''\]\."),
     case("a report: a misspelt interpolation", "runs_dir=${oops}", match=r"runs_dir cannot be resolved: Interpolation"),
