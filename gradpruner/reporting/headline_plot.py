@@ -31,6 +31,10 @@ PAPER = "#888888"
 NUM_MARKS_WIDE = 18  # marks side by side that fill a panel
 PANEL_HEIGHT = 2.5  # inches
 LEGEND_COLUMNS = 3
+ORDER_NOTE = (
+    " Marks that would hide each other stand side by side, in the order of their places, equal ones best first; a"
+    " bracket says where they belong."
+)
 
 
 def draw_panels(chart: Headline, folder: Path, suffix: str = ".svg") -> list[Picture]:
@@ -91,7 +95,7 @@ def caption_of(chart: Headline) -> str:
     return (
         f"{scale_of(chart.records)}. Bars: 95 % interval over test rows and seeds. "
         f"{meaning[0].upper() + meaning[1:]}."
-        f"{' Marks that would hide each other stand side by side, best first; a bracket says their place.' * crowded}"
+        f"{ORDER_NOTE * crowded}"
         f"{notes}{lacks}{left_out}{paper}"
     )
 
