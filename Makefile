@@ -40,7 +40,7 @@ lint: setup  ## run ruff and mypy --strict
 	$(BIN)/mypy
 
 # One process per core, four at most, each with one thread: every process holds one or two models in memory.
-test: lint  ## run lint, type checks, unit tests and one short run on the real model (15 to 30 minutes on 2 cores)
+test: lint  ## run lint, type checks, unit tests and one short run on the real model (10 to 30 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: setup  ## run the tests that take minutes
